@@ -1,0 +1,1 @@
+"""DeepSpeed trainer for language models."""

@@ -1,0 +1,1 @@
+"""One file per training mode: how its model, data and loss are built."""

@@ -1,0 +1,49 @@
+"""Installs the library. `kernels/` is importable as `ds_llm.kernels`; nothing is installed as a top-level `kernels`."""
+
+from setuptools import find_packages, setup
+
+INSTALL = [
+    "torch>=2.11",  # tensors, autograd, SDPA, grouped matrix products
+    "deepspeed>=0.19",  # ZeRO, the launcher, CPU-Adam
+    "transformers>=5.17",  # models, tokenizer loading, generation
+    "tokenizers>=0.22",  # BPE training and parallel encoding
+    "safetensors>=0.6",  # model files without pickle
+    "omegaconf>=2.3",  # typed configuration, YAML and key=value overrides
+    "rich>=13",  # progress, tables, readable terminal output
+    "numpy>=1.26",  # token files
+    "pyarrow>=17",  # Parquet input
+    "zstandard>=0.22",  # .jsonl.zst input
+    "psutil>=5.9",  # memory of a process without a GPU
+    "matplotlib>=3.8",  # histograms and report plots
+    "jinja2>=3.1",  # chat templates, the HTML report
+    "tensorboard>=2.16",  # event files
+    "ninja>=1.11",  # DeepSpeed compiles CPU-Adam and the shared-memory communication on first use
+]
+EXTRAS = {
+    "wandb": ["wandb>=0.17"],  # online or offline tracking
+    "gguf": ["gguf>=0.10", "accelerate>=1.0"],  # loads GGUF checkpoints through transformers
+    "gpu": ["triton>=3.6", "liger-kernel>=0.5"],  # kernels on CUDA devices
+    "flash-attn": ["flash-attn>=2.7"],  # variable-length attention on CUDA devices
+}
+EXTRAS["test"] = [
+    *EXTRAS["wandb"],
+    *EXTRAS["gguf"],
+    "triton>=3.6",  # the interpreter and the sm_80 / sm_90 compiler run without a GPU
+    "pytest>=8",
+    "pytest-timeout>=2.3",  # a hang fails instead of stopping the suite
+    "hypothesis>=6.100",  # fresh random shapes
+    "datasets>=3",  # the preparation benchmark compares with datasets.map
+    "peft>=0.17",  # the decoder is checked to work with it
+    "ruff>=0.6",
+]
+
+setup(
+    name="ds_llm",
+    version="0.1.0",
+    description="DeepSpeed trainer for language models: pretraining, fine-tuning, data selection, sparse models",
+    python_requires=">=3.11",
+    packages=[*find_packages(include=["ds_llm", "ds_llm.*"]), "ds_llm.kernels"],
+    package_dir={"ds_llm.kernels": "kernels"},
+    install_requires=INSTALL,
+    extras_require=EXTRAS,
+)
