@@ -1,0 +1,368 @@
+"""The whole configuration of a run: typed dataclasses, each field with its meaning, its bounds and its default.
+
+A run is configured by a YAML file and `key=value` overrides (`optim.lr=1e-3`, `model.dim=128`, `zero=3`). Both are
+merged over the defaults below by OmegaConf, so an unknown key or a wrong type is an error. `load` adds the checks that
+types cannot express and raises `ConfigError` with the key and the nearest valid one before anything else is loaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ds_llm.errors import ConfigError
+
+DTYPES = ("fp32", "bf16", "fp16")
+
+
+def key(
+    default, help: str, *, choices: tuple = (), at_least: float | None = None, below: float | None = None, **bounds
+):
+    """A documented field. `at_least`, `above`, `at_most`, `below` bound numbers; `choices` lists allowed values."""
+    meta = {"help": help, "choices": choices, "at_least": at_least, "below": below, **bounds}
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata=meta)
+    return field(default=default, metadata=meta)
+
+
+@dataclass
+class ModelConfig:
+    path: str | None = key(
+        None, "Folder or hub name of a model to start from; none builds the decoder below from scratch"
+    )
+    dim: int = key(512, "Hidden size", at_least=1)
+    n_layers: int = key(8, "Number of layers", at_least=1)
+    n_heads: int = key(8, "Number of attention heads", at_least=1)
+    n_kv_heads: int | None = key(None, "Number of key/value heads (GQA); none: as many as n_heads", at_least=1)
+    vocab_size: int | None = key(None, "Vocabulary size; none: the tokenizer's", at_least=1)
+    max_seq_len: int = key(512, "Longest sequence in tokens", at_least=1)
+    rope_theta: float = key(10000.0, "Base of the rotary frequencies", above=0)
+    norm_eps: float = key(1e-6, "Epsilon of RMSNorm", above=0)
+    dropout: float = key(0.0, "Dropout probability on attention and MLP outputs", at_least=0, below=1)
+    multiple_of: int = key(64, "The MLP width is rounded up to a multiple of this", at_least=1)
+    intermediate_size: int | None = key(None, "MLP width; none: 8/3 of dim, rounded up to multiple_of", at_least=1)
+    tie_embeddings: bool = key(True, "Use the token embedding as the output head")
+    attention: str = key(
+        "auto",
+        "Attention kernel; auto takes flash-attn on a GPU where it is installed, else SDPA",
+        choices=("auto", "sdpa", "flash_attention_2", "eager"),
+    )
+    use_moe: bool = key(False, "Replace the MLP of every layer by a mixture of experts")
+    n_routed_experts: int = key(8, "Number of routed experts", at_least=1, at_most=512)
+    num_experts_per_tok: int = key(2, "Experts a token is sent to", at_least=1)
+    n_shared_experts: int = key(0, "Experts every token passes, beside the routed ones", at_least=0)
+    moe_intermediate_size: int | None = key(None, "Width of one expert; none: as the dense MLP", at_least=1)
+    scoring_func: str = key("softmax", "Router scores", choices=("softmax", "sigmoid"))
+    norm_topk_prob: bool = key(True, "Normalise the weights of the chosen experts to sum to 1")
+    aux_loss_alpha: float = key(0.01, "Weight of the load-balancing loss", at_least=0)
+    seq_aux: bool = key(True, "Balance experts within each sequence; false: over the whole micro-batch")
+    z_loss_alpha: float = key(
+        0.0, "Weight of the router z-loss (mean squared logsumexp of the router logits)", at_least=0
+    )
+
+
+@dataclass
+class DataConfig:
+    train: list[str] = key([], "Token files (.bin) to train on")
+    val: list[str] = key([], "Token files (.bin) to evaluate on; empty: no evaluation")
+    tokenizer: str | None = key(None, "Tokenizer folder; none: the one recorded beside the token file, else model.path")
+    seq_len: int | None = key(None, "Tokens of a training sample; none: model.max_seq_len", at_least=2)
+    isolate_documents: bool = key(True, "Restart positions and attention at document boundaries within a sample")
+
+
+@dataclass
+class OptimConfig:
+    name: str = key("adamw", "Optimizer", choices=("adamw", "adam"))
+    lr: float = key(5e-4, "Peak learning rate", above=0)
+    betas: list[float] = key([0.9, 0.95], "Adam's decay rates of the first and second moment")
+    eps: float = key(1e-8, "Adam's epsilon", above=0)
+    weight_decay: float = key(
+        0.1, "Weight decay (decoupled for adamw, L2 for adam); not on norms, biases and 1-D weights", at_least=0
+    )
+    grad_clip: float = key(1.0, "Largest global gradient norm; 0 turns clipping off", at_least=0)
+    schedule: str = key(
+        "cosine", "Learning-rate curve after warm-up", choices=("cosine", "linear", "polynomial", "constant", "wsd")
+    )
+    warmup_steps: int | None = key(None, "Warm-up steps; none: warmup_ratio", at_least=0)
+    warmup_ratio: float = key(0.02, "Warm-up as a share of all steps, when warmup_steps is none", at_least=0, at_most=1)
+    min_lr_ratio: float = key(0.1, "Final learning rate as a share of the peak", at_least=0, at_most=1)
+    power: float = key(2.0, "Exponent of the polynomial schedule", above=0)
+    decay_ratio: float = key(0.2, "Share of all steps in the final decay of the wsd schedule", at_least=0, at_most=1)
+
+
+@dataclass
+class TrainConfig:
+    epochs: float = key(1.0, "Passes over the data", above=0)
+    max_steps: int | None = key(None, "Optimizer steps; overrides epochs", at_least=1)
+    batch_size: int = key(8, "Samples per rank and micro-step", at_least=1)
+    accumulation_steps: int = key(1, "Micro-steps per optimizer step", at_least=1)
+    dtype: str = key("bf16", "Numbers of the forward and backward pass", choices=DTYPES)
+    activation_checkpointing: bool = key(False, "Recompute layers in the backward pass to save memory")
+    kernels: bool = key(True, "Use the project's RoPE and routing kernels in supported transformers models")
+    seed: int = key(0, "Seed of initialisation, sample order and dropout", at_least=0)
+
+
+@dataclass
+class EmaConfig:
+    enabled: bool = key(False, "Keep an exponential moving average of the weights; it is evaluated and exported")
+    decay: float = key(0.999, "Share of the old average kept at each step", at_least=0, below=1)
+
+
+@dataclass
+class EvalConfig:
+    before: bool = key(True, "Evaluate before the first step, as the baseline of the trend")
+    every_steps: int = key(0, "Also evaluate every so many steps; 0: only at the end of each epoch", at_least=0)
+    batch_size: int | None = key(None, "Windows per forward pass; none: train.batch_size", at_least=1)
+    token_length: int | None = key(
+        None, "Window of the perplexity protocol; none: the training sequence length", at_least=2
+    )
+    stride: int | None = key(None, "Step between windows; none: token_length (no overlap)", at_least=1)
+    max_windows: int = key(0, "Use only the first windows; 0: all", at_least=0)
+    prompts: list[str] = key([], "Prompts continued greedily at every evaluation and logged")
+    max_new_tokens: int = key(64, "Tokens generated per prompt", at_least=1)
+    early_stopping: bool = key(False, "Stop when the perplexity has not improved for `patience` evaluations")
+    patience: int = key(5, "Evaluations without improvement before stopping", at_least=1)
+
+
+@dataclass
+class CheckpointConfig:
+    every_steps: int = key(
+        1000, "Save every so many steps; 0: only at the end of each epoch and of the run", at_least=0
+    )
+    every_epoch: bool = key(True, "Save at the end of each epoch")
+    keep: int = key(3, "Newest checkpoints kept; the best one is kept besides; 0 keeps all", at_least=0)
+    best: bool = key(True, "Save when the perplexity is the best so far, and keep that checkpoint")
+    last: bool = key(True, "Save at the end of the run")
+
+
+@dataclass
+class StabilityConfig:
+    max_bad_steps: int = key(10, "End the run after so many skipped steps in a row", at_least=1)
+    spike_factor: float = key(
+        0.0, "Skip a step whose loss exceeds this multiple of the recent median; 0: off", at_least=0
+    )
+    spike_window: int = key(50, "Steps the recent median is taken over", at_least=2)
+
+
+@dataclass
+class WandbConfig:
+    enabled: bool = key(False, "Log to Weights & Biases")
+    project: str = key("ds_llm", "Project name")
+    run_name: str | None = key(None, "Run name; none: the output folder's name")
+    mode: str = key("online", "offline writes to disk for `wandb sync`", choices=("online", "offline", "disabled"))
+    log_model: bool = key(False, "Upload the exported model as an artifact")
+    log_code: bool = key(False, "Upload the source and the resolved configuration as an artifact")
+    log_every: int = key(1, "Steps between points sent", at_least=1)
+    watch: str = key(
+        "none", "Histograms of the parameters and gradients", choices=("none", "gradients", "parameters", "all")
+    )
+    watch_every: int = key(100, "Steps between histograms", at_least=1)
+
+
+@dataclass
+class TrackingConfig:
+    log_every: int = key(10, "Steps between progress lines on a non-terminal", at_least=1)
+    tensorboard: bool = key(True, "Write TensorBoard event files")
+    report: bool = key(True, "Write report.html at every evaluation and at the end")
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+
+
+@dataclass
+class Config:
+    mode: str = key("pretrain", "What is trained", choices=("pretrain",))
+    output: str = key("runs/pretrain", "Folder of the run: checkpoints, metrics, report, exported model")
+    resume: str = key(
+        "auto", "auto: continue from the newest whole checkpoint; never: start anew; or a checkpoint folder"
+    )
+    zero: int = key(2, "DeepSpeed ZeRO stage", choices=(0, 1, 2, 3))
+    deepspeed: Any = key(
+        None, 'DeepSpeed JSON file or mapping merged over the generated one; its "auto" values are filled in'
+    )
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    stability: StabilityConfig = field(default_factory=StabilityConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+
+def fields(cls=Config, prefix: str = "") -> dict[str, dataclasses.Field]:
+    """Every leaf key, dotted, with its dataclass field, in order of declaration."""
+    found = {}
+    defaults = cls()
+    for f in dataclasses.fields(cls):
+        value = getattr(defaults, f.name)
+        if dataclasses.is_dataclass(value):
+            found.update(fields(type(value), f"{prefix}{f.name}."))
+        else:
+            found[prefix + f.name] = f
+    return found
+
+
+def load(path: str | None = None, overrides: list[str] = ()) -> Config:
+    """Merge defaults, the YAML file at `path` and `key=value` overrides; check; return the typed configuration.
+
+    Raises `ConfigError` for an unreadable file, an unknown key, a wrong type or an impossible value.
+    """
+    merged = OmegaConf.structured(Config)
+    if path is not None:
+        merged = _merge(merged, _read_yaml(path), path)
+    for text in overrides:
+        name, found, value = text.partition("=")
+        if not found or not name:
+            raise ConfigError(f"'{text}' is not an override: write key=value, for example optim.lr=1e-3")
+        try:
+            single = OmegaConf.from_dotlist([text])
+        except Exception as error:  # YAML errors of the value have no common base class
+            raise ConfigError(f"{name}: cannot read the value {value!r} ({_first_line(error)})") from None
+        merged = _merge(merged, single, "command line")
+    try:
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key or 'configuration'}: {_first_line(error)}") from None
+    _check(config)
+    return config
+
+
+def to_dict(config: Config) -> dict:
+    """Plain nested dictionary of the resolved configuration, for YAML and JSON."""
+    return OmegaConf.to_container(OmegaConf.structured(config), resolve=True)
+
+
+def to_yaml(config: Config) -> str:
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def _read_yaml(path: str) -> DictConfig:
+    if not Path(path).is_file():
+        raise ConfigError(f"{path}: no such configuration file")
+    try:
+        loaded = OmegaConf.load(path)  # a safe loader: object tags are refused
+    except Exception as error:  # the YAML and OmegaConf errors share no base class
+        raise ConfigError(f"{path}: not a readable YAML file ({_first_line(error)})") from None
+    if isinstance(loaded, ListConfig):
+        raise ConfigError(f"{path}: must hold keys and values, not a list")
+    return loaded
+
+
+def _merge(base: DictConfig, update: DictConfig, where: str) -> DictConfig:
+    known = fields()
+    sections = {k.rsplit(".", depth)[0] for k in known for depth in range(1, k.count(".") + 1)}
+    for name in _leaves(update):
+        if name in sections:
+            raise ConfigError(
+                f"{where}: '{name}' is a section: set one of its keys, for example {name}.{_first_key(name, known)}"
+            )
+        if name in known and known[name].type == "list[str]" and isinstance(OmegaConf.select(update, name), str):
+            OmegaConf.update(update, name, [OmegaConf.select(update, name)])
+        if name not in known and not name.startswith("deepspeed."):
+            raise ConfigError(f"{where}: unknown key '{name}'{_nearest(name, known)}")
+    try:
+        return OmegaConf.merge(base, update)
+    except OmegaConfBaseException as error:
+        name = error.full_key or ""
+        raise ConfigError(f"{where}: {name}: {_first_line(error)}") from None
+
+
+def _leaves(node: DictConfig, prefix: str = "") -> list[str]:
+    names = []
+    for name in node:
+        child = node._get_node(name)
+        if isinstance(child, DictConfig) and prefix + str(name) != "deepspeed" and len(child):
+            names += _leaves(child, f"{prefix}{name}.")
+        else:
+            names.append(prefix + str(name))
+    return names
+
+
+def _first_key(section: str, known) -> str:
+    return next(k for k in known if k.startswith(section + "."))[len(section) + 1 :]
+
+
+def _nearest(name: str, known) -> str:
+    last = name.rsplit(".", 1)[-1]
+    by_last = [k for k in known if k.rsplit(".", 1)[-1] == last]
+    close = by_last or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    if not close:
+        close = [k for k in known if difflib.get_close_matches(last, [k.rsplit(".", 1)[-1]], cutoff=0.7)]
+    return f"; did you mean '{close[0]}'?" if close else "; --print-config lists all keys"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
+
+
+def _check(config: Config) -> None:
+    for name, f in fields().items():
+        value = config
+        for part in name.split("."):
+            value = getattr(value, part)
+        meta = f.metadata
+        if meta["choices"] and value not in meta["choices"]:
+            text = ", ".join(str(c) for c in meta["choices"])
+            near = difflib.get_close_matches(str(value), [str(c) for c in meta["choices"]], n=1)
+            raise ConfigError(
+                f"{name}: {value!r} is not one of {text}" + (f"; did you mean '{near[0]}'?" if near else "")
+            )
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            if not math.isfinite(value):
+                raise ConfigError(f"{name}: {value} is not a finite number")
+            for bound, fails, text in (
+                ("at_least", lambda v, b: v < b, "at least"),
+                ("above", lambda v, b: v <= b, "greater than"),
+                ("at_most", lambda v, b: v > b, "at most"),
+                ("below", lambda v, b: v >= b, "less than"),
+            ):
+                limit = meta.get(bound)
+                if limit is not None and fails(value, limit):
+                    raise ConfigError(f"{name}: {value} must be {text} {limit:g}")
+    m = config.model
+    if m.path is None:
+        if m.dim % m.n_heads:
+            raise ConfigError(f"model.dim: {m.dim} is not divisible by model.n_heads={m.n_heads}")
+        if (m.dim // m.n_heads) % 2:
+            raise ConfigError(f"model.n_heads: the head size {m.dim // m.n_heads} must be even for rotary embeddings")
+        if m.n_kv_heads and m.n_heads % m.n_kv_heads:
+            raise ConfigError(f"model.n_kv_heads: {m.n_kv_heads} does not divide model.n_heads={m.n_heads}")
+        if m.use_moe and m.num_experts_per_tok > m.n_routed_experts:
+            raise ConfigError(
+                f"model.num_experts_per_tok: {m.num_experts_per_tok} is more than model.n_routed_experts={m.n_routed_experts}"
+            )
+        if config.data.seq_len and config.data.seq_len > m.max_seq_len:
+            raise ConfigError(f"data.seq_len: {config.data.seq_len} is longer than model.max_seq_len={m.max_seq_len}")
+    if len(config.optim.betas) != 2 or not all(0 <= b < 1 for b in config.optim.betas):
+        raise ConfigError(f"optim.betas: {config.optim.betas} must be two numbers of at least 0 and less than 1")
+    if config.eval.stride and config.eval.token_length and config.eval.stride > config.eval.token_length:
+        raise ConfigError(
+            f"eval.stride: {config.eval.stride} is more than eval.token_length={config.eval.token_length}"
+        )
+    if config.eval.early_stopping and not config.data.val:
+        raise ConfigError("eval.early_stopping: needs data.val, the token files to evaluate on")
+    if config.deepspeed is not None and not isinstance(config.deepspeed, (str, dict)):
+        raise ConfigError("deepspeed: must be a JSON file or a mapping")
+
+
+def markdown() -> str:
+    """The table of all keys, as in docs/configuration.md."""
+    lines = ["| key | default | meaning |", "| --- | --- | --- |"]
+    defaults = OmegaConf.structured(Config)
+    for name, f in fields().items():
+        value = OmegaConf.select(defaults, name)
+        shown = "none" if value is None else str(list(value) if isinstance(value, ListConfig) else value)
+        choices = f" ({', '.join(map(str, f.metadata['choices']))})" if f.metadata["choices"] else ""
+        lines.append(f"| `{name}` | `{shown}` | {f.metadata['help']}{choices} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(markdown())
