@@ -45,7 +45,7 @@ def route(
         scores = x.sigmoid()
         shares = scores / (scores.sum(-1, keepdim=True) + 1e-20)
     key = x if bias is None else torch.where(x > -torch.inf, scores + bias, -torch.inf)
-    chosen = key.detach().sort(-1, descending=True, stable=True).indices[:, :top_k]
+    chosen = key.detach().sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
     weights = scores.gather(-1, chosen)
     if normalize:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
@@ -95,7 +95,9 @@ def permute(x: Tensor, experts: Tensor, num_experts: int) -> tuple[Tensor, Tenso
     flat = torch.where(masked, num_experts, flat)
     order = flat.argsort(stable=True)
     position = torch.empty_like(order).scatter_(0, order, torch.arange(slots, device=x.device))
-    counts = torch.zeros(num_experts + 1, dtype=torch.long, device=x.device).scatter_add_(0, flat, torch.ones_like(flat))
+    counts = torch.zeros(num_experts + 1, dtype=torch.long, device=x.device).scatter_add_(
+        0, flat, torch.ones_like(flat)
+    )
     rows = x.index_select(0, order // max(1, experts.shape[1])) * (~masked)[order, None].to(x.dtype)
     offsets = counts.cumsum(0)[:num_experts].int()
     return rows, offsets, torch.where(masked, ~position, position).int().view_as(experts)
