@@ -336,7 +336,8 @@ def _check(config: Config) -> None:
             raise ConfigError(f"model.n_kv_heads: {m.n_kv_heads} does not divide model.n_heads={m.n_heads}")
         if m.use_moe and m.num_experts_per_tok > m.n_routed_experts:
             raise ConfigError(
-                f"model.num_experts_per_tok: {m.num_experts_per_tok} is more than model.n_routed_experts={m.n_routed_experts}"
+                f"model.num_experts_per_tok: {m.num_experts_per_tok} is more than "
+                f"model.n_routed_experts={m.n_routed_experts}"
             )
         if config.data.seq_len and config.data.seq_len > m.max_seq_len:
             raise ConfigError(f"data.seq_len: {config.data.seq_len} is longer than model.max_seq_len={m.max_seq_len}")

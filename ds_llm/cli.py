@@ -1,0 +1,52 @@
+"""What every launch script shares: one line for a user's mistake, quiet libraries, the rank of this process."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+
+from ds_llm.errors import UserError
+
+
+def rank() -> int:
+    """Global rank of this process as the launcher set it; 0 without a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """Number of processes of the job as the launcher set it; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def quiet() -> None:
+    """Silence the libraries' own start-up messages unless DS_LLM_VERBOSE=1; call before importing them."""
+    if os.environ.get("DS_LLM_VERBOSE") == "1":
+        return
+    os.environ.setdefault("DS_LOG_LEVEL", "warning")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    warnings.filterwarnings("ignore")
+    for name in ("DeepSpeed", "torch.distributed", "transformers", "matplotlib", "fsspec", "numexpr"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Run `main` and exit with its result. A `UserError` becomes one line on stderr from rank 0 and its exit code."""
+    quiet()
+    try:
+        code = main() or 0
+    except UserError as error:
+        if rank() == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        code = error.exit_code
+    except BrokenPipeError:  # the reader of our output has gone (`| head`): nothing is wrong here
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    sys.exit(code)
