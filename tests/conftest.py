@@ -1,0 +1,15 @@
+"""Runs Triton kernels in Triton's interpreter where there is no GPU, so that the same tests check them on any machine.
+
+Triton reads TRITON_INTERPRET when it is imported, so it is set before any test module (or torch._dynamo, which
+imports Triton) can be.
+"""
+
+import os
+import sys
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+    if "triton" in sys.modules and not sys.modules["triton"].knobs.runtime.interpret:
+        raise RuntimeError("a pytest plugin imported triton before tests/conftest.py: run with TRITON_INTERPRET=1")
