@@ -1,7 +1,18 @@
-"""Rotary position embedding of queries and keys (Su et al., "RoFormer", arXiv:2104.09864)."""
+"""Rotary position embedding of queries and keys (Su et al., "RoFormer", arXiv:2104.09864).
+
+One launch rotates q and k: a program takes whole tokens, loads their cosines and sines once and walks over the heads,
+so that every element of q and k is read once and written once: 2 (Hq + Hk) D elements per token.
+"""
+
+from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from ._triton import jit, launch_on, next_power_of_2, tl, triton
+
+# elements of one half of the rotated part per program: 16 for each of 128 threads, two 16-byte loads of bfloat16
+TILE = 2048
 
 
 def rope_tables(
@@ -21,26 +32,388 @@ def rope_tables(
     return angle.cos().float(), angle.sin().float()
 
 
-def apply_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> tuple[Tensor, Tensor]:
-    """Rotates the first `rotary_dim` elements of every head of q [B, S, Hq, D] and k [B, S, Hk, D]."""
-    rows = cos.shape[-1]
-    half = rows if 2 * rows <= q.shape[-1] else rows // 2
-    step = 2 if interleaved and half != rows else 1
+# --- torch reference
 
-    def table(t: Tensor) -> Tensor:
-        t = t[..., ::step][..., :half].float()
-        return t.reshape(-1 if t.numel() // half == q.shape[0] * q.shape[1] else 1, q.shape[1], 1, half)
 
-    c, s = table(cos), table(sin)
+def _rotate_reference(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, out: Tensor) -> None:
+    """Writes the rotation of x [B, S, H, D] by tables [B, S, 1, R / 2] to `out`, which may be x itself."""
+    half = cos.shape[-1]
+    if interleaved:
+        pick = (slice(0, 2 * half, 2), slice(1, 2 * half, 2))
+    else:
+        pick = (slice(0, half), slice(half, 2 * half))
+    if 2 * half < x.shape[-1] and out is not x:
+        out[..., 2 * half :] = x[..., 2 * half :]
+    a, b = (x[..., s] for s in pick)
+    if x.dtype == cos.dtype and out is not x:
+        torch.mul(a, cos, out=out[..., pick[0]]).addcmul_(b, sin, value=-1)
+        torch.mul(b, cos, out=out[..., pick[1]]).addcmul_(a, sin)
+        return
+    a, b = a.to(cos.dtype), b.to(cos.dtype)
+    first = (a * cos).addcmul_(b, sin, value=-1)
+    out[..., pick[1]] = (b * cos).addcmul_(a, sin)
+    out[..., pick[0]] = first
 
-    def rotate(x: Tensor) -> Tensor:
-        turned, rest = x[..., : 2 * half].float(), x[..., 2 * half :]
-        if interleaved:
-            a, b = turned[..., ::2], turned[..., 1::2]
-            turned = torch.stack((a * c - b * s, b * c + a * s), -1).flatten(-2)
+
+def _reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, q_out: Tensor, k_out: Tensor) -> None:
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    cos, sin = cos.to(dtype)[:, :, None], sin.to(dtype)[:, :, None]
+    _rotate_reference(q, cos, sin, interleaved, q_out)
+    _rotate_reference(k, cos, sin, interleaved, k_out)
+
+
+# --- Triton kernel
+
+
+@jit
+def _rotate_heads(
+    x,
+    out,
+    x_heads,
+    out_heads,
+    x_dim,
+    out_dim,
+    cos,
+    sin,
+    token_mask,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HALF: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    COPY: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
+):
+    """x and out: [tokens, 1, 1] pointers to the first element of each token; cos and sin: [tokens, 1, half] tiles."""
+    for start in range(0, HEADS, BLOCK_HEADS):
+        head = (start + tl.arange(0, BLOCK_HEADS)).to(tl.int64)[None, :, None]
+        mask = token_mask & (head < HEADS)
+        src, dst = x + head * x_heads, out + head * out_heads
+        if INTERLEAVED:
+            column = tl.arange(0, 2 * BLOCK_HALF).to(tl.int64)[None, None, :]
+            inside = mask & (column < 2 * HALF)
+            pairs = tl.load(src + column * x_dim, mask=inside, other=0.0).to(tl.float32)
+            a, b = tl.split(tl.reshape(pairs, pairs.shape[0], BLOCK_HEADS, BLOCK_HALF, 2))
+            turned = tl.reshape(tl.join(a * cos - b * sin, b * cos + a * sin), pairs.shape)
+            tl.store(dst + column * out_dim, turned.to(out.dtype.element_ty), mask=inside)
         else:
-            a, b = turned[..., :half], turned[..., half:]
-            turned = torch.cat((a * c - b * s, b * c + a * s), -1)
-        return torch.cat((turned.to(x.dtype), rest), -1)
+            column = tl.arange(0, BLOCK_HALF).to(tl.int64)[None, None, :]
+            inside = mask & (column < HALF)
+            a = tl.load(src + column * x_dim, mask=inside, other=0.0).to(tl.float32)
+            b = tl.load(src + (HALF + column) * x_dim, mask=inside, other=0.0).to(tl.float32)
+            tl.store(dst + column * out_dim, (a * cos - b * sin).to(out.dtype.element_ty), mask=inside)
+            tl.store(dst + (HALF + column) * out_dim, (b * cos + a * sin).to(out.dtype.element_ty), mask=inside)
+        if COPY:
+            column = 2 * HALF + tl.arange(0, BLOCK_REST).to(tl.int64)[None, None, :]
+            inside = mask & (column < HEAD_DIM)
+            tl.store(dst + column * out_dim, tl.load(src + column * x_dim, mask=inside), mask=inside)
 
-    return rotate(q), rotate(k)
+
+@jit
+def _rope_kernel(
+    q,
+    k,
+    cos,
+    sin,
+    q_out,
+    k_out,
+    tokens,
+    length,
+    q_b,
+    q_s,
+    q_h,
+    q_d,
+    k_b,
+    k_s,
+    k_h,
+    k_d,
+    qo_b,
+    qo_s,
+    qo_h,
+    qo_d,
+    ko_b,
+    ko_s,
+    ko_h,
+    ko_d,
+    cos_b,
+    cos_s,
+    cos_d,
+    sin_b,
+    sin_s,
+    sin_d,
+    Q_HEADS: tl.constexpr,
+    K_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HALF: tl.constexpr,
+    INVERSE: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    COPY: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)[:, None, None]
+    inside = token < tokens
+    b, s = token // length, token % length
+    column = tl.arange(0, BLOCK_HALF).to(tl.int64)[None, None, :]
+    mask = inside & (column < HALF)
+    c = tl.load(cos + b * cos_b + s * cos_s + column * cos_d, mask=mask, other=0.0).to(tl.float32)
+    n = tl.load(sin + b * sin_b + s * sin_s + column * sin_d, mask=mask, other=0.0).to(tl.float32)
+    if INVERSE:
+        n = -n
+    _rotate_heads(
+        q + b * q_b + s * q_s,
+        q_out + b * qo_b + s * qo_s,
+        q_h,
+        qo_h,
+        q_d,
+        qo_d,
+        c,
+        n,
+        inside,
+        Q_HEADS,
+        HEAD_DIM,
+        HALF,
+        INTERLEAVED,
+        COPY,
+        BLOCK_Q,
+        BLOCK_HALF,
+        BLOCK_REST,
+    )
+    _rotate_heads(
+        k + b * k_b + s * k_s,
+        k_out + b * ko_b + s * ko_s,
+        k_h,
+        ko_h,
+        k_d,
+        ko_d,
+        c,
+        n,
+        inside,
+        K_HEADS,
+        HEAD_DIM,
+        HALF,
+        INTERLEAVED,
+        COPY,
+        BLOCK_K,
+        BLOCK_HALF,
+        BLOCK_REST,
+    )
+
+
+def _head_block(heads: int, columns: int) -> int:
+    """Heads per step: as many as fit the tile, fewer where the last step would be mostly empty (e.g. 40 heads)."""
+    block = min(next_power_of_2(heads), max(1, TILE // columns))
+    while block > 1 and -(-heads // block) * block > 1.25 * heads:
+        block //= 2
+    return block
+
+
+def _config(q_heads: int, k_heads: int, head_dim: int, half: int, interleaved: bool, copy: bool) -> tuple[dict, int]:
+    """Constants of the kernel and its number of warps."""
+    block_half = next_power_of_2(half)
+    block_q, block_k = _head_block(q_heads, block_half), _head_block(k_heads, block_half)
+    block_tokens = min(16, max(1, TILE // (max(block_q, block_k) * block_half)))
+    constants = {
+        "Q_HEADS": q_heads,
+        "K_HEADS": k_heads,
+        "HEAD_DIM": head_dim,
+        "HALF": half,
+        "INTERLEAVED": interleaved,
+        "COPY": copy and 2 * half < head_dim,
+        "BLOCK_TOKENS": block_tokens,
+        "BLOCK_Q": block_q,
+        "BLOCK_K": block_k,
+        "BLOCK_HALF": block_half,
+        "BLOCK_REST": next_power_of_2(head_dim - 2 * half),
+    }
+    return constants, 4 if block_tokens * max(block_q, block_k) * block_half >= 1024 else 2
+
+
+def rope_triton(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool, q_out: Tensor, k_out: Tensor
+) -> None:
+    """Writes the rotation of q and k to q_out and k_out (which may be q and k); tables are [B, S, rotary_dim / 2]."""
+    batch, length, q_heads, head_dim = q.shape
+    tokens = batch * length
+    if tokens == 0:
+        return
+    in_place = q_out.data_ptr() == q.data_ptr()
+    constants, warps = _config(q_heads, k.shape[2], head_dim, cos.shape[-1], interleaved, not in_place)
+    with launch_on(q):
+        _rope_kernel[(triton.cdiv(tokens, constants["BLOCK_TOKENS"]),)](
+            q,
+            k,
+            cos,
+            sin,
+            q_out,
+            k_out,
+            tokens,
+            length,
+            *q.stride(),
+            *k.stride(),
+            *q_out.stride(),
+            *k_out.stride(),
+            *cos.stride(),
+            *sin.stride(),
+            INVERSE=inverse,
+            **constants,
+            num_warps=warps,
+        )
+
+
+# --- operators and their gradient
+
+
+@torch.library.custom_op("ds_llm::rope", mutates_args=())
+def _rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> tuple[Tensor, Tensor]:
+    q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
+    _reference(q, k, cos, -sin if inverse else sin, interleaved, q_out, k_out)
+    return q_out, k_out
+
+
+@torch.library.custom_op("ds_llm::rope_", mutates_args=("q", "k"))
+def _rope_in_place(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> None:
+    _reference(q, k, cos, sin, interleaved, q, k)
+
+
+@_rope.register_fake
+def _(q, k, cos, sin, interleaved, inverse):
+    return q.new_empty(q.shape), k.new_empty(k.shape)
+
+
+if triton is not None:
+
+    @_rope.register_kernel("cuda")
+    def _(q, k, cos, sin, interleaved, inverse):
+        q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
+        if q.dtype == torch.float64:
+            _reference(q, k, cos, -sin if inverse else sin, interleaved, q_out, k_out)
+        else:
+            rope_triton(q, k, cos, sin, interleaved, inverse, q_out, k_out)
+        return q_out, k_out
+
+    @_rope_in_place.register_kernel("cuda")
+    def _(q, k, cos, sin, interleaved):
+        if q.dtype == torch.float64:
+            _reference(q, k, cos, sin, interleaved, q, k)
+        else:
+            rope_triton(q, k, cos, sin, interleaved, False, q, k)
+
+
+def _save(ctx, inputs, output):
+    _, _, cos, sin, ctx.interleaved, ctx.inverse = inputs
+    ctx.save_for_backward(cos, sin)
+
+
+def _backward(ctx, q_grad, k_grad):
+    cos, sin = ctx.saved_tensors
+    return *_rope(q_grad, k_grad, cos, sin, ctx.interleaved, not ctx.inverse), None, None, None, None
+
+
+_rope.register_autograd(_backward, setup_context=_save)
+
+
+# --- public functions
+
+
+def _half_tables(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, rotary_dim: int | None
+) -> tuple[Tensor, Tensor]:
+    """The tables as [B, S, rotary_dim / 2] views, one entry per rotated pair."""
+    batch, length, _, head_dim = q.shape
+    if k.shape[:2] != q.shape[:2] or k.shape[3] != head_dim:
+        raise ValueError(f"q {tuple(q.shape)} and k {tuple(k.shape)} must agree in batch, length and head dimension")
+    if cos.shape != sin.shape:
+        raise ValueError(f"cos {tuple(cos.shape)} and sin {tuple(sin.shape)} must have one shape")
+    if cos.requires_grad or sin.requires_grad:
+        raise ValueError("cos and sin are constants of apply_rope: detach them")
+    width = cos.shape[-1]
+    if rotary_dim is None:
+        rotary_dim = 2 * width if 2 * width <= head_dim else width
+    if rotary_dim % 2 or rotary_dim > head_dim or width not in (rotary_dim, rotary_dim // 2):
+        raise ValueError(f"tables of width {width} do not fit rotary_dim {rotary_dim} of head dimension {head_dim}")
+
+    def pairs(table: Tensor) -> Tensor:
+        if width == rotary_dim:
+            table = table[..., ::2] if interleaved else table[..., : rotary_dim // 2]
+        if table.ndim == 2 and len(table) == batch * length != length:
+            return table.unflatten(0, (batch, length))
+        if table.ndim in (2, 3) and table.shape[-2] == length and table.shape[:-2] in ((), (1,), (batch,)):
+            return table.expand(batch, length, rotary_dim // 2)
+        raise ValueError(
+            f"tables of shape {tuple(cos.shape)} fit neither [S, R], [B, S, R] nor [B * S, R] for q {tuple(q.shape)}"
+        )
+
+    return pairs(cos), pairs(sin)
+
+
+def apply_rope(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False, rotary_dim: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Rotates the first `rotary_dim` elements of every head; the rest passes through.
+
+    q is [B, S, Hq, D] and k [B, S, Hk, D], of any strides; the results are contiguous, of the same shape and dtype,
+    computed in float32. Pairs are (i, i + rotary_dim / 2), or (2 i, 2 i + 1) when `interleaved`. cos and sin are
+    [S, R], [B, S, R] or [B * S, R] (a row per token, as packed sequences need), where R is rotary_dim / 2, or
+    rotary_dim with both entries of a pair equal. A width R with 2 R <= D is taken for rotary_dim / 2 unless
+    `rotary_dim` says otherwise.
+
+    Differentiable in q and k; the gradient is the inverse rotation, so only cos and sin are kept for it. q and k are
+    never overwritten: see `apply_rope_`.
+    """
+    cos, sin = _half_tables(q, k, cos, sin, interleaved, rotary_dim)
+    return _rope(q, k, cos, sin, interleaved, False)
+
+
+def apply_rope_(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False, rotary_dim: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """`apply_rope` that overwrites q and k and returns them; for tensors of which no gradient is wanted.
+
+    Autograd has no in-place function with two outputs that are views, as q and k mostly are, hence the restriction.
+    """
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
+        raise ValueError("apply_rope_ overwrites q and k and has no gradient: use apply_rope, or torch.no_grad()")
+    cos, sin = _half_tables(q, k, cos, sin, interleaved, rotary_dim)
+    _rope_in_place(q, k, cos, sin, interleaved)
+    return q, k
+
+
+def compile_specs() -> list:
+    """Configurations to compile ahead of time: dtypes, layouts and head shapes of the models in use."""
+    from .compile_check import CompileSpec
+
+    strides = [f"{t}_{d}" for t in ("q", "k", "qo", "ko") for d in "bsh"] + ["cos_b", "cos_s", "sin_b", "sin_s"]
+    sizes = ["tokens", "length"]
+    ones = dict.fromkeys([f"{t}_d" for t in ("q", "k", "qo", "ko", "cos", "sin")], 1)
+    specs = []
+    for name, q_heads, k_heads, head_dim, half in (
+        ("llama-8b", 32, 8, 128, 64),
+        ("qwen-28-heads", 28, 4, 128, 64),
+        ("small", 8, 2, 64, 32),
+        ("partial", 32, 8, 96, 24),
+        ("wide", 16, 16, 256, 128),
+    ):
+        for dtype, index in (("bf16", "i32"), ("fp16", "i32"), ("fp32", "i64")):
+            for interleaved in (False, True):
+                for inverse in (False, True):
+                    constants, warps = _config(q_heads, k_heads, head_dim, half, interleaved, copy=True)
+                    signature = dict.fromkeys(["q", "k", "q_out", "k_out"], f"*{dtype}")
+                    signature |= dict.fromkeys(["cos", "sin"], "*fp32") | dict.fromkeys(sizes, "i32")
+                    signature |= dict.fromkeys(strides, index)
+                    label = f"rope {name} {dtype}{' interleaved' * interleaved}{' inverse' * inverse}"
+                    specs.append(
+                        CompileSpec(
+                            name=label,
+                            fn=_rope_kernel,
+                            signature=signature,
+                            constexprs={**ones, "INVERSE": inverse, **constants},
+                            num_warps=warps,
+                            num_stages=3,
+                        )
+                    )
+    return specs
