@@ -1,0 +1,308 @@
+"""DeepSpeed, and the only module that imports it: configuration, training step, weights, save and load."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import socket
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+os.environ["PATH"] = (
+    f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # ninja of this environment
+)
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.utils import set_z3_leaf_modules
+from torch import nn
+
+from ds_llm.config import Config
+from ds_llm.deepspeed_config import build as build_deepspeed_config
+from ds_llm.errors import UserError
+
+# Blocks whose experts run on the tokens routed to them: ZeRO-3 must gather them whole, or ranks whose tokens skip an
+# expert wait for ranks whose tokens use it.
+MOE_BLOCKS = (
+    "MoEBlock",
+    "MixtralSparseMoeBlock",
+    "OlmoeSparseMoeBlock",
+    "Qwen2MoeSparseMoeBlock",
+    "Qwen3MoeSparseMoeBlock",
+)
+
+
+@dataclass
+class StepResult:
+    """What one optimizer step did: whether weights changed, the global gradient norm, the fp16 loss scale."""
+
+    applied: bool
+    grad_norm: float
+    loss_scale: float
+
+
+def init_distributed(timeout_minutes: float = 30) -> None:
+    """Join the process group the launcher described; a process without a launcher forms a group of one."""
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_SIZE="1")
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timedelta(minutes=timeout_minutes))
+
+
+def all_reduce(values: list[float], op: str = "sum") -> list[float]:
+    """Sum or maximum over ranks of a few numbers, in float64."""
+    tensor = torch.tensor(values, dtype=torch.float64, device=device())
+    dist.all_reduce(tensor, op=dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX)
+    return tensor.tolist()
+
+
+def device() -> torch.device:
+    accelerator = deepspeed.get_accelerator()
+    return torch.device(accelerator.current_device_name() if accelerator.device_name() != "cpu" else "cpu")
+
+
+class Engine:
+    """A module under DeepSpeed: forward, backward, step with a veto, averaged weights, states on disk.
+
+    `module` is any nn.Module; `config` the run's configuration. The optimizer is built by DeepSpeed from its JSON, so
+    offloaded and fused versions come with it. Weights with fewer than two dimensions get no weight decay.
+    """
+
+    def __init__(self, module: nn.Module, config: Config):
+        self.world_size, self.rank = dist.get_world_size(), dist.get_rank()
+        self.config = config
+        self.settings = build_deepspeed_config(config, self.world_size)
+        self.stage = self.settings["zero_optimization"]["stage"]
+        if self.stage == 3:
+            blocks = {type(m) for m in module.modules() if type(m).__name__ in MOE_BLOCKS}
+            if blocks:
+                set_z3_leaf_modules(module, list(blocks), raise_if_not_found=False)
+        # Casting the module to bf16 or fp16 would round the rotary frequencies, and with them every position.
+        exact = {n: b.detach().clone() for n, b in module.named_buffers() if b.dtype == torch.float32}
+        groups = _decay_groups(module, config.optim.weight_decay)
+        self._engine, self._optimizer, _, _ = deepspeed.initialize(
+            model=module, model_parameters=groups, config=self.settings
+        )
+        for name, value in exact.items():
+            owner, _, leaf = name.rpartition(".")
+            module.get_submodule(owner)._buffers[leaf] = value.to(device())
+        self.module = module
+        self.has_own_schedule = "scheduler" in self.settings
+        self.ema: list[torch.Tensor] | None = None
+        self.ema_updates = 0
+        if config.ema.enabled:
+            if self.settings["zero_optimization"].get("offload_optimizer", {}).get("device") == "nvme":
+                raise UserError("ema.enabled: not possible with the optimizer offloaded to NVMe; use CPU offload")
+            self.ema = [p.detach().clone() for p in self._masters()]
+
+    # -- training -----------------------------------------------------------------------------------------------------
+
+    def forward(self, **batch):
+        """Run the module on tensors moved to the device."""
+        return self._engine(**{k: v.to(device()) if torch.is_tensor(v) else v for k, v in batch.items()})
+
+    def train(self, mode: bool = True) -> None:
+        self._engine.train(mode)
+
+    def begin_micro_step(self, last: bool) -> None:
+        """Say, before the forward pass, whether the coming backward pass is the last of the optimizer step."""
+        self._engine.set_gradient_accumulation_boundary(last)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradients of `loss`. Over ranks and micro-steps losses are summed, not averaged."""
+        # DeepSpeed averages over ranks and divides by the accumulation steps; the caller's losses are parts of a sum.
+        self._engine.backward(loss * self.world_size * self._engine.gradient_accumulation_steps())
+
+    def step(self, lr: float, veto: bool = False) -> StepResult:
+        """Update the weights, unless a gradient is not finite or `veto` is set; then gradients are dropped."""
+        if not self.has_own_schedule:
+            for group in self._optimizer.param_groups:
+                group["lr"] = lr
+        plain_norm = self._plain_norm() if self._is_plain() else None
+        if plain_norm is not None and not torch.isfinite(plain_norm):
+            veto = True
+        with self._overflow(veto):
+            self._engine.step()
+        applied = not veto and not getattr(self._optimizer, "overflow", False)
+        norm = plain_norm if plain_norm is not None else self._engine.get_global_grad_norm()
+        if applied and self.ema is not None:
+            self._update_ema()
+        return StepResult(applied, float(norm) if norm is not None else float("nan"), self._loss_scale())
+
+    def lr(self) -> float:
+        """Learning rate of the latest step."""
+        return float(self._optimizer.param_groups[0]["lr"])
+
+    def _is_plain(self) -> bool:
+        return isinstance(self._optimizer, torch.optim.Optimizer)
+
+    def _plain_norm(self) -> torch.Tensor:
+        grads = [p.grad for p in self.module.parameters() if p.grad is not None]
+        return torch.nn.utils.get_total_norm(grads)
+
+    def _loss_scale(self) -> float:
+        return float(getattr(self._optimizer, "cur_scale", getattr(self._optimizer, "loss_scale", 1.0)))
+
+    @contextlib.contextmanager
+    def _overflow(self, force: bool) -> Iterator[None]:
+        """Send the step down DeepSpeed's own path for non-finite gradients, which drops them in every ZeRO stage."""
+        if not force:
+            yield
+            return
+        opt, infinite = self._optimizer, torch.tensor(float("inf"), device=device())
+        if isinstance(opt, DeepSpeedZeroOptimizer_Stage3):
+            owner, name, stand_in = opt, "_get_norm_groups", lambda: [infinite]
+        elif isinstance(opt, DeepSpeedZeroOptimizer):
+            owner, name, stand_in = opt, "scaled_global_norm", lambda *_: infinite
+        elif isinstance(opt, BF16_Optimizer):
+            owner, name, stand_in = opt, "get_grads_for_norm", lambda *_, **__: ([infinite], [])
+        elif isinstance(opt, (FP16_Optimizer, FP16_UnfusedOptimizer)):
+            owner, name, stand_in = opt.overflow_checker, "check", lambda *_, **__: True
+        else:
+            owner, name, stand_in = opt, "step", lambda *_, **__: None
+        setattr(owner, name, stand_in)
+        try:
+            yield
+        finally:
+            delattr(owner, name)
+
+    # -- averaged weights ---------------------------------------------------------------------------------------------
+
+    def _masters(self) -> list[torch.Tensor]:
+        """The fp32 weights this rank updates: its partition under ZeRO, all of them without."""
+        opt = self._optimizer
+        if isinstance(opt, DeepSpeedZeroOptimizer_Stage3):
+            return list(opt.fp32_partitioned_groups_flat)
+        if isinstance(opt, DeepSpeedZeroOptimizer):
+            return list(opt.single_partition_of_fp32_groups)
+        if isinstance(opt, BF16_Optimizer):
+            return list(opt.fp32_groups_flat_partition)
+        if isinstance(opt, FP16_Optimizer):
+            return list(opt.fp32_groups_flat)
+        if isinstance(opt, FP16_UnfusedOptimizer):
+            return [p for group in opt.fp32_groups for p in group]
+        return [p for group in opt.param_groups for p in group["params"]]
+
+    @torch.no_grad()
+    def _push_masters(self) -> None:
+        """Copy the fp32 weights into the module's weights on all ranks."""
+        opt = self._optimizer
+        if isinstance(opt, DeepSpeedZeroOptimizer_Stage3):
+            opt._partition_all_parameters()
+            for i in range(len(opt.fp16_groups)):
+                opt._reassign_or_swap_out_partitioned_parameters(i)
+            if opt.persistent_parameters:
+                opt.persistent_parameters[0].all_gather(opt.persistent_parameters)
+        elif isinstance(opt, (DeepSpeedZeroOptimizer, BF16_Optimizer)):
+            opt.update_lp_params()
+        elif isinstance(opt, FP16_Optimizer):
+            for flat, low in zip(opt.fp32_groups_flat, opt.fp16_groups, strict=True):
+                for view, param in zip(torch._utils._unflatten_dense_tensors(flat, low), low, strict=True):
+                    param.copy_(view)
+        elif isinstance(opt, FP16_UnfusedOptimizer):
+            for high, low in zip(opt.fp32_groups, opt.fp16_groups, strict=True):
+                for master, param in zip(high, low, strict=True):
+                    param.copy_(master)
+
+    @torch.no_grad()
+    def _update_ema(self) -> None:
+        """average = d * average + (1 - d) * weights, with d = min(decay, (1 + t) / (10 + t)) at update t."""
+        decay = min(self.config.ema.decay, (1 + self.ema_updates) / (10 + self.ema_updates))
+        for average, master in zip(self.ema, self._masters(), strict=True):
+            average.lerp_(master.detach().to(average.device), 1 - decay)
+        self.ema_updates += 1
+
+    @contextlib.contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Inside the block the module holds the moving average; without one, its own weights."""
+        if self.ema is None:
+            yield
+            return
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for average, master in zip(self.ema, self._masters(), strict=True):
+            held = master.detach().clone()
+            master.data.copy_(average)
+            average.copy_(held)
+        self._push_masters()
+
+    # -- weights and states -------------------------------------------------------------------------------------------
+
+    def gather(self, model: nn.Module) -> dict[str, torch.Tensor] | None:
+        """Whole weights of `model` on the CPU, on rank 0 (None elsewhere), one parameter at a time under ZeRO-3."""
+        state = {} if self.rank == 0 else None
+        for name, param in model.named_parameters():
+            sharded = [param] if hasattr(param, "ds_id") else []
+            with deepspeed.zero.GatheredParameters(sharded) if sharded else contextlib.nullcontext():
+                if self.rank == 0:
+                    state[name] = param.detach().to("cpu", copy=True)
+        if self.rank == 0:
+            persistent = model.state_dict().keys()
+            state.update({n: b.detach().cpu() for n, b in model.named_buffers() if n in persistent})
+        return state
+
+    def save(self, folder: Path) -> None:
+        """Write optimizer, master weights and average of all ranks into `folder`; every rank must call it."""
+        self._engine.save_checkpoint(str(folder), tag="deepspeed", save_latest=False)
+        if self.ema is not None and (self.rank == 0 or self._ema_is_sharded()):
+            torch.save({"average": self.ema, "updates": self.ema_updates}, folder / self._ema_file())
+
+    def load(self, folder: Path) -> None:
+        """Restore what `save` wrote, bit for bit, at the same world size and ZeRO stage."""
+        path, _ = self._engine.load_checkpoint(str(folder), tag="deepspeed")
+        if path is None:
+            raise UserError(f"{folder}: holds no DeepSpeed state; delete the folder to go on from an older checkpoint")
+        if self.ema is not None:
+            saved = torch.load(folder / self._ema_file(), map_location="cpu", weights_only=True)
+            self.ema_updates = saved["updates"]
+            for average, value in zip(self.ema, saved["average"], strict=True):
+                average.copy_(value)
+
+    def _ema_is_sharded(self) -> bool:
+        return self.stage > 0
+
+    def _ema_file(self) -> str:
+        return f"ema_rank{self.rank if self._ema_is_sharded() else 0:05d}.pt"
+
+    def state_bytes(self) -> int:
+        """Bytes this rank's part of a checkpoint takes, roughly: master weights, two Adam moments, average, weights."""
+        masters = sum(p.numel() for p in self._masters())
+        per_weight = 4 * 3 + (4 if self.ema is not None else 0)
+        if self.stage == 0 and self.rank != 0:
+            return 0
+        weights = sum(getattr(p, "ds_numel", p.numel()) for p in self.module.parameters())
+        # rank 0 writes the weights twice: in DeepSpeed's file and as the exported model
+        return masters * per_weight + (2 * weights * 4 if self.rank == 0 else 0)
+
+    def destroy(self) -> None:
+        """Release the engine's hooks and buffers."""
+        self._engine.destroy()
+        gc.collect()
+
+
+def _decay_groups(module: nn.Module, weight_decay: float) -> list[dict]:
+    trained: Iterable[tuple[str, nn.Parameter]] = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+    matrices = [p for _, p in trained if p.dim() >= 2]
+    vectors = [p for _, p in trained if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [g for g in groups if g["params"]]
