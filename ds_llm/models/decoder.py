@@ -1,0 +1,399 @@
+"""The project's decoder: a Llama-style language model with optional mixture-of-experts layers, usable by transformers.
+
+RMSNorm before each block (Zhang & Sennrich, arXiv:1910.07467), rotary positions (Su et al., arXiv:2104.09864), grouped
+query attention (Ainslie et al., arXiv:2305.13245), SwiGLU. Without experts its parameters, names and outputs are those
+of transformers' Llama. Importing this module registers it with transformers' Auto classes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, GenerationMixin
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import ModelOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.models.llama.modeling_llama import eager_attention_forward
+from transformers.utils import can_return_tuple
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from ds_llm.config import ModelConfig
+from ds_llm.kernels.rope import apply_rope, rope_tables
+from ds_llm.models.head import IGNORE_INDEX, LMHead, document_lengths, head_loss
+from ds_llm.models.moe import MLP, Experts, MoEBlock, Router
+
+
+@strict
+class DecoderConfig(PreTrainedConfig):
+    """Configuration of the decoder; names are those of transformers, see docs/model.md for each field.
+
+    Raises (a subclass of ValueError) when heads, experts or rotary options do not fit together.
+    """
+
+    model_type = "ds_llm_decoder"
+    keys_to_ignore_at_inference = ("past_key_values",)
+
+    vocab_size: int = 6400
+    hidden_size: int = 512
+    num_hidden_layers: int = 8
+    num_attention_heads: int = 8
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    intermediate_size: int | None = None
+    max_position_embeddings: int = 512
+    rope_parameters: dict | None = None
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = True
+    dropout: float | int = 0.0
+    attention_dropout: float | int = 0.0
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    use_moe: bool = False
+    n_routed_experts: int = 8
+    num_experts_per_tok: int = 2
+    n_shared_experts: int = 0
+    moe_intermediate_size: int | None = None
+    scoring_func: str = "softmax"
+    norm_topk_prob: bool = True
+    aux_loss_alpha: float | int = 0.01
+    seq_aux: bool = True
+    z_loss_alpha: float | int = 0.0
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs):
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.intermediate_size is None:
+            self.intermediate_size = swiglu_width(self.hidden_size, 64)
+        if self.moe_intermediate_size is None:
+            self.moe_intermediate_size = self.intermediate_size
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self):
+        """Called by the base class after construction."""
+        if self.hidden_size % self.num_attention_heads and self.head_dim * self.num_attention_heads != self.hidden_size:
+            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of {self.num_attention_heads} heads")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads "
+                f"{self.num_key_value_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even for rotary positions, not {self.head_dim}")
+        if (self.rope_parameters or {}).get("rope_type", "default") != "default":
+            raise ValueError(f"rope_type '{self.rope_parameters['rope_type']}' is not supported: only 'default' is")
+        if self.use_moe and self.num_experts_per_tok > self.n_routed_experts:
+            raise ValueError(
+                f"num_experts_per_tok {self.num_experts_per_tok} is more than n_routed_experts {self.n_routed_experts}"
+            )
+        if self.scoring_func not in ("softmax", "sigmoid"):
+            raise ValueError(f"scoring_func must be softmax or sigmoid, not '{self.scoring_func}'")
+
+    @classmethod
+    def from_model_config(cls, model: ModelConfig, vocab_size: int, **kwargs) -> DecoderConfig:
+        """From the `model` section of a run's configuration; `kwargs` are further fields (token ids)."""
+        return cls(
+            vocab_size=vocab_size,
+            hidden_size=model.dim,
+            num_hidden_layers=model.n_layers,
+            num_attention_heads=model.n_heads,
+            num_key_value_heads=model.n_kv_heads,
+            intermediate_size=model.intermediate_size or swiglu_width(model.dim, model.multiple_of),
+            max_position_embeddings=model.max_seq_len,
+            rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},
+            rms_norm_eps=model.norm_eps,
+            tie_word_embeddings=model.tie_embeddings,
+            dropout=model.dropout,
+            use_moe=model.use_moe,
+            n_routed_experts=model.n_routed_experts,
+            num_experts_per_tok=model.num_experts_per_tok,
+            n_shared_experts=model.n_shared_experts,
+            moe_intermediate_size=model.moe_intermediate_size,
+            scoring_func=model.scoring_func,
+            norm_topk_prob=model.norm_topk_prob,
+            aux_loss_alpha=model.aux_loss_alpha,
+            seq_aux=model.seq_aux,
+            z_loss_alpha=model.z_loss_alpha,
+            **kwargs,
+        )
+
+
+def swiglu_width(hidden_size: int, multiple_of: int) -> int:
+    """8/3 of the hidden size, rounded up: three SwiGLU matrices of it hold what two of a 4x wide MLP hold."""
+    return math.ceil(8 * hidden_size / 3 / multiple_of) * multiple_of
+
+
+@dataclass
+class DecoderOutput(ModelOutput):
+    """Output of `DecoderModel`.
+
+    `last_hidden_state` [B, S, H]. With experts: `aux_loss`, the auxiliary losses weighted and summed over layers;
+    `aux_report`, the load-balancing loss without its weight, mean over layers (1 when uniform); `expert_counts`
+    [layers, E] int32, how often each expert was chosen; `router_logits` (on request), [B * S, E] per layer.
+    """
+
+    last_hidden_state: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    router_logits: tuple[Tensor, ...] | None = None
+    aux_loss: Tensor | None = None
+    aux_report: Tensor | None = None
+    expert_counts: Tensor | None = None
+
+
+@dataclass
+class DecoderCausalLMOutput(ModelOutput):
+    """Output of `DecoderForCausalLM`; `logits` [B, S, V], None in training when labels are given."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    router_logits: tuple[Tensor, ...] | None = None
+    aux_loss: Tensor | None = None
+    aux_report: Tensor | None = None
+    expert_counts: Tensor | None = None
+
+
+class DecoderAttention(nn.Module):
+    """Causal grouped query attention with rotary positions."""
+
+    is_causal = True
+
+    def __init__(self, config: DecoderConfig, layer_idx: int):
+        super().__init__()
+        self.config, self.layer_idx = config, layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = config.head_dim**-0.5
+        width, kv_width = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
+        self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
+
+    def forward(
+        self, hidden, rope, attention_mask=None, past_key_values=None, **kwargs
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden [B, S, H], rope = (cos, sin) [S or B x S, head_dim / 2] -> output [B, S, H], attention weights."""
+        shape = (*hidden.shape[:-1], -1, self.head_dim)
+        q, k = apply_rope(self.q_proj(hidden).view(shape), self.k_proj(hidden).view(shape), *rope)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), self.v_proj(hidden).view(shape).transpose(1, 2)
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        dropout = self.config.attention_dropout if self.training else 0.0
+        out, weights = attend(self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
+        return self.o_proj(out.reshape(*hidden.shape[:-1], -1)), weights
+
+
+class DecoderLayer(GradientCheckpointingLayer):
+    """Attention and MLP (or experts), each behind a norm and added to its input."""
+
+    def __init__(self, config: DecoderConfig, layer_idx: int):
+        super().__init__()
+        self.dropout = config.dropout
+        self.self_attn = DecoderAttention(config, layer_idx)
+        self.mlp = MoEBlock(config) if config.use_moe else MLP(config.hidden_size, config.intermediate_size)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, hidden, rope, attention_mask=None, past_key_values=None, token_mask=None, **kwargs):
+        """Returns (hidden [B, S, H],), followed by what `MoEBlock` returns beside its output."""
+        out, _ = self.self_attn(self.input_layernorm(hidden), rope, attention_mask, past_key_values, **kwargs)
+        hidden = hidden + F.dropout(out, self.dropout, self.training)
+        normed = self.post_attention_layernorm(hidden)
+        if isinstance(self.mlp, MoEBlock):
+            out, *rest = self.mlp(normed, token_mask)
+        else:
+            out, rest = self.mlp(normed), ()
+        return hidden + F.dropout(out, self.dropout, self.training), *rest
+
+
+class DecoderPreTrainedModel(PreTrainedModel):
+    config_class = DecoderConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ("DecoderLayer",)
+    _skip_keys_device_placement = ("past_key_values",)
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _can_record_outputs = {  # noqa: RUF012 (transformers reads it from the class)
+        "hidden_states": OutputRecorder(DecoderLayer, index=0),
+        "attentions": OutputRecorder(DecoderAttention, index=1),
+        "router_logits": OutputRecorder(Router, index=0),
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        """N(0, initializer_range); projections into the residual stream by 1/sqrt(2 layers) less (GPT-2)."""
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        into_residual = std / math.sqrt(2 * self.config.num_hidden_layers)
+        if isinstance(module, Router):
+            init.normal_(module.weight, std=std)
+        elif isinstance(module, Experts):
+            init.normal_(module.gate_up_proj, std=std)
+            init.normal_(module.down_proj, std=into_residual)
+        elif isinstance(module, MLP):
+            init.normal_(module.down_proj.weight, std=into_residual)
+        elif isinstance(module, DecoderAttention):
+            init.normal_(module.o_proj.weight, std=into_residual)
+
+
+class DecoderModel(DecoderPreTrainedModel):
+    """The decoder without its output head."""
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__(config)
+        # no padding_idx: where the padding token is also the end of text, its embedding must learn
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([DecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> DecoderOutput:
+        """input_ids [B, S] or inputs_embeds [B, S, H]; attention_mask [B, S + cached], 0 where padding.
+
+        position_ids [B, S] that restart at 0 within a row, without an attention mask and a cache, mean packed
+        documents: attention does not cross a restart. Without position_ids, tokens follow those in the cache.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        batch, length = hidden.shape[:2]
+        # made from the caller's cache: transformers looks for packed documents only where there is no cache
+        causal_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=hidden,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        flash = "flash" in (self.config._attn_implementation or "")
+        if flash and position_ids is not None and attention_mask is None and past_key_values is None:
+            kwargs = {**document_lengths(position_ids.expand(batch, -1)), **kwargs}
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            positions = torch.arange(length, device=hidden.device) + seen
+        else:
+            positions = position_ids[0] if position_ids.shape[0] == 1 else position_ids
+        rope = rope_tables(positions, self.config.head_dim, self.config.rope_parameters["rope_theta"])
+        token_mask = None
+        if self.config.use_moe and attention_mask is not None and attention_mask.dim() == 2:
+            token_mask = attention_mask[:, -length:].bool()
+
+        stats = []
+        for layer in self.layers:
+            hidden, *rest = layer(
+                hidden,
+                rope,
+                attention_mask=causal_mask,
+                past_key_values=past_key_values,
+                token_mask=token_mask,
+                **kwargs,
+            )
+            stats.append(rest)
+        out = DecoderOutput(last_hidden_state=self.norm(hidden), past_key_values=past_key_values)
+        if self.config.use_moe:
+            aux, balance, counts = (torch.stack(column) for column in zip(*stats, strict=True))
+            out.aux_loss, out.aux_report, out.expert_counts = aux.sum(), balance.mean(), counts
+        return out
+
+
+class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 (read from the class)
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__(config)
+        self.model = DecoderModel(config)
+        self.lm_head = LMHead(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: int | Tensor | None = None,
+        **kwargs,
+    ) -> DecoderCausalLMOutput:
+        """See `DecoderModel.forward`. labels [B, S]: token ids (shifted here), -100 where there is nothing to learn.
+
+        `loss`: summed cross-entropy divided by `num_items_in_batch` or by the number of valid labels, computed in
+        chunks; in training the auxiliary losses are added. `logits_to_keep`: only the last so many positions, or the
+        positions of an index tensor; 0 for all.
+        """
+        out = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden = out.last_hidden_state
+        loss = logits = None
+        if labels is not None:
+            shifted = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+            items = (shifted != IGNORE_INDEX).sum().clamp_min(1) if num_items_in_batch is None else num_items_in_batch
+            loss = head_loss(self.lm_head, hidden, shifted) / items
+            if self.training and out.aux_loss is not None:
+                loss = loss + out.aux_loss
+        if labels is None or not self.training:
+            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden[:, keep])
+        return DecoderCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=out.past_key_values,
+            hidden_states=out.hidden_states,
+            attentions=out.attentions,
+            router_logits=out.router_logits,
+            aux_loss=out.aux_loss,
+            aux_report=out.aux_report,
+            expert_counts=out.expert_counts,
+        )
+
+
+AutoConfig.register(DecoderConfig.model_type, DecoderConfig)
+AutoModel.register(DecoderConfig, DecoderModel)
+AutoModelForCausalLM.register(DecoderConfig, DecoderForCausalLM)

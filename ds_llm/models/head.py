@@ -1,0 +1,227 @@
+"""Output head and loss of a causal language model, without ever holding all its logits."""
+
+from __future__ import annotations
+
+import sys
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ds_llm.errors import UserError
+from ds_llm.kernels.token_stats import linear_cross_entropy
+
+IGNORE_INDEX = -100
+CHUNK_TOKENS = 1024  # logits of so many tokens exist at a time where a head is not a plain linear layer
+
+
+class LMHead(nn.Linear):
+    """Output embedding [vocab, hidden] that also computes the loss.
+
+    The loss is computed inside the module's own forward, so whatever makes the weight available for a forward pass
+    (DeepSpeed ZeRO-3's hooks) makes it available for the loss.
+    """
+
+    logit_scale: float = 1.0  # logits are multiplied by this before the soft cap; used in the loss only
+    softcap: float | None = None  # c replaces a logit x by c * tanh(x / c); used in the loss only
+
+    def forward(self, hidden: Tensor, labels: Tensor | None = None, reduction: str = "sum") -> Tensor:
+        """Logits [..., vocab] of hidden [..., H]; with `labels` [...] the cross-entropy in nats instead.
+
+        labels[i] is what hidden[i] predicts (no shift here), `IGNORE_INDEX` where nothing is. `reduction` is "sum",
+        "mean" (over the valid labels) or "none" (a loss per label, flattened).
+        """
+        if labels is None:
+            return super().forward(hidden)
+        bias = self.bias
+        if self.logit_scale != 1.0:
+            hidden = hidden * self.logit_scale
+            bias = None if bias is None else bias * self.logit_scale
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        return linear_cross_entropy(
+            flat, self.weight, labels.reshape(-1), bias=bias, softcap=self.softcap, reduction=reduction
+        )
+
+
+def head_loss(head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
+    """Summed cross-entropy of already shifted labels through any output head (float32 scalar).
+
+    An `LMHead` computes it in one go. A head that something wraps (a LoRA adapter on it, a trained copy) is called
+    as it is on `CHUNK_TOKENS` tokens at a time, and again in the backward pass.
+    """
+    if isinstance(head, LMHead):
+        return head(hidden, labels)
+    inner = next((m for m in head.modules() if isinstance(m, LMHead)), None)
+    scale, softcap = (inner.logit_scale, inner.softcap) if inner is not None else (1.0, None)
+
+    def chunk_loss(rows: Tensor, targets: Tensor) -> Tensor:
+        logits = head(rows).float() * scale
+        if softcap is not None:
+            logits = torch.tanh(logits / softcap) * softcap
+        return F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
+
+    total = hidden.new_zeros((), dtype=torch.float32)
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    for rows, targets in zip(flat.split(CHUNK_TOKENS), labels.reshape(-1).split(CHUNK_TOKENS), strict=True):
+        total = total + checkpoint(chunk_loss, rows, targets, use_reentrant=False)
+    return total
+
+
+def attach_loss_head(model: nn.Module) -> nn.Module:
+    """Let any transformers causal language model compute its loss in its output embedding; returns the model.
+
+    The head's class becomes `LMHead`; parameters and state-dict keys stay as they are. A final soft cap (Gemma) or a
+    factor on the logits (Granite, Cohere) is carried over. Where the weights are there to try it, the model's own logits
+    of a few tokens are compared with the head's. Raises `UserError` where the head is not linear or the comparison fails.
+    """
+    head = model.get_output_embeddings()
+    kind = model.config.model_type
+    if isinstance(head, LMHead):
+        return model
+    if type(head) is not nn.Linear:
+        raise UserError(f"cannot train a '{kind}' model: its output head is {type(head).__name__}, not a linear layer")
+    head.__class__ = LMHead
+    head.logit_scale, head.softcap = _logit_transform(model)
+    _check_head(model, head)
+    return model
+
+
+def _logit_transform(model: nn.Module) -> tuple[float, float | None]:
+    """Factor and soft cap that the model's own forward applies to the logits."""
+    config = model.config.get_text_config()
+    scale = 1.0
+    if getattr(config, "logits_scaling", None):
+        scale = 1.0 / config.logits_scaling
+    elif getattr(config, "logit_scale", None):
+        scale = float(config.logit_scale)
+    elif getattr(config, "lm_head_multiplier", None):
+        scale = float(config.lm_head_multiplier)
+    softcap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
+    return scale, softcap
+
+
+@torch.no_grad()
+def _check_head(model: nn.Module, head: LMHead) -> None:
+    if any(p.device.type == "meta" or hasattr(p, "ds_id") for p in model.parameters()):
+        return  # no weights here to try it with
+    training = model.training
+    model.eval()
+    try:
+        ids = torch.arange(4, device=head.weight.device)[None] % head.weight.shape[0]
+        expected = model(input_ids=ids, use_cache=False).logits.float()
+        found = head(backbone(model)(input_ids=ids, use_cache=False).last_hidden_state).float() * head.logit_scale
+    finally:
+        model.train(training)
+    if head.softcap is not None:
+        found = torch.tanh(found / head.softcap) * head.softcap
+    tolerance = 1e-3 if head.weight.dtype == torch.float32 else 5e-2
+    if found.shape != expected.shape or (found - expected).abs().max() > tolerance * expected.abs().max().clamp_min(1):
+        raise UserError(
+            f"cannot train a '{model.config.model_type}' model: its logits are not a linear function of its last hidden "
+            "state with the factor and soft cap that its configuration names"
+        )
+
+
+def backbone(model: nn.Module) -> nn.Module:
+    """The module of a causal language model that returns `last_hidden_state`; adapters of peft stay active in it."""
+    peft_config = getattr(model, "peft_config", None)
+    if isinstance(peft_config, dict) and hasattr(model, "get_base_model"):
+        if any(getattr(c, "is_prompt_learning", False) for c in peft_config.values()):
+            raise UserError("prompt-learning adapters (prompt, prefix, p-tuning) are not supported: use LoRA")
+        model = model.get_base_model()
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    if decoder is None or decoder is model:
+        decoder = model.base_model
+    if decoder is model:
+        raise UserError(f"{type(model).__name__} has no backbone apart from its output head")
+    return decoder
+
+
+def document_lengths(position_ids: Tensor) -> dict[str, Tensor | int]:
+    """Keyword arguments of transformers' flash attention that keep packed documents apart; empty if none are packed.
+
+    position_ids [B, S] restart where a document starts. Without these, transformers looks for packing only in
+    batches of one row.
+    """
+    starts = torch.ones_like(position_ids, dtype=torch.bool)
+    starts[:, 1:] = position_ids.diff(dim=-1) != 1
+    bounds = starts.reshape(-1).nonzero().view(-1)
+    if bounds.numel() == position_ids.shape[0]:
+        return {}
+    bounds = F.pad(bounds, (0, 1), value=position_ids.numel()).int()
+    longest = int(bounds.diff().max())
+    return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
+
+
+class LMLoss(NamedTuple):
+    """Loss of a micro-batch. `loss_sum`: summed cross-entropy in nats over the valid labels, float32 scalar.
+
+    `aux_loss`: what the model's experts add to the loss, weighted and summed over layers (0 without experts).
+    `aux_report`: the load-balancing loss without its weight, mean over layers. `expert_counts` [layers, E] int32: how
+    often each expert was chosen. Both None without experts.
+    """
+
+    loss_sum: Tensor
+    aux_loss: Tensor
+    aux_report: Tensor | None
+    expert_counts: Tensor | None
+
+
+def lm_loss(
+    model: nn.Module,
+    input_ids: Tensor,
+    labels: Tensor,
+    position_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+) -> LMLoss:
+    """Forward pass and loss of a causal language model whose head `attach_loss_head` has prepared.
+
+    input_ids [B, S]; labels [B, S] ALREADY SHIFTED (labels[b, s] is what position s predicts, -100: nothing);
+    position_ids [B, S] restarting at 0 where a packed document starts. Mixture-of-experts models of transformers use
+    their own load-balancing loss and coefficient where they define one.
+    """
+    body = backbone(model)
+    config = body.config
+    extra = {}
+    balanced = _balancing_loss(model)
+    if balanced is not None:
+        extra["output_router_logits"] = True
+    flash = "flash" in (getattr(config, "_attn_implementation", None) or "")
+    if flash and position_ids is not None and attention_mask is None:
+        extra.update(document_lengths(position_ids))
+    out = body(input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, use_cache=False, **extra)
+    hidden = out.last_hidden_state
+    loss_sum = head_loss(model.get_output_embeddings(), hidden, labels)
+    aux, report, counts = loss_sum.new_zeros(()), None, None
+    if getattr(out, "expert_counts", None) is not None:
+        aux, report, counts = out.aux_loss, out.aux_report, out.expert_counts
+    elif balanced is not None and out.router_logits:
+        aux, report, counts = balanced(out.router_logits, attention_mask)
+    return LMLoss(loss_sum, aux, report, counts)
+
+
+def _balancing_loss(model: nn.Module):
+    """A function of (router logits, attention mask) that gives (aux loss, report, counts), or None without one."""
+    base = model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+    function = getattr(sys.modules[type(base).__module__], "load_balancing_loss_func", None)
+    config = base.config.get_text_config()
+    weight = getattr(config, "router_aux_loss_coef", None)
+    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
+    top_k = getattr(config, "num_experts_per_tok", None)
+    if function is None or weight is None or not experts or not top_k:
+        return None
+
+    def loss(router_logits: tuple[Tensor, ...], attention_mask: Tensor | None):
+        balance = function(router_logits, experts, top_k, attention_mask)
+        with torch.no_grad():
+            counts = []
+            for logits in router_logits:
+                chosen = logits.topk(top_k, dim=-1).indices
+                if attention_mask is not None:
+                    chosen = chosen[attention_mask.reshape(-1).bool()]
+                counts.append(torch.bincount(chosen.reshape(-1), minlength=experts).int())
+        return weight * balance, balance.detach() / top_k, torch.stack(counts)  # transformers counts every choice
+
+    return loss
