@@ -47,7 +47,7 @@ class Tracker:
     def step(self, metrics: dict) -> None:
         """One optimizer step: `step` (from 1), `epoch`, `loss` (nats per token), `grad_norm`, `lr`, `tokens` and
         `samples` (consumed so far, all ranks), what `Meter.step` returns, and where they apply `aux_loss`, `skipped`
-        (the reason) and `expert_load` [layers][experts], each layer's shares of the routed tokens. `ppl` = exp(loss) is
+        (the reason) and `expert_load` [layers][experts], counts or shares of the routed tokens. `ppl` = exp(loss) is
         added."""
         if not self._metrics:
             return
