@@ -38,12 +38,12 @@ def quiet() -> None:
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Run `main` and exit with its result. A `UserError` becomes one line on stderr from rank 0 and its exit code."""
+    """Run `main` and exit with its result. A `UserError` becomes one line on stderr and its exit code."""
     quiet()
     try:
         code = main() or 0
     except UserError as error:
-        if rank() == 0:
+        if rank() == 0 or error.any_rank:
             print(f"error: {error}", file=sys.stderr, flush=True)
         code = error.exit_code
     except BrokenPipeError:  # the reader of our output has gone (`| head`): nothing is wrong here

@@ -1,1 +1,41 @@
-"""One file per training mode: how its model, data and loss are built."""
+"""One file per training mode: how its model, data and loss are built.
+
+A mode is a module with `check(config) -> Data`, which reads and checks everything that can be wrong before processes
+meet, and `build(config, data) -> Job`, which makes the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+
+class Samples(Protocol):
+    """Training samples: `len()` and `batch(indices)`, tensors [B, S] of which `labels` are -100 where nothing is
+    learned."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, indices) -> dict[str, torch.Tensor]: ...
+
+
+@dataclass
+class Job:
+    """What a mode hands to the trainer.
+
+    `objective(**batch)` returns (summed loss, auxiliary loss, its report or None, expert counts or None) of a
+    micro-batch; the trainer normalises. `evaluate(engine)` returns the figures of an evaluation, `perplexity` among
+    them; every rank calls it. `fingerprint` names the data: a resumed run must have the same.
+    """
+
+    model: nn.Module
+    objective: nn.Module
+    tokenizer: Any
+    samples: Samples
+    seq_len: int
+    fingerprint: dict
+    evaluate: Callable | None

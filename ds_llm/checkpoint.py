@@ -1,0 +1,220 @@
+"""Checkpoints of a run: written whole or not at all, verified before use, kept by rule.
+
+    OUTPUT/checkpoints/step-00000100/
+        manifest.json    sizes and CRC-32 of all other files; written last
+        trainer.json     position in the data, best perplexity and what else the loop needs
+        deepspeed/       optimizer, master weights and averages of each rank
+        model/           the model in Hugging Face format (averaged weights when there is an average)
+
+A checkpoint is built in a folder whose name starts with a dot and renamed when everything is on disk.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import torch.distributed as dist
+
+from ds_llm.errors import UserError
+from ds_llm.progress import console
+
+NAME = re.compile(r"step-(\d{8})")
+
+
+def folder(output: Path, step: int) -> Path:
+    return output / "checkpoints" / f"step-{step:08d}"
+
+
+def steps(output: Path) -> list[int]:
+    """Steps of the finished checkpoints, newest first."""
+    found = (output / "checkpoints").glob("step-*")
+    return sorted((int(m[1]) for p in found if (m := NAME.fullmatch(p.name))), reverse=True)
+
+
+def save(output: Path, step: int, state: dict, write: Callable[[Path], None], needed_bytes: int) -> Path:
+    """Write one checkpoint; every rank calls it. `write(folder)` stores the parts of all ranks.
+
+    needed_bytes: what this rank will write. Raises `UserError` on every rank, before anything is written, when the
+    disk has less than all ranks need; raises it on the rank it happens to when the disk fills up meanwhile.
+    """
+    target = folder(output, step)
+    partial = target.with_name(f".{target.name}.partial")
+    rank, world = dist.get_rank(), dist.get_world_size()
+    needed = _gather(needed_bytes)
+    free = _gather(_free_bytes(output))
+    if sum(needed) > min(free):
+        raise UserError(
+            f"{target}: not saved: it needs about {_size(sum(needed))}, the disk has {_size(min(free))}; "
+            f"{_newest(output)}. Free some space and continue with resume=auto"
+        )
+    try:
+        if rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        dist.barrier()
+        write(partial)
+        if rank == 0:
+            _write_json(partial / "trainer.json", state)
+        dist.barrier()
+        mine = {name: _checksum(partial / name) for name in sorted(_files(partial))[rank::world]}
+        parts = _gather(mine)
+        if rank == 0:
+            files = {name: entry for part in parts for name, entry in part.items()}
+            _write_json(partial / "manifest.json", {"step": step, "world_size": world, "files": files})
+            _sync_folder(partial)
+            shutil.rmtree(target, ignore_errors=True)
+            partial.rename(target)
+            _sync_folder(target.parent)
+        dist.barrier()
+    except (OSError, RuntimeError) as error:
+        if not _is_disk_error(error):
+            raise
+        raise UserError(
+            f"{target}: not saved: {_reason(error)}; {_newest(output)}. Free some space and continue with resume=auto",
+            any_rank=True,
+        ) from error
+    return target
+
+
+def newest_whole(output: Path) -> Path | None:
+    """The newest checkpoint whose files all match its manifest; damaged ones are named and passed over.
+
+    Every rank calls it; each checks its share of the files.
+    """
+    for step in steps(output):
+        reason = damage(folder(output, step))
+        if reason is None:
+            return folder(output, step)
+        console.print(f"warning: {folder(output, step)} is damaged ({reason}); looking for an older one", markup=False)
+    return None
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint, or None. Collective: ranks share the reading."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        files = sorted(manifest["files"].items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        files, mine = [], f"manifest.json cannot be read: {type(error).__name__}"
+    else:
+        mine = None
+    for name, entry in files[rank::world]:
+        try:
+            found = _checksum(path / name)
+        except OSError:
+            mine = f"{name} is missing"
+            break
+        if found != entry:
+            what = "has another size" if found["bytes"] != entry["bytes"] else "has other content"
+            mine = f"{name} {what} than when it was saved"
+            break
+    reasons = [r for r in _gather(mine) if r]
+    return reasons[0] if reasons else None
+
+
+def read_state(path: Path) -> dict:
+    """What `trainer.json` of a checkpoint holds, with the world size it was saved at."""
+    try:
+        state = json.loads((path / "trainer.json").read_text())
+        manifest = json.loads((path / "manifest.json").read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: not a checkpoint of this trainer (trainer.json or manifest.json is missing)") from None
+    except ValueError as error:
+        raise UserError(f"{path}: trainer.json or manifest.json is damaged ({error})") from None
+    return state | {"world_size": manifest["world_size"]}
+
+
+def prune(output: Path, keep: int, best: int | None) -> None:
+    """Delete all but the newest `keep` checkpoints and the best one (rank 0); `keep` 0 deletes none."""
+    for leftover in (output / "checkpoints").glob(".step-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    if not keep:
+        return
+    for step in steps(output)[keep:]:
+        if step != best:
+            doomed = folder(output, step)
+            # renamed first: a kill during the deletion must not leave half a checkpoint under a good name
+            trash = doomed.rename(doomed.with_name(f".{doomed.name}.partial"))
+            shutil.rmtree(trash, ignore_errors=True)
+
+
+def publish(output: Path, source: Path) -> Path:
+    """Make OUTPUT/model the model of checkpoint `source`, replacing the previous one in two renames."""
+    target, fresh, old = output / "model", output / ".model.partial", output / ".model.old"
+    for leftover in (fresh, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    shutil.copytree(source / "model", fresh)
+    if target.exists():
+        target.rename(old)
+    fresh.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def _gather(value) -> list:
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _files(path: Path) -> list[str]:
+    return [str(p.relative_to(path)) for p in path.rglob("*") if p.is_file()]
+
+
+def _checksum(path: Path) -> dict:
+    crc = size = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            crc, size = zlib.crc32(block, crc), size + len(block)
+        os.fsync(file.fileno())
+    return {"bytes": size, "crc32": crc}
+
+
+def _write_json(path: Path, value: dict) -> None:
+    with open(path, "w") as file:
+        json.dump(value, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _free_bytes(output: Path) -> int:
+    return shutil.disk_usage(output).free
+
+
+def _is_disk_error(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES)
+    return "PytorchStreamWriter" in str(error) or "write failed" in str(error).lower()  # torch.save on a full disk
+
+
+def _reason(error: Exception) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or str(error).strip().split("\n")[0]
+
+
+def _newest(output: Path) -> str:
+    done = steps(output)
+    return f"the newest checkpoint is {folder(output, done[0])}" if done else "there is no earlier checkpoint"
+
+
+def _size(count: float) -> str:
+    for unit in ("bytes", "kB", "MB", "GB", "TB"):
+        if count < 1000 or unit == "TB":
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError

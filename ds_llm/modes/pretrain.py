@@ -1,0 +1,125 @@
+"""Pretraining on token files: next-token prediction over packed documents."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ds_llm.config import Config
+from ds_llm.data.tokens import TokenData
+from ds_llm.errors import ConfigError, UserError
+from ds_llm.modes import Job
+
+
+@dataclass
+class Data:
+    """Opened and checked inputs of a run."""
+
+    train: TokenData
+    val: TokenData | None
+    tokenizer: object
+    seq_len: int
+
+
+def check(config: Config) -> Data:
+    """Open the token files and the tokenizer; every mistake in them is found here, before any model is built."""
+    from ds_llm.models.loading import load_model_config, load_tokenizer
+
+    if not config.data.train:
+        raise ConfigError("data.train: name the token files to train on, for example data.train=data/train.bin")
+    if config.model.path is None:
+        limit = config.model.max_seq_len
+    else:
+        limit = getattr(load_model_config(config.model.path), "max_position_embeddings", None)
+    seq_len = config.data.seq_len or min(limit or config.model.max_seq_len, config.model.max_seq_len)
+    if limit and seq_len > limit:
+        raise UserError(f"data.seq_len: {seq_len} tokens are more than the model's {limit} positions")
+    train = TokenData(config.data.train, seq_len, config.data.isolate_documents)
+    source = config.data.tokenizer or (config.model.path if config.model.path else train.files[0].tokenizer_path)
+    if source is None:
+        raise ConfigError("data.tokenizer: the token file records no tokenizer; name its folder")
+    tokenizer = load_tokenizer(source)
+    train.check_tokenizer(tokenizer)
+    vocab_size = config.model.vocab_size
+    if config.model.path is None and vocab_size and vocab_size < len(tokenizer):
+        raise ConfigError(f"model.vocab_size: {vocab_size} is less than the tokenizer's {len(tokenizer)} tokens")
+    val = None
+    if config.data.val:
+        length = config.eval.token_length or seq_len
+        if limit and length > limit:
+            raise UserError(f"eval.token_length: {length} tokens are more than the model's {limit} positions")
+        val = TokenData(config.data.val, length - 1)
+        val.check_tokenizer(tokenizer)
+    return Data(train, val, tokenizer, seq_len)
+
+
+def build(config: Config, data: Data) -> Job:
+    """Make or load the model and join it with the data."""
+    from ds_llm.models.decoder import DecoderConfig, DecoderForCausalLM
+    from ds_llm.models.head import attach_loss_head
+    from ds_llm.models.loading import attention_kernel, load_model
+
+    torch.manual_seed(config.train.seed)
+    if config.model.path is None:
+        size = config.model.vocab_size or len(data.tokenizer)
+        tokens = {f"{name}_token_id": getattr(data.tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
+        decoder = DecoderConfig.from_model_config(config.model, size, **tokens)
+        decoder._attn_implementation = attention_kernel(config.model.attention, config.train.dtype)
+        model = DecoderForCausalLM(decoder)
+    else:
+        model = load_model(config.model.path, dtype="fp32", attention=config.model.attention)
+        if config.train.kernels:
+            from ds_llm.models import accelerate
+
+            accelerate(model)
+    attach_loss_head(model)
+    if config.train.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    fingerprint = {
+        "files": [file.meta["sha256"] for file in data.train.files],
+        "seq_len": data.seq_len,
+        "isolate_documents": config.data.isolate_documents,
+    }
+    objective = LanguageModeling(model)
+    evaluate = _evaluation(config, data) if data.val is not None else None
+    return Job(model, objective, data.tokenizer, data.train, data.seq_len, fingerprint, evaluate)
+
+
+class LanguageModeling(nn.Module):
+    """Next-token prediction with labels that are already shifted."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None, per_row: bool = False):
+        """(loss_sum, aux_loss, aux_report, expert_counts) of a micro-batch, see `ds_llm.models.head.LMLoss`; with
+        `per_row` the summed loss of each row [B] in nats."""
+        from ds_llm.evaluation.perplexity import model_loss
+        from ds_llm.models.head import lm_loss
+
+        if per_row:
+            return model_loss(self.model, input_ids.device)(input_ids, labels)
+        return tuple(lm_loss(self.model, input_ids, labels, position_ids))
+
+
+def _evaluation(config: Config, data: Data):
+    from ds_llm.evaluation.perplexity import perplexity_of_tokens
+
+    length = config.eval.token_length or data.seq_len
+
+    def evaluate(engine) -> dict:
+        result = perplexity_of_tokens(
+            lambda input_ids, labels: engine.forward(input_ids=input_ids, labels=labels, per_row=True),
+            data.val.streams(),
+            token_length=length,
+            stride=config.eval.stride,
+            batch_size=config.eval.batch_size or config.train.batch_size,
+            max_windows=config.eval.max_windows,
+            title="evaluating",
+        )
+        return {"perplexity": result.value, "loss": result.nll, "tokens": result.tokens, "windows": result.windows}
+
+    return evaluate
