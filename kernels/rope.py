@@ -13,6 +13,7 @@ from ._triton import jit, launch_on, next_power_of_2, tl, triton
 
 # elements of one half of the rotated part per program: 16 for each of 128 threads, two 16-byte loads of bfloat16
 TILE = 2048
+CHUNK = 1 << 18  # elements that the reference turns at a time
 
 
 def rope_tables(
@@ -38,28 +39,35 @@ def rope_tables(
 def _rotate_reference(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, out: Tensor) -> None:
     """Writes the rotation of x [B, S, H, D] by tables [B, S, 1, R / 2] to `out`, which may be x itself."""
     half = cos.shape[-1]
-    if interleaved:
-        pick = (slice(0, 2 * half, 2), slice(1, 2 * half, 2))
-    else:
-        pick = (slice(0, half), slice(half, 2 * half))
     if 2 * half < x.shape[-1] and out is not x:
         out[..., 2 * half :] = x[..., 2 * half :]
-    a, b = (x[..., s] for s in pick)
+    if interleaved:
+        pairs = x[..., : 2 * half].to(cos.dtype).unflatten(-1, (half, 2)).contiguous()
+        turned = torch.view_as_complex(pairs) * torch.complex(cos, sin)
+        out[..., : 2 * half] = torch.view_as_real(turned).flatten(-2)
+        return
+    a, b = x[..., :half], x[..., half : 2 * half]
     if x.dtype == cos.dtype and out is not x:
-        torch.mul(a, cos, out=out[..., pick[0]]).addcmul_(b, sin, value=-1)
-        torch.mul(b, cos, out=out[..., pick[1]]).addcmul_(a, sin)
+        torch.mul(a, cos, out=out[..., :half]).addcmul_(b, sin, value=-1)
+        torch.mul(b, cos, out=out[..., half : 2 * half]).addcmul_(a, sin)
         return
     a, b = a.to(cos.dtype), b.to(cos.dtype)
     first = (a * cos).addcmul_(b, sin, value=-1)
-    out[..., pick[1]] = (b * cos).addcmul_(a, sin)
-    out[..., pick[0]] = first
+    out[..., half : 2 * half] = (b * cos).addcmul_(a, sin)
+    out[..., :half] = first
 
 
 def _reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, q_out: Tensor, k_out: Tensor) -> None:
     dtype = torch.promote_types(q.dtype, torch.float32)
     cos, sin = cos.to(dtype)[:, :, None], sin.to(dtype)[:, :, None]
-    _rotate_reference(q, cos, sin, interleaved, q_out)
-    _rotate_reference(k, cos, sin, interleaved, k_out)
+    for x, out in ((q, q_out), (k, k_out)):
+        # pieces whose float32 copies stay in the processor's cache
+        step = max(1, CHUNK // max(1, x.shape[0] * x.shape[2] * x.shape[3]))
+        for i in range(0, x.shape[1], step):
+            part = slice(i, i + step)
+            piece = x[:, part]
+            target = piece if out is x else out[:, part]
+            _rotate_reference(piece, cos[:, part], sin[:, part], interleaved, target)
 
 
 # --- Triton kernel
