@@ -126,7 +126,7 @@ def read_state(path: Path) -> dict:
         state = json.loads((path / "trainer.json").read_text())
         manifest = json.loads((path / "manifest.json").read_text())
     except FileNotFoundError:
-        raise UserError(f"{path}: not a checkpoint of this trainer (trainer.json or manifest.json is missing)") from None
+        raise UserError(f"{path}: not a checkpoint (trainer.json or manifest.json is missing)") from None
     except ValueError as error:
         raise UserError(f"{path}: trainer.json or manifest.json is damaged ({error})") from None
     return state | {"world_size": manifest["world_size"]}
@@ -213,8 +213,7 @@ def _newest(output: Path) -> str:
 
 
 def _size(count: float) -> str:
-    for unit in ("bytes", "kB", "MB", "GB", "TB"):
-        if count < 1000 or unit == "TB":
-            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
-        count /= 1000
-    raise AssertionError
+    for factor, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if count >= factor:
+            return f"{count / factor:.1f} {unit}"
+    return f"{count:.0f} bytes"

@@ -45,7 +45,9 @@ def _launcher_chain() -> list[psutil.Process]:
     """The launching process, and the `deepspeed` command above it when there is one."""
     try:
         parent = psutil.Process().parent()
-        if parent is None or not any("launch" in a or "torchrun" in a or "torch.distributed" in a for a in parent.cmdline()):
+        if parent is None or not any(
+            "launch" in a or "torchrun" in a or "torch.distributed" in a for a in parent.cmdline()
+        ):
             return []
         above = parent.parent()
         if above is not None and any(a.endswith(("/deepspeed", "/ds")) for a in above.cmdline()[:3]):

@@ -1,7 +1,8 @@
 """One file per training mode: how its model, data and loss are built.
 
 A mode is a module with `check(config) -> Data`, which reads and checks everything that can be wrong before processes
-meet, and `build(config, data) -> Job`, which makes the model.
+meet, and `build(config, data) -> Job`, which makes the model. `Data.fingerprint` is a flat dictionary that names the
+training data: a continued run must have the same.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class Job:
 
     `objective(**batch)` returns (summed loss, auxiliary loss, its report or None, expert counts or None) of a
     micro-batch; the trainer normalises. `evaluate(engine)` returns the figures of an evaluation, `perplexity` among
-    them; every rank calls it. `fingerprint` names the data: a resumed run must have the same.
+    them, `sample(engine)` a list of {"prompt", "text"}; every rank calls both, or they are None.
     """
 
     model: nn.Module
@@ -37,5 +38,5 @@ class Job:
     tokenizer: Any
     samples: Samples
     seq_len: int
-    fingerprint: dict
     evaluate: Callable | None
+    sample: Callable | None

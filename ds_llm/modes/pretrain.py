@@ -21,6 +21,7 @@ class Data:
     val: TokenData | None
     tokenizer: object
     seq_len: int
+    fingerprint: dict
 
 
 def check(config: Config) -> Data:
@@ -52,7 +53,12 @@ def check(config: Config) -> Data:
             raise UserError(f"eval.token_length: {length} tokens are more than the model's {limit} positions")
         val = TokenData(config.data.val, length - 1)
         val.check_tokenizer(tokenizer)
-    return Data(train, val, tokenizer, seq_len)
+    fingerprint = {
+        "files": [file.meta["sha256"] for file in train.files],
+        "seq_len": seq_len,
+        "isolate_documents": config.data.isolate_documents,
+    }
+    return Data(train, val, tokenizer, seq_len, fingerprint)
 
 
 def build(config: Config, data: Data) -> Job:
@@ -77,14 +83,10 @@ def build(config: Config, data: Data) -> Job:
     attach_loss_head(model)
     if config.train.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    fingerprint = {
-        "files": [file.meta["sha256"] for file in data.train.files],
-        "seq_len": data.seq_len,
-        "isolate_documents": config.data.isolate_documents,
-    }
     objective = LanguageModeling(model)
     evaluate = _evaluation(config, data) if data.val is not None else None
-    return Job(model, objective, data.tokenizer, data.train, data.seq_len, fingerprint, evaluate)
+    sample = _sampling(config, data, model) if config.eval.prompts else None
+    return Job(model, objective, data.tokenizer, data.train, data.seq_len, evaluate, sample)
 
 
 class LanguageModeling(nn.Module):
@@ -123,3 +125,15 @@ def _evaluation(config: Config, data: Data):
         return {"perplexity": result.value, "loss": result.nll, "tokens": result.tokens, "windows": result.windows}
 
     return evaluate
+
+
+def _sampling(config: Config, data: Data, model: nn.Module):
+    from ds_llm.generation import Generator, SamplingParams
+
+    greedy = SamplingParams(max_new_tokens=config.eval.max_new_tokens, temperature=0.0)
+
+    def sample(engine) -> list[dict]:
+        texts = Generator(model, data.tokenizer).batch_generate(config.eval.prompts, greedy)
+        return [{"prompt": p, "text": t} for p, t in zip(config.eval.prompts, texts, strict=True)]
+
+    return sample

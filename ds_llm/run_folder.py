@@ -1,0 +1,122 @@
+"""The output folder of a run: one run at a time in it, its configuration and versions beside its results."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from pathlib import Path
+
+from ds_llm import checkpoint
+from ds_llm.config import Config, to_dict, to_yaml
+from ds_llm.errors import UserError
+
+# What may differ between a run and its continuation: everything else would make it another run under the same name.
+CHANGEABLE = ("output", "resume", "train.epochs", "train.max_steps", "tracking.", "checkpoint.", "eval.", "data.val")
+
+_held = []  # the lock lasts as long as this process: closing the file would give it up
+
+
+def lock(output: Path) -> None:
+    """Take `output` for this run until the process ends; rank 0 calls it before the processes meet.
+
+    Raises `UserError` when another run holds the folder or it cannot be written.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        handle = open(output / ".lock", "a")  # noqa: SIM115
+    except OSError as error:
+        raise UserError(f"output: {output}: cannot be written ({error.strerror})") from None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UserError(
+            f"output: {output}: another run is writing there; wait for it or choose another folder"
+        ) from None
+    _held.append(handle)
+
+
+def record(config: Config, output: Path, environment: dict, deepspeed: dict) -> None:
+    """Save what the run was: the resolved configuration, DeepSpeed's JSON, versions and commit."""
+    try:
+        (output / "config.yaml").write_text(to_yaml(config))
+        (output / "deepspeed.json").write_text(json.dumps(deepspeed, indent=2))
+        (output / "environment.json").write_text(json.dumps(environment, indent=2))
+    except OSError as error:
+        raise UserError(f"output: {output}: cannot be written ({error.strerror})", any_rank=True) from None
+
+
+def resume_point(config: Config, output: Path) -> tuple[Path, dict] | None:
+    """The checkpoint to continue from and its state, or None to begin; collective.
+
+    Raises `UserError` where continuing would lose or mix something.
+    """
+    if config.resume == "never":
+        if checkpoint.steps(output):
+            raise UserError(
+                f"output: {output} holds the checkpoints of a run; continue it with resume=auto, or choose another folder"
+            )
+        return None
+    if config.resume == "auto":
+        if not checkpoint.steps(output):
+            return None
+        found = checkpoint.newest_whole(output)
+        if found is None:
+            raise UserError(
+                f"{output / 'checkpoints'}: every checkpoint is damaged; nothing was changed. "
+                "Choose another output to begin anew"
+            )
+    else:
+        found = Path(config.resume)
+        if not found.is_dir():
+            raise UserError(f"resume: {found}: no such checkpoint folder")
+        reason = checkpoint.damage(found)
+        if reason is not None:
+            raise UserError(f"resume: {found} is damaged ({reason}); resume=auto finds the newest whole one")
+        later = [step for step in checkpoint.steps(output) if step > checkpoint.read_state(found)["step"]]
+        if later:
+            raise UserError(
+                f"resume: {output} holds later checkpoints (step {later[0]}), which continuing from {found.name} would "
+                "replace; choose another output or move them away"
+            )
+    return found, checkpoint.read_state(found)
+
+
+def check_same_run(config: Config, saved: dict, fingerprint: dict, world_size: int, path: Path) -> list[str]:
+    """Refuse to continue a run as another one; returns a line for every key that changed and may.
+
+    saved: a checkpoint's state with `config`, `fingerprint` and `world_size`.
+    """
+    if saved["world_size"] != world_size:
+        raise UserError(
+            f"{path}: was saved by {saved['world_size']} processes and this run has {world_size}; "
+            f"start {saved['world_size']}"
+        )
+    before, now = _flat(saved["config"]), _flat(to_dict(config))
+    notes = []
+    for name in sorted(before.keys() | now.keys()):
+        old, new = before.get(name), now.get(name)
+        if old == new:
+            continue
+        if not any(name == c or (c.endswith(".") and name.startswith(c)) for c in CHANGEABLE):
+            raise UserError(
+                f"{name}: the run in {path} has {old!r}, not {new!r}; set it back, or choose another output for a new run"
+            )
+        if name not in ("output", "resume"):
+            notes.append(f"{name}: {new!r} from here on, {old!r} before")
+    for name, old in saved["fingerprint"].items():
+        if fingerprint.get(name) != old:
+            raise UserError(
+                f"data: the training data is not what the run in {path} was started on ({name} differs); restore it, or "
+                "choose another output for a new run"
+            )
+    return notes
+
+
+def _flat(node: dict, prefix: str = "") -> dict:
+    flat = {}
+    for name, value in node.items():
+        if isinstance(value, dict) and prefix + name != "deepspeed":
+            flat.update(_flat(value, f"{prefix}{name}."))
+        else:
+            flat[prefix + name] = value
+    return flat

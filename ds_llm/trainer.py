@@ -1,0 +1,371 @@
+"""The training loop: batches, loss, step, metrics, evaluation, checkpoint. It knows no mode."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ds_llm import checkpoint, engine, hardware, run_folder
+from ds_llm.config import Config, to_dict
+from ds_llm.data.order import SampleOrder, hash64, micro_batch
+from ds_llm.engine import Engine
+from ds_llm.errors import UserError
+from ds_llm.interrupt import EXIT_CODE, Interrupt
+from ds_llm.modes import Job
+from ds_llm.progress import console
+from ds_llm.schedule import learning_rate
+from ds_llm.tracking import Meter, Tracker
+
+
+class Trainer:
+    """Trains a job from wherever its output folder stands to the end, an early stop or an interruption.
+
+    All that a continued run needs is in `state`, plain JSON: the step (and with it the position in the data, the
+    learning rate and the random seeds, which are functions of it), the evaluations so far, the recent losses.
+    """
+
+    def __init__(self, config: Config, job: Job, fingerprint: dict, interrupt: Interrupt):
+        self.config, self.job, self.fingerprint, self.interrupt = config, job, fingerprint, interrupt
+        self.output = Path(config.output)
+        self.engine = Engine(job.objective, config)
+        self.world, self.rank = self.engine.world_size, self.engine.rank
+        self.order = SampleOrder(len(job.samples), config.train.seed)
+        t = config.train
+        self.global_batch = t.batch_size * t.accumulation_steps * self.world
+        self.total = t.max_steps or math.ceil(t.epochs * len(job.samples) / self.global_batch)
+        self.state = {
+            "step": 0,
+            "tokens": 0,
+            "bad_steps": 0,
+            "skipped_steps": 0,
+            "recent_losses": [],
+            "last_eval": -1,
+            "baseline": None,
+            "best": None,
+            "best_step": None,
+            "evals_without_gain": 0,
+        }
+        self.last_saved = -1
+        self.stopping = False
+
+    # -- the run --------------------------------------------------------------------------------------------------
+
+    def run(self, resume: tuple[Path, dict] | None, notes: list[str]) -> int:
+        """Train, from a checkpoint and its state where there is one; `notes` are shown as warnings.
+
+        Returns the exit code of the process: 0, or `EXIT_CODE` after an interruption.
+        """
+        if resume:
+            self._restore(*resume)
+        self._record()
+        info = self._info()
+        self.tracker = Tracker(
+            self.config, self.output, total_steps=self.total, start_step=self.state["step"], run_info=info
+        )
+        code = 1
+        try:
+            if resume:
+                self.tracker.event(
+                    "resume", f"continuing from {resume[0]}", step=self.state["step"], path=str(resume[0])
+                )
+            for note in notes:
+                self.tracker.event("warning", note, step=self.state["step"])
+            self.tracker.attach(self.job.model)
+            code = self._loop(info)
+        finally:
+            self.tracker.close(code)
+        return code
+
+    def _loop(self, info: dict) -> int:
+        flops = info["flops_per_token"]
+        self.meter = Meter(
+            total_steps=self.total, flops_per_token=flops, world_size=self.world, dtype=self.config.train.dtype
+        )
+        self.engine.train()
+        self.meter.start()
+        while True:
+            step, done = self.state["step"], self.state["step"] >= self.total
+            if self.stopping and not done:
+                self._save()
+                reason = self.interrupt.reason or "another process was asked to stop"
+                self.tracker.event(
+                    "interrupt",
+                    f"stopped by {reason} after step {step}, saved; continue with the same command and resume=auto",
+                    step=step,
+                )
+                return EXIT_CODE
+            improved = self._evaluate() if self._eval_due() else False
+            early = self.config.eval.early_stopping and self.state["evals_without_gain"] >= self.config.eval.patience
+            if self._save_due(improved, done or early):
+                self._save()
+            if done or early:
+                break
+            self._step()
+        return self._finish(early and not done)
+
+    def _step(self) -> None:
+        """One optimizer step on the next global batch. All ranks decide alike, from reduced figures."""
+        c, state = self.config, self.state
+        step, count = state["step"], c.train.accumulation_steps
+        start = step * self.global_batch
+        picks = (micro_batch(self.order, start, i, self.rank, self.world, c.train.batch_size) for i in range(count))
+        batches = [self.job.samples.batch(pick) for pick in picks]
+        valid = sum(int((batch["labels"] != -100).sum()) for batch in batches)
+        valid, stop = engine.all_reduce([valid, float(self.interrupt.requested())])
+        self.stopping = stop > 0
+        # dropout of a step is a function of seed, step and rank, so that there is no generator state to save
+        torch.manual_seed(int(hash64(np.array([step * self.world + self.rank]), c.train.seed, 0)[0] >> np.uint64(1)))
+        loss_sum, aux, report, counts = 0.0, 0.0, 0.0, None
+        for i, batch in enumerate(batches):
+            self.engine.begin_micro_step(last=i == count - 1)
+            summed, extra, aux_report, expert_counts = self.engine.forward(**batch)
+            self.engine.backward(summed / max(valid, 1) + extra / (self.world * count))
+            loss_sum += summed.detach().double()
+            aux += extra.detach().double()
+            if expert_counts is not None:
+                report += aux_report.detach().double()
+                counts = expert_counts.double() if counts is None else counts + expert_counts
+        figures = [float(loss_sum), float(aux), float(report)]
+        figures = engine.all_reduce(figures + (counts.flatten().tolist() if counts is not None else []))
+        loss, aux = figures[0] / max(valid, 1), figures[1] / (self.world * count)
+        reason = self._veto(loss, aux, valid)
+        result = self.engine.step(learning_rate(c.optim, step, self.total), veto=reason is not None)
+        if reason is None and not result.applied:
+            reason = "gradient overflow" if c.train.dtype == "fp16" else "non-finite gradient"
+        state["step"], state["tokens"] = step + 1, state["tokens"] + int(valid)
+        self._count(reason, loss)
+        record = {
+            "step": step + 1,
+            "epoch": (step + 1) * self.global_batch / len(self.job.samples),
+            "loss": loss,
+            "grad_norm": result.grad_norm,
+            "lr": self.engine.lr(),
+            "tokens": state["tokens"],
+            "samples": (step + 1) * self.global_batch,
+            **self.meter.step(step + 1, valid),
+        }
+        if counts is not None:
+            record["aux_loss"] = figures[2] / (self.world * count)
+            load = torch.tensor(figures[3:]).view(counts.shape)
+            record["expert_load"] = (load / load.sum(-1, keepdim=True).clamp_min(1)).tolist()
+        if c.train.dtype == "fp16":
+            record["loss_scale"] = result.loss_scale
+        if reason:
+            record["skipped"] = reason
+        self.tracker.step(record)
+        if reason:
+            self.tracker.event("skip", f"step {step + 1} skipped: {reason}", step=step + 1, loss=loss)
+        if state["bad_steps"] >= c.stability.max_bad_steps:
+            self._give_up(reason)
+
+    def _veto(self, loss: float, aux: float, valid: float) -> str | None:
+        """Why this step must not change the weights, or None."""
+        if not valid:
+            return "no supervised token in the batch"
+        if not math.isfinite(loss) or not math.isfinite(aux):
+            return f"the loss is {loss if not math.isfinite(loss) else aux}"
+        s, recent = self.config.stability, self.state["recent_losses"]
+        if s.spike_factor and len(recent) == s.spike_window:
+            usual = statistics.median(recent)
+            if loss > s.spike_factor * usual:
+                return f"the loss {loss:.4g} is more than {s.spike_factor:g} x the recent median {usual:.4g}"
+        return None
+
+    def _count(self, reason: str | None, loss: float) -> None:
+        state, s = self.state, self.config.stability
+        if reason is None:
+            state["bad_steps"] = 0
+            if s.spike_factor:
+                state["recent_losses"] = (state["recent_losses"] + [loss])[-s.spike_window :]
+        else:
+            state["bad_steps"] += 1
+            state["skipped_steps"] += 1
+
+    def _give_up(self, reason: str) -> None:
+        done = checkpoint.steps(self.output)
+        good = f"the last good checkpoint is {checkpoint.folder(self.output, done[0])}" if done else "none was saved"
+        raise UserError(
+            f"training stopped at step {self.state['step']}: {self.state['bad_steps']} steps in a row were skipped, the "
+            f"last because {reason}; {good}. Lower optim.lr or look at the data of these steps"
+        )
+
+    # -- evaluation -----------------------------------------------------------------------------------------------
+
+    def _eval_due(self) -> bool:
+        step, every = self.state["step"], self.config.eval.every_steps
+        if self.job.evaluate is None or self.state["last_eval"] == step:
+            return False
+        if step == 0:
+            return self.config.eval.before
+        return step >= self.total or bool(every and step % every == 0) or self._epoch_ended()
+
+    def _epoch_ended(self) -> bool:
+        """Whether the latest step finished an epoch of the data."""
+        consumed, size = self.state["step"] * self.global_batch, len(self.job.samples)
+        return consumed // size > (consumed - self.global_batch) // size
+
+    def _evaluate(self) -> bool:
+        """Evaluate on all ranks; returns whether the perplexity is the best of the trained model so far."""
+        state, step = self.state, self.state["step"]
+        with self.tracker.pause(), self.engine.averaged_weights():
+            self.engine.train(False)
+            try:
+                figures = self.job.evaluate(self.engine)
+                samples = self.job.sample(self.engine) if self.job.sample is not None else []
+            finally:
+                self.engine.train()
+        found = figures["perplexity"]
+        if state["baseline"] is None:
+            state["baseline"] = found
+        improved = step > 0 and math.isfinite(found) and (state["best"] is None or found < state["best"])
+        if improved:
+            state["best"], state["best_step"], state["evals_without_gain"] = found, step, 0
+        elif step > 0:
+            state["evals_without_gain"] += 1
+        state["last_eval"] = step
+        self.tracker.evaluation(
+            {
+                "step": step,
+                "epoch": step * self.global_batch / len(self.job.samples),
+                **figures,
+                "baseline_perplexity": state["baseline"],
+                "trend_percent": 100 * (found / state["baseline"] - 1),
+                "best_perplexity": state["best"] if state["best"] is not None else found,
+                **({"samples": samples} if samples else {}),
+            }
+        )
+        self._report()
+        self.meter.start()
+        return improved
+
+    # -- checkpoints ----------------------------------------------------------------------------------------------
+
+    def _save_due(self, improved: bool, ending: bool) -> bool:
+        c, step = self.config.checkpoint, self.state["step"]
+        if step == 0 or self.last_saved == step:
+            return False
+        return (
+            (ending and c.last)
+            or (improved and c.best)
+            or bool(c.every_steps and step % c.every_steps == 0)
+            or (c.every_epoch and self._epoch_ended())
+        )
+
+    def _save(self) -> None:
+        step = self.state["step"]
+        if self.last_saved == step:
+            return
+        self.tracker.sync()
+        state = self.state | {"config": to_dict(self.config), "fingerprint": self.fingerprint}
+        with self.tracker.pause():
+            path = checkpoint.save(self.output, step, state, self._write, self.engine.state_bytes())
+            self.last_saved = step
+            if self.rank == 0:
+                best = self.state["best_step"] if self.config.checkpoint.best else None
+                checkpoint.prune(self.output, self.config.checkpoint.keep, best)
+        self.tracker.event("checkpoint", f"saved {path}", step=step, path=str(path))
+        self.meter.start()
+
+    def _write(self, folder: Path) -> None:
+        self.engine.save(folder)
+        with self.engine.averaged_weights():
+            weights = self.engine.gather(self.job.model)
+        if self.rank == 0:
+            self.job.model.save_pretrained(folder / "model", state_dict=weights)
+            self.job.tokenizer.save_pretrained(folder / "model")
+
+    def _restore(self, path: Path, saved: dict) -> None:
+        self.engine.load(path)
+        self.state = {name: saved[name] for name in self.state}
+        if path.resolve().parent == (self.output / "checkpoints").resolve():
+            self.last_saved = self.state["step"]
+
+    # -- what is said and kept ------------------------------------------------------------------------------------
+
+    def _record(self) -> None:
+        if self.rank == 0:
+            run_folder.record(self.config, self.output, hardware.environment(), self.engine.settings)
+
+    def _info(self) -> dict:
+        model, c = self.job.model, self.config
+        parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+        console.print(
+            f"{type(model).__name__}, {parameters / 1e6:.1f}M parameters, {c.train.dtype}, ZeRO-{c.zero}, "
+            f"{self.world} {'process' if self.world == 1 else 'processes'} on {engine.device().type}",
+            markup=False,
+        )
+        console.print(
+            f"{len(self.job.samples):,} samples of {self.job.seq_len} tokens; global batch {self.global_batch} = "
+            f"{c.train.batch_size} x {c.train.accumulation_steps} x {self.world}; {self.total:,} steps",
+            markup=False,
+        )
+        return {
+            "parameters": parameters,
+            "world_size": self.world,
+            "zero": c.zero,
+            "dtype": c.train.dtype,
+            "samples": len(self.job.samples),
+            "seq_len": self.job.seq_len,
+            "global_batch": self.global_batch,
+            "flops_per_token": hardware.training_flops_per_token(model, self.job.seq_len),
+        }
+
+    def _report(self) -> None:
+        if self.rank == 0 and self.config.tracking.report:
+            from ds_llm import report  # matplotlib takes a second to import
+
+            report.write(self.output)
+
+    def _finish(self, early: bool) -> int:
+        state = self.state
+        if early:
+            self.tracker.event(
+                "stop",
+                f"stopped early: no better perplexity in {state['evals_without_gain']} evaluations",
+                step=state["step"],
+            )
+        summary = {"steps": state["step"], "tokens": state["tokens"], "skipped_steps": state["skipped_steps"]}
+        if state["best"] is not None:
+            summary |= {
+                "baseline_perplexity": state["baseline"],
+                "best_perplexity": state["best"],
+                "best_step": state["best_step"],
+            }
+        if self.rank == 0 and (kept := checkpoint.steps(self.output)):
+            chosen = state["best_step"] if state["best_step"] in kept and self.config.checkpoint.best else kept[0]
+            summary["model"] = str(checkpoint.publish(self.output, checkpoint.folder(self.output, chosen)))
+            summary["model_step"] = chosen
+            self.tracker.log_model(self.output / "model")
+        if self.rank == 0 and self.config.tracking.report:
+            summary["report"] = str(self.output / "report.html")
+        self.tracker.summary(summary)
+        self._report()
+        return 0
+
+
+def train(config: Config) -> int:
+    """Run the configured mode from start to end; every launched process calls it. Returns the exit code."""
+    from importlib import import_module
+
+    from ds_llm.cli import rank, world_size
+    from ds_llm.deepspeed_config import adopt
+
+    interrupt = Interrupt()
+    for note in adopt(config, world_size()):
+        console.print(note, markup=False)
+    mode = import_module(f"ds_llm.modes.{config.mode}")
+    data = mode.check(config)
+    output = Path(config.output)
+    if rank() == 0:
+        run_folder.lock(output)
+    engine.init_distributed()
+    resume, notes = run_folder.resume_point(config, output), []
+    if resume:
+        path, saved = resume
+        notes = run_folder.check_same_run(config, saved, data.fingerprint, world_size(), path)
+    trainer = Trainer(config, mode.build(config, data), data.fingerprint, interrupt)
+    return trainer.run(resume, notes)
