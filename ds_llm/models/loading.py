@@ -1,0 +1,327 @@
+"""Finding and loading causal language models and their tokenizers, from whatever a user names.
+
+A model is named by a hub name, a Hugging Face folder, the output folder of a run or of one of its checkpoints (their
+`model/` is taken), a `.gguf` file, or a folder with a peft adapter (merged into its base model). Every mistake is a
+`UserError`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+import sys
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils import is_flash_attn_2_available
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
+from transformers.utils.peft_utils import find_adapter_config_file
+
+import ds_llm.models.decoder  # noqa: F401 (registers the project's decoder with the Auto classes)
+from ds_llm.cli import rank
+from ds_llm.config import DTYPES
+from ds_llm.data.tokenizer import load_tokenizer as read_tokenizer
+from ds_llm.errors import UserError
+
+TORCH_DTYPES = dict(zip(DTYPES, (torch.float32, torch.bfloat16, torch.float16), strict=True))
+ATTENTION = ("auto", "sdpa", "flash_attention_2", "eager")
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model lies: `name` is a folder or hub name, `gguf` the file in it; `adapter` the adapter's file."""
+
+    name: str
+    gguf: str | None = None
+    adapter: str | None = None
+
+    def base(self) -> str:
+        """Name of the model an adapter belongs to."""
+        settings = json.loads(Path(self.adapter).read_text())
+        name = settings.get("base_model_name_or_path")
+        if not name:
+            raise UserError(f"{self.name}: adapter_config.json names no base model (base_model_name_or_path)")
+        return name
+
+    def kwargs(self) -> dict:
+        return {"gguf_file": self.gguf} if self.gguf else {}
+
+
+def locate(path: str | os.PathLike) -> Source:
+    """Resolve what the user named to what transformers can read; see the module for what may be named."""
+    name = os.path.expanduser(str(path))
+    local = Path(name)
+    if local.is_file():
+        if local.suffix == ".gguf":
+            return Source(str(local.parent), gguf=local.name)
+        raise UserError(f"{name}: is a file; name a model folder or a .gguf file")
+    if local.is_dir():
+        return _locate_folder(local)
+    if local.is_absolute() or name.startswith(".") or not HUB_NAME.fullmatch(name) or name.endswith(".gguf"):
+        raise UserError(f"{name}: no such file or folder{_nearest(local)}")
+    return Source(name, adapter=_adapter(name))
+
+
+def _locate_folder(folder: Path) -> Source:
+    for place in (folder, folder / "model"):
+        if (place / "adapter_config.json").is_file():
+            return Source(str(place), adapter=str(place / "adapter_config.json"))
+        if (place / "config.json").is_file():
+            return Source(str(place))
+    ggufs = sorted(p.name for p in folder.glob("*.gguf"))
+    if ggufs:
+        raise UserError(f"{folder}: name one of its GGUF files, for example {folder / ggufs[0]}")
+    saved = sorted(folder.glob("checkpoints/step-*/model"))
+    if saved:
+        raise UserError(f"{folder}: this run has no final model yet; name a checkpoint: {saved[-1].parent}")
+    inner = sorted({*folder.glob("*/config.json"), *folder.glob("*/model/config.json")})
+    hint = _did_you_mean([path.parent for path in inner])
+    raise UserError(f"{folder}: no config.json here, so this is not a model folder{hint}")
+
+
+def _adapter(hub_name: str) -> str | None:
+    try:
+        return find_adapter_config_file(hub_name)
+    except (OSError, ValueError):
+        return None  # loading the configuration says what is wrong with the name
+
+
+def _nearest(missing: Path) -> str:
+    parent = missing.parent
+    if not parent.is_dir():
+        return f" (nor is there a folder {parent})"
+    close = difflib.get_close_matches(missing.name, [p.name for p in parent.iterdir()], n=1)
+    return _did_you_mean([parent / name for name in close])
+
+
+def _did_you_mean(close: list) -> str:
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def load_model_config(path: str | os.PathLike):
+    """The transformers configuration of a causal language model (of the base model for an adapter).
+
+    Raises `UserError`: nothing there, no or unknown architecture, not a causal language model.
+    """
+    source = locate(path)
+    if source.adapter:
+        return load_model_config(source.base())
+    if source.gguf:
+        _need("gguf", "accelerate", what=f"{path}: reading a GGUF file")
+    try:
+        config = AutoConfig.from_pretrained(source.name, **source.kwargs())
+    except Exception as error:  # from JSON errors to strict-configuration errors: all are about the user's files
+        raise _config_error(source, error) from None
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(f"{source.name}: a '{config.model_type}' model is not a causal language model")
+    return config
+
+
+def _config_error(source: Source, error: Exception) -> UserError:
+    file = Path(source.name) / "config.json"
+    if source.gguf:
+        return UserError(f"{Path(source.name) / source.gguf}: cannot be read as GGUF ({_reason(error)})")
+    if not Path(source.name).is_dir():
+        near = _nearest(Path(source.name)) if Path(source.name).parent.is_dir() else ""
+        return UserError(
+            f"{source.name}: no such folder, and no model of this name could be had from the hub "
+            f"({_reason(error)}){near}"
+        )
+    try:
+        values = json.loads(file.read_text())
+    except (OSError, ValueError) as broken:
+        return UserError(f"{file}: cannot be read ({_reason(broken)})")
+    kind = values.get("model_type") if isinstance(values, dict) else None
+    if kind is None:
+        return UserError(f"{file}: names no model_type, so its architecture is unknown")
+    if kind not in CONFIG_MAPPING:
+        close = difflib.get_close_matches(kind, list(CONFIG_MAPPING.keys()), n=1)
+        hint = _did_you_mean(close)
+        return UserError(f"{file}: model_type '{kind}' is not known to this version of transformers{hint}")
+    return UserError(f"{file}: {_reason(error)}")
+
+
+def load_tokenizer(path: str | os.PathLike):
+    """The tokenizer that belongs to a model, or of a tokenizer folder. It always has a padding token.
+
+    Where it has none, the end-of-text token serves, else the unknown token, which is said on stderr; the vocabulary
+    is never enlarged. An adapter without a tokenizer of its own uses its base model's.
+    """
+    folder = Path(os.path.expanduser(str(path)))
+    if folder.is_dir() and any((folder / name).is_file() for name in TOKENIZER_FILES):
+        source = Source(str(folder))
+    else:
+        source = locate(path)
+        if source.adapter and not any((Path(source.name) / name).is_file() for name in TOKENIZER_FILES):
+            return load_tokenizer(source.base())
+    if source.gguf:
+        _need("gguf", what=f"{path}: reading a GGUF file")
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source.name, gguf_file=source.gguf)
+        except Exception as error:
+            raise UserError(f"{path}: its tokenizer cannot be read ({_reason(error)})") from None
+    else:
+        tokenizer = read_tokenizer(source.name)
+    if tokenizer.pad_token is None:
+        token = tokenizer.eos_token or tokenizer.unk_token
+        if token is None:
+            raise UserError(f"{path}: the tokenizer has no padding, end-of-text or unknown token; set its pad_token")
+        tokenizer.pad_token = token
+        _note(f"the tokenizer of {path} has no padding token: {token!r} serves, and is masked where it pads")
+    return tokenizer
+
+
+def attention_kernel(attention: str, dtype: str) -> str:
+    """The transformers attention implementation for `auto`, `sdpa`, `flash_attention_2` or `eager`.
+
+    `auto` takes flash-attn for a 16-bit `dtype` on a GPU where it is installed, else SDPA.
+    """
+    if attention not in ATTENTION:
+        close = difflib.get_close_matches(str(attention), ATTENTION, n=1)
+        raise UserError(f"attention '{attention}': must be {', '.join(ATTENTION)}{_did_you_mean(close)}")
+    usable = torch.cuda.is_available() and is_flash_attn_2_available()
+    if attention == "auto":
+        return "flash_attention_2" if usable and dtype in ("bf16", "fp16") else "sdpa"
+    if attention == "flash_attention_2":
+        if not usable:
+            raise UserError("attention flash_attention_2: needs a GPU and the package flash-attn; use sdpa or auto")
+        if dtype not in ("bf16", "fp16"):
+            raise UserError(f"attention flash_attention_2: computes in bf16 or fp16, not {dtype}; use sdpa or auto")
+    return attention
+
+
+def load_model(
+    path: str | os.PathLike, dtype: str = "auto", attention: str = "auto", compute_dtype: str | None = None
+) -> torch.nn.Module:
+    """A causal language model with its weights, on the CPU, in evaluation mode.
+
+    dtype: fp32, bf16, fp16, or auto for the one it was saved in. attention: see `attention_kernel`; compute_dtype: the
+    type it will compute in where that is not the one it is loaded in. A peft adapter is merged into its base. Raises
+    `UserError` where anything in the files is missing, damaged or does not fit: no weight is ever left at random.
+    """
+    source = locate(path)
+    if source.adapter:
+        return _load_adapter(source, dtype, attention, compute_dtype)
+    config = load_model_config(path)
+    if dtype == "auto":
+        stored = {value: name for name, value in TORCH_DTYPES.items()}
+        dtype = stored.get(config.dtype or config.get_text_config().dtype, "fp32")
+    if dtype not in TORCH_DTYPES:
+        raise UserError(f"dtype '{dtype}': must be auto, {', '.join(TORCH_DTYPES)}")
+    kernel = _supported(config, attention, attention_kernel(attention, compute_dtype or dtype))
+    try:
+        with _bars():
+            model, found = AutoModelForCausalLM.from_pretrained(
+                source.name,
+                config=None if source.gguf else config,
+                dtype=TORCH_DTYPES[dtype],
+                attn_implementation=kernel,
+                ignore_mismatched_sizes=True,  # refused below, by name
+                output_loading_info=True,
+                **source.kwargs(),
+            )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise UserError(f"{source.name}: the weights cannot be loaded ({_reason(error)})") from None
+    except Exception as error:
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise UserError(f"{source.name}: a weight file is damaged or incomplete ({_reason(error)})") from None
+    _check_weights(source.name, found)
+    if source.gguf:
+        # widened to plain weights here: without this mark the model may be saved and trained
+        model.config.__dict__.pop("quantization_config", None)
+        for name in ("is_quantized", "quantization_method", "hf_quantizer"):
+            model.__dict__.pop(name, None)
+    return model
+
+
+@contextmanager
+def _bars():
+    """Show the library's loading bar on a terminal only, and on one rank."""
+    shown = is_progress_bar_enabled()
+    if shown and (rank() or not sys.stderr.isatty()):
+        disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            enable_progress_bar()
+
+
+def _supported(config, asked: str, kernel: str) -> str:
+    """The kernel, or for `auto` the best one the architecture has."""
+    model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    model = model[0] if isinstance(model, tuple) else model
+    has = {
+        "flash_attention_2": getattr(model, "_supports_flash_attn", False),
+        "sdpa": getattr(model, "_supports_sdpa", False),
+        "eager": True,
+    }
+    if asked != "auto":
+        if not has[kernel]:
+            raise UserError(f"attention {kernel}: a '{config.model_type}' model does not have it; use auto or eager")
+        return kernel
+    order = list(has)
+    return next(name for name in order[order.index(kernel) :] if has[name])
+
+
+def _check_weights(name: str, found: dict) -> None:
+    for what, keys in (("lacks", found["missing_keys"]), ("has another shape for", found.get("mismatched_keys", ()))):
+        if keys:
+            names = sorted(key if isinstance(key, str) else key[0] for key in keys)
+            raise UserError(f"{name}: the weight file {what} {len(names)} of the model's tensors, first {names[0]}")
+    unused = sorted(found["unexpected_keys"])
+    if unused:
+        _note(f"{name}: {len(unused)} tensors of the weight file belong to no part of the model, first {unused[0]}")
+
+
+def _load_adapter(source: Source, dtype: str, attention: str, compute_dtype: str | None) -> torch.nn.Module:
+    _need("peft", what=f"{source.name}: loading an adapter")
+    from peft import PeftConfig, PeftModel
+
+    settings = PeftConfig.from_pretrained(source.name)
+    if settings.is_prompt_learning:
+        raise UserError(f"{source.name}: a {settings.peft_type.value} adapter has no weights to merge; use LoRA")
+    base = load_model(source.base(), dtype, attention, compute_dtype)
+    try:
+        return PeftModel.from_pretrained(base, source.name).merge_and_unload()
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise UserError(f"{source.name}: does not fit its base model {source.base()} ({_reason(error)})") from None
+
+
+def match_tokenizer(model: torch.nn.Module, tokenizer) -> None:
+    """Put the tokenizer's padding token in the model's configurations; `UserError` if its ids pass the embedding."""
+    rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        raise UserError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model only {rows}: they do not belong together"
+        )
+    for config in (model.config.get_text_config(), model.config, model.generation_config):
+        config.pad_token_id = tokenizer.pad_token_id
+
+
+def _need(*packages: str, what: str) -> None:
+    from importlib.util import find_spec
+
+    missing = [name for name in packages if find_spec(name) is None]
+    if missing:
+        raise UserError(f"{what} needs a package that is not installed; run: pip install {' '.join(missing)}")
+
+
+def _note(message: str) -> None:
+    if rank() == 0:
+        print(f"note: {message}", file=sys.stderr, flush=True)
+
+
+def _reason(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__).rstrip(".:")
