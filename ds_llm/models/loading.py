@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -51,9 +52,6 @@ class Source:
         if not name:
             raise UserError(f"{self.name}: adapter_config.json names no base model (base_model_name_or_path)")
         return name
-
-    def kwargs(self) -> dict:
-        return {"gguf_file": self.gguf} if self.gguf else {}
 
 
 def locate(path: str | os.PathLike) -> Source:
@@ -118,7 +116,7 @@ def load_model_config(path: str | os.PathLike):
     if source.gguf:
         _need("gguf", "accelerate", what=f"{path}: reading a GGUF file")
     try:
-        config = AutoConfig.from_pretrained(source.name, **source.kwargs())
+        config = AutoConfig.from_pretrained(source.name, **({"gguf_file": source.gguf} if source.gguf else {}))
     except Exception as error:  # from JSON errors to strict-configuration errors: all are about the user's files
         raise _config_error(source, error) from None
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -218,16 +216,20 @@ def load_model(
     if dtype not in TORCH_DTYPES:
         raise UserError(f"dtype '{dtype}': must be auto, {', '.join(TORCH_DTYPES)}")
     kernel = _supported(config, attention, attention_kernel(attention, compute_dtype or dtype))
+    extra = {"config": config}
+    if source.gguf:
+        extra = {"gguf_file": source.gguf}
+        if hasattr(transformers, "GgufConfig"):  # releases that have it may keep weights packed, untrainable
+            extra["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
         with _bars():
             model, found = AutoModelForCausalLM.from_pretrained(
                 source.name,
-                config=None if source.gguf else config,
                 dtype=TORCH_DTYPES[dtype],
                 attn_implementation=kernel,
                 ignore_mismatched_sizes=True,  # refused below, by name
                 output_loading_info=True,
-                **source.kwargs(),
+                **extra,
             )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise UserError(f"{source.name}: the weights cannot be loaded ({_reason(error)})") from None
@@ -237,7 +239,7 @@ def load_model(
         raise UserError(f"{source.name}: a weight file is damaged or incomplete ({_reason(error)})") from None
     _check_weights(source.name, found)
     if source.gguf:
-        # widened to plain weights here: without this mark the model may be saved and trained
+        # its weights are plain by now; save_pretrained and training refuse a model with these marks
         model.config.__dict__.pop("quantization_config", None)
         for name in ("is_quantized", "quantization_method", "hf_quantizer"):
             model.__dict__.pop(name, None)
