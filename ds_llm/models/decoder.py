@@ -36,7 +36,8 @@ from ds_llm.models.moe import MLP, Experts, MoEBlock, Router
 class DecoderConfig(PreTrainedConfig):
     """Configuration of the decoder; names are those of transformers, see docs/model.md for each field.
 
-    Raises (a subclass of ValueError) when heads, experts or rotary options do not fit together.
+    Raises `huggingface_hub.errors.StrictDataclassError` for a wrong type, or heads, experts or rotary options that do
+    not fit together.
     """
 
     model_type = "ds_llm_decoder"
@@ -186,6 +187,7 @@ class DecoderAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
         self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
+        self.o_proj.into_residual = True
 
     def forward(
         self, hidden, rope, attention_mask=None, past_key_values=None, **kwargs
@@ -242,7 +244,11 @@ class DecoderPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module):
-        """N(0, initializer_range); projections into the residual stream by 1/sqrt(2 layers) less (GPT-2)."""
+        """N(0, initializer_range); projections into the residual stream by 1/sqrt(2 layers) less (GPT-2).
+
+        Such a linear layer carries the mark `into_residual`: transformers passes over modules outside its own package
+        that hold no parameter themselves, so it is not their owner that can be asked.
+        """
         super()._init_weights(module)
         std = self.config.initializer_range
         into_residual = std / math.sqrt(2 * self.config.num_hidden_layers)
@@ -251,10 +257,8 @@ class DecoderPreTrainedModel(PreTrainedModel):
         elif isinstance(module, Experts):
             init.normal_(module.gate_up_proj, std=std)
             init.normal_(module.down_proj, std=into_residual)
-        elif isinstance(module, MLP):
-            init.normal_(module.down_proj.weight, std=into_residual)
-        elif isinstance(module, DecoderAttention):
-            init.normal_(module.o_proj.weight, std=into_residual)
+        elif getattr(module, "into_residual", False):
+            init.normal_(module.weight, std=into_residual)
 
 
 class DecoderModel(DecoderPreTrainedModel):

@@ -73,8 +73,9 @@ def attach_loss_head(model: nn.Module) -> nn.Module:
     """Let any transformers causal language model compute its loss in its output embedding; returns the model.
 
     The head's class becomes `LMHead`; parameters and state-dict keys stay as they are. A final soft cap (Gemma) or a
-    factor on the logits (Granite, Cohere) is carried over. Where the weights are there to try it, the model's own logits
-    of a few tokens are compared with the head's. Raises `UserError` where the head is not linear or the comparison fails.
+    factor on the logits (Granite, Cohere) is carried over. Where the weights are there to try it, the model's own
+    logits of a few tokens are compared with the head's. Raises `UserError` where the head is not linear or the
+    comparison fails.
     """
     head = model.get_output_embeddings()
     kind = model.config.model_type
@@ -119,8 +120,8 @@ def _check_head(model: nn.Module, head: LMHead) -> None:
     tolerance = 1e-3 if head.weight.dtype == torch.float32 else 5e-2
     if found.shape != expected.shape or (found - expected).abs().max() > tolerance * expected.abs().max().clamp_min(1):
         raise UserError(
-            f"cannot train a '{model.config.model_type}' model: its logits are not a linear function of its last hidden "
-            "state with the factor and soft cap that its configuration names"
+            f"cannot train a '{model.config.model_type}' model: its logits are not a linear function of its last "
+            "hidden state with the factor and soft cap that its configuration names"
         )
 
 

@@ -22,6 +22,7 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.down_proj.into_residual = True  # its initial weights are smaller
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.down_proj(swiglu(self.gate_proj(hidden), self.up_proj(hidden)))
