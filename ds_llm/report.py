@@ -83,8 +83,8 @@ def plots(steps: list[dict], evals: list[dict]) -> list[Plot | HeatMap]:
     if evals:
         baseline = next((e["baseline_perplexity"] for e in evals if e.get("baseline_perplexity") is not None), None)
         level = ("baseline", baseline) if baseline is not None else None
-        line = Line("perplexity", *_series(evals, "perplexity"), dots=True)
-        found.append(Plot("Perplexity on the evaluation set", "perplexity", [line], level=level, log=True))
+        title = "Perplexity on the evaluation set"
+        found.append(_curve(evals, "perplexity", title, "perplexity", dots=True, level=level, log=True))
     found += [
         _curve(steps, "lr", "Learning rate", "learning rate", zero=True),
         _curve(steps, "grad_norm", "Gradient norm", "global L2 norm", log=True, marks=skipped),
@@ -110,9 +110,10 @@ def plots(steps: list[dict], evals: list[dict]) -> list[Plot | HeatMap]:
     return [plot for plot in found if plot is not None]
 
 
-def _curve(records: list[dict], name: str, title: str, unit: str, **style) -> Plot | None:
-    steps, values = _series(records, name)
-    return Plot(title, unit, [Line(title, steps, values)], **style) if np.isfinite(values).any() else None
+def _curve(records: list[dict], name: str, title: str, unit: str, dots: bool = False, **style) -> Plot | None:
+    """The plot of one field, or None where no record has a number in it."""
+    line = Line(name.replace("_", " "), *_series(records, name), dots)
+    return Plot(title, unit, [line], **style) if np.isfinite(line.values).any() else None
 
 
 def _series(records: list[dict], name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -184,9 +185,10 @@ def _tiles(steps: list[dict], evals: list[dict], start: dict) -> list[dict]:
         tile("Tokens", _short(last["tokens"]), f"{last['epoch']:.2f} epochs" if last.get("epoch") is not None else "")
     rates = _finite(steps, "tokens_per_s")
     if len(rates):
-        mfu = _finite(steps, "mfu")
-        tile("Throughput", f"{np.median(rates):,.0f}", "tokens/s, median"
-             + (f" · MFU {np.median(mfu):.1%}" if len(mfu) else ""))  # fmt: skip
+        tile("Throughput", f"{np.median(rates):,.0f}", "tokens/s, median")
+    mfu = _finite(steps, "mfu")
+    if len(mfu):
+        tile("MFU", f"{np.median(mfu):.1%}", "of the peak, median")
     seconds = _finite(steps, "step_time")
     if len(seconds):
         tile("Time in steps", duration(seconds.sum()), f"{np.median(seconds):.3g} s a step, median")

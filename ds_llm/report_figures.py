@@ -141,6 +141,9 @@ def _lines(axes, plot: Plot) -> None:
     for number, step in enumerate(plot.marks[:POINTS]):
         axes.axvline(step, color=_BAD, linewidth=0.8, alpha=0.6, label="skipped" if number == 0 else None)
     axes.yaxis.set_major_formatter(FuncFormatter(_tick))
+    numbers = np.concatenate([line.steps for line in plot.lines])
+    if numbers.min() == numbers.max():
+        axes.set_xlim(numbers[0] - 1, numbers[0] + 1)
     axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}"))
     axes.set_xlabel("optimizer step")
@@ -152,13 +155,11 @@ def _lines(axes, plot: Plot) -> None:
 def _heat_map(figure, axes, plot: HeatMap) -> None:
     rows, columns = plot.values.shape
     highest = max(2.0, float(np.nanmax(plot.values)))
-    mesh = axes.pcolormesh(plot.values, cmap="viridis", vmin=0, vmax=highest, edgecolors="none", linewidth=0)
-    axes.set_yticks(np.arange(rows) + 0.5, [str(i) for i in range(rows)])
-    axes.xaxis.set_major_locator(MaxNLocator(min(columns, 16), integer=True))
-    if columns <= 32:
-        axes.set_xticks(np.arange(columns) + 0.5, [str(i) for i in range(columns)])
-    if rows > 24:
-        axes.set_yticks(np.arange(0, rows, 4) + 0.5, [str(i) for i in range(0, rows, 4)])
+    # edges in the colour of the face close the hairlines that renderers leave between cells
+    mesh = axes.pcolormesh(plot.values, cmap="viridis", vmin=0, vmax=highest, edgecolors="face", linewidth=0.4)
+    for axis, count, most in ((axes.yaxis, rows, 12), (axes.xaxis, columns, 16)):
+        shown = range(0, count, math.ceil(count / most))
+        axis.set_ticks([i + 0.5 for i in shown], [str(i) for i in shown])
     axes.invert_yaxis()
     axes.grid(False)
     axes.spines[:].set_visible(False)
