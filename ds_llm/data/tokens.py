@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ds_llm.data.resume import AppendFile, partial
 from ds_llm.errors import UserError
 
 FORMAT, VERSION = "ds_llm.tokens", 1
@@ -57,10 +58,20 @@ def index_path(path: str | os.PathLike) -> Path:
 class TokenWriter:
     """Writes a token file document by document; it appears under its name only when `close` has finished.
 
-    Used as a context manager it closes on success and removes the unfinished files on an exception.
+    Used as a context manager it closes on success and removes the unfinished files on an exception. `state`, what
+    `save` returned, continues the unfinished files of an interrupted writer.
     """
 
-    def __init__(self, path, *, vocab_size: int, eos_token_id: int, tokenizer_hash: str, tokenizer: str | None = None):
+    def __init__(
+        self,
+        path,
+        *,
+        vocab_size: int,
+        eos_token_id: int,
+        tokenizer_hash: str,
+        tokenizer: str | None = None,
+        state: dict | None = None,
+    ):
         self.path, self.dtype = Path(path), token_dtype(vocab_size)
         if self.path.suffix != ".bin":
             raise UserError(f"{path}: a token file's name ends with .bin")
@@ -76,11 +87,20 @@ class TokenWriter:
         if tokenizer and os.path.isdir(tokenizer):
             self.meta["tokenizer"] = os.path.abspath(tokenizer)
             self.meta["tokenizer_relative"] = os.path.relpath(tokenizer, self.path.parent)
-        self._partial = [self.path.with_name(self.path.name + s) for s in (".partial", ".partial.boundaries")]
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._bin, self._boundaries = (open(p, "wb") for p in self._partial)  # noqa: SIM115 closed in close()
-        self._boundaries.write(np.zeros(1, "<i8").tobytes())
-        self._sha, self.token_count, self.documents = hashlib.sha256(), 0, 0
+        self.token_count, self.documents = (state["tokens"], state["documents"]) if state else (0, 0)
+        boundaries = self.path.with_name(self.path.name + ".boundaries")
+        self.files = [
+            AppendFile(self.path, self.token_count * self.dtype.itemsize),
+            AppendFile(boundaries, 8 * (self.documents + 1) if state else 0),
+        ]
+        self._bin, self._boundaries = self.files
+        if not state:
+            self._boundaries.write(np.zeros(1, "<i8").tobytes())
+        self._sha = hashlib.sha256()
+        with open(self._bin.path, "rb") as written:
+            while part := written.read(COPY_BYTES):
+                self._sha.update(part)
 
     def append(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
         """Add documents: their tokens one after the other, each with its end-of-text token, and their lengths."""
@@ -94,26 +114,39 @@ class TokenWriter:
         self.token_count += len(tokens)
         self.documents += len(lengths)
 
-    def close(self) -> None:
-        """Put both files in place: the index goes last, so a `.bin` without `.idx` is an unfinished one."""
+    def save(self) -> dict:
+        """Bring what was appended to the disk; the state to continue from."""
+        for file in self.files:
+            file.save()
+        return {"tokens": self.token_count, "documents": self.documents}
+
+    def lengths(self) -> np.ndarray:
+        """Tokens of each document with its end-of-text token, int64 [documents]."""
+        self._boundaries.save()
+        return np.diff(np.fromfile(self._boundaries.path, "<i8"))
+
+    def seal(self) -> None:
+        """Write the index, still as a partial file, and close; the caller puts the files in place."""
+        self.save()
         self.meta |= {"tokens": self.token_count, "documents": self.documents, "sha256": self._sha.hexdigest()}
         header = json.dumps(self.meta, sort_keys=True).encode()
         header += b" " * (-(len(header) + 1) % 8) + b"\n"
-        index = index_path(self.path)
-        partial_index = index.with_name(index.name + ".partial")
-        self._boundaries.close()
-        with open(partial_index, "wb") as out, open(self._partial[1], "rb") as body:
+        for file in self.files:
+            file.close()
+        with open(partial(index_path(self.path)), "wb") as out, open(self._boundaries.path, "rb") as body:
             out.write(header)
             shutil.copyfileobj(body, out, COPY_BYTES)
             out.flush()
             os.fsync(out.fileno())
-        self._bin.flush()
-        os.fsync(self._bin.fileno())
-        self._bin.close()
+
+    def close(self) -> None:
+        """Put both files in place: the index goes last, so a `.bin` without `.idx` is an unfinished one."""
+        self.seal()
+        index = index_path(self.path)
         index.unlink(missing_ok=True)
-        os.replace(self._partial[0], self.path)
-        os.replace(partial_index, index)
-        self._partial[1].unlink()
+        os.replace(self._bin.path, self.path)
+        os.replace(partial(index), index)
+        self._boundaries.path.unlink()
 
     def __enter__(self):
         return self
@@ -122,10 +155,9 @@ class TokenWriter:
         if kind is None:
             self.close()
             return
-        self._bin.close()
-        self._boundaries.close()
-        for partial in self._partial:
-            partial.unlink(missing_ok=True)
+        for file in self.files:
+            file.close()
+            file.path.unlink(missing_ok=True)
 
 
 class TokenFile:
