@@ -19,7 +19,8 @@ h3 { margin: 0 0 6px; font-size: 14px; font-weight: 600; }
 .soft { color: var(--soft); } .good { color: var(--good); } .bad { color: var(--bad); }
 .badge { display: inline-block; margin-left: 8px; padding: 1px 10px; border: 1px solid currentColor;
   border-radius: 99px; font-size: 13px; font-weight: 500; vertical-align: 4px; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(240px, 45%), 1fr)); gap: 12px; margin-top: 20px; }
+.tiles { display: grid; gap: 12px; margin-top: 20px;
+  grid-template-columns: repeat(auto-fill, minmax(min(240px, 45%), 1fr)); }
 .card { background: var(--card); border: 1px solid var(--grid); border-radius: 10px; padding: 14px 16px; }
 .tiles .value { font-size: 23px; font-weight: 600; line-height: 1.25; font-variant-numeric: tabular-nums; }
 .tiles .name, .tiles .note { font-size: 13px; color: var(--soft); }
@@ -124,7 +125,8 @@ _PAGE = """<!doctype html>
 {% if machine %}
 <h2>Versions and machine</h2>
 <section class="card scroll"><table id="machine">
-{% for key, value in machine %}<tr><td class="soft" style="white-space: nowrap">{{ key }}</td><td class="wide">{{ value }}</td></tr>{% endfor %}
+{% for key, value in machine %}
+<tr><td class="soft" style="white-space: nowrap">{{ key }}</td><td class="wide">{{ value }}</td></tr>{% endfor %}
 </table></section>
 {% endif %}
 </body>
