@@ -39,10 +39,10 @@ def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     if _has_grouped_mm(rows, weight):
         return F.grouped_mm(rows, weight.transpose(1, 2), offs=offsets)
     ends = offsets.tolist()
-    sizes = [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
-    experts = [*weight.unbind(0), weight[0]]  # the last part holds the rows behind the last offset
-    parts = rows.split([*sizes, rows.shape[0] - ends[-1]])
-    return torch.cat([part @ expert.t() for part, expert in zip(parts, experts, strict=True)])
+    starts = [0, *ends[:-1]]
+    parts = [rows[i:j] @ expert.t() for i, j, expert in zip(starts, ends, weight.unbind(0), strict=True)]
+    # not a product of the rows behind the last offset: they may hold NaN, which times a zero gradient is NaN
+    return torch.cat([*parts, rows.new_zeros(rows.shape[0] - ends[-1], weight.shape[1])])
 
 
 def _has_grouped_mm(rows: Tensor, weight: Tensor) -> bool:
