@@ -52,9 +52,7 @@ def resume_point(config: Config, output: Path) -> tuple[Path, dict] | None:
     """
     if config.resume == "never":
         if checkpoint.steps(output):
-            raise UserError(
-                f"output: {output} holds the checkpoints of a run; continue it with resume=auto, or choose another folder"
-            )
+            raise UserError(f"output: {output} holds the checkpoints of a run; use resume=auto or another folder")
         return None
     if config.resume == "auto":
         if not checkpoint.steps(output):
@@ -98,15 +96,13 @@ def check_same_run(config: Config, saved: dict, fingerprint: dict, world_size: i
         if old == new:
             continue
         if not any(name == c or (c.endswith(".") and name.startswith(c)) for c in CHANGEABLE):
-            raise UserError(
-                f"{name}: the run in {path} has {old!r}, not {new!r}; set it back, or choose another output for a new run"
-            )
+            raise UserError(f"{name}: the run in {path} has {old!r}, not {new!r}; set it back or choose another output")
         if name not in ("output", "resume"):
             notes.append(f"{name}: {new!r} from here on, {old!r} before")
     for name, old in saved["fingerprint"].items():
         if fingerprint.get(name) != old:
             raise UserError(
-                f"data: the training data is not what the run in {path} was started on ({name} differs); restore it, or "
+                f"data: not what the run in {path} was started on ({name} differs); restore it or "
                 "choose another output for a new run"
             )
     return notes

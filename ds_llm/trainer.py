@@ -189,7 +189,7 @@ class Trainer:
         done = checkpoint.steps(self.output)
         good = f"the last good checkpoint is {checkpoint.folder(self.output, done[0])}" if done else "none was saved"
         raise UserError(
-            f"training stopped at step {self.state['step']}: {self.state['bad_steps']} steps in a row were skipped, the "
+            f"training stopped at step {self.state['step']}: {self.state['bad_steps']} steps in a row skipped, the "
             f"last because {reason}; {good}. Lower optim.lr or look at the data of these steps"
         )
 

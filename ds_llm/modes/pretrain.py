@@ -65,7 +65,7 @@ def build(config: Config, data: Data) -> Job:
     """Make or load the model and join it with the data."""
     from ds_llm.models.decoder import DecoderConfig, DecoderForCausalLM
     from ds_llm.models.head import attach_loss_head
-    from ds_llm.models.loading import attention_kernel, load_model
+    from ds_llm.models.loading import attention_kernel, load_model, match_tokenizer
 
     torch.manual_seed(config.train.seed)
     if config.model.path is None:
@@ -75,7 +75,10 @@ def build(config: Config, data: Data) -> Job:
         decoder._attn_implementation = attention_kernel(config.model.attention, config.train.dtype)
         model = DecoderForCausalLM(decoder)
     else:
-        model = load_model(config.model.path, dtype="fp32", attention=config.model.attention)
+        model = load_model(
+            config.model.path, dtype="fp32", attention=config.model.attention, compute_dtype=config.train.dtype
+        )
+        match_tokenizer(model, data.tokenizer)
         if config.train.kernels:
             from ds_llm.models import accelerate
 

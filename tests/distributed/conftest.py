@@ -1,0 +1,104 @@
+"""A tiny corpus with known structure, and jobs that run the real launch scripts in real processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from ds_llm.data.tokens import TokenWriter, tokenizer_hash
+
+ROOT = Path(__file__).parents[2]
+VOCAB = 61
+
+
+def environment(**extra: str) -> dict:
+    inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return inherited | {"DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **extra}
+
+
+def command(launcher: str, arguments: list[str], script: Path = ROOT / "launch" / "train.py") -> list[str]:
+    """`deepspeed` and `torchrun` start 2 processes, `python` one; `deepspeed1` starts one."""
+    bin_folder = Path(sys.executable).parent
+    prefix = {
+        "python": [sys.executable],
+        "deepspeed": [str(bin_folder / "deepspeed"), "--num_gpus", "2"],
+        "torchrun": [str(bin_folder / "torchrun"), "--standalone", "--nproc_per_node", "2"],
+    }[launcher]
+    return [*prefix, str(script), *arguments]
+
+
+def launch(launcher: str, arguments: list[str], timeout: float = 240, **kwargs) -> subprocess.CompletedProcess:
+    """Run `launch/train.py` to its end; no process of the job survives a timeout."""
+    job = start(launcher, arguments, **kwargs)
+    try:
+        out, err = job.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(job.pid, signal.SIGKILL)
+        out, err = job.communicate()
+        pytest.fail(f"the job hung\n{out[-3000:]}\n{err[-3000:]}")
+    return subprocess.CompletedProcess(job.args, job.returncode, out, err)
+
+
+def start(launcher: str, arguments: list[str], script: Path = ROOT / "launch" / "train.py", **env) -> subprocess.Popen:
+    return subprocess.Popen(
+        command(launcher, arguments, script),
+        env=environment(**env),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    """Folder with `tokenizer/`, `train.bin`, `val.bin`: documents of 1 to 40 tokens that count upwards modulo 57."""
+    folder = tmp_path_factory.mktemp("corpus")
+    words = ["<pad>", "<bos>", "<eos>", "<unk>"] + [f"w{i}" for i in range(VOCAB - 4)]
+    inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = {f"{n}_token": f"<{n}>" for n in ("pad", "bos", "eos", "unk")}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, **special)
+    tokenizer.save_pretrained(folder / "tokenizer")
+    random = np.random.default_rng(0)
+    for name, documents in (("train", 400), ("val", 40)):
+        with TokenWriter(
+            folder / f"{name}.bin",
+            vocab_size=VOCAB,
+            eos_token_id=2,
+            tokenizer_hash=tokenizer_hash(tokenizer),
+            tokenizer=str(folder / "tokenizer"),
+        ) as writer:
+            for _ in range(documents):
+                length = random.integers(1, 41)
+                text = 4 + (random.integers(57) + np.arange(length) * random.integers(1, 3)) % 57
+                writer.append(np.append(text, 2), np.array([length + 1]))
+    return folder
+
+
+@pytest.fixture
+def tiny(corpus) -> list[str]:
+    """Overrides of a run that takes seconds."""
+    return [
+        f"data.train={corpus / 'train.bin'}",
+        f"data.val={corpus / 'val.bin'}",
+        "model.dim=32",
+        "model.n_layers=2",
+        "model.n_heads=4",
+        "model.n_kv_heads=2",
+        "model.max_seq_len=32",
+        "train.batch_size=4",
+        "train.dtype=fp32",
+        "optim.lr=1e-3",
+        "tracking.log_every=1",
+        "tracking.report=false",
+        "tracking.tensorboard=false",
+    ]

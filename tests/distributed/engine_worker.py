@@ -1,0 +1,169 @@
+"""Runs inside a job: every ZeRO stage and dtype against plain torch on the whole global batch; writes what it found.
+
+Usage: engine_worker.py RESULTS.json SCRATCH_FOLDER
+"""
+
+import itertools
+import json
+import shutil
+import sys
+import traceback
+from pathlib import Path
+
+from ds_llm import cli
+
+cli.quiet()
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+
+from ds_llm import config as configuration  # noqa: E402
+from ds_llm import engine as engines  # noqa: E402
+from ds_llm.models.decoder import DecoderConfig, DecoderForCausalLM  # noqa: E402
+from ds_llm.models.head import attach_loss_head, lm_loss  # noqa: E402
+from ds_llm.modes.pretrain import LanguageModeling  # noqa: E402
+
+BATCH, LENGTH, VOCAB, STEPS, VETOED, LR = 8, 12, 37, 4, 1, 3e-3
+
+
+def model() -> DecoderForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    experts = {"use_moe": True, "n_routed_experts": 4, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
+    made = DecoderForCausalLM(DecoderConfig(vocab_size=VOCAB, max_position_embeddings=LENGTH, **sizes, **experts))
+    return attach_loss_head(made)
+
+
+def batches() -> list[dict]:
+    """Global batches whose rows have 0 to 12 labels. The second half of the rows repeats one token."""
+    generator = torch.Generator().manual_seed(1)
+    made = []
+    for _ in range(STEPS):
+        ids = torch.randint(VOCAB, (BATCH, LENGTH), generator=generator)
+        ids[BATCH // 2 :] = ids[-1, -1]
+        labels = torch.randint(VOCAB, (BATCH, LENGTH), generator=generator)
+        keep = torch.randint(LENGTH + 1, (BATCH, 1), generator=generator)
+        made.append({"input_ids": ids, "labels": labels.masked_fill(torch.arange(LENGTH) >= keep, -100)})
+    return made
+
+
+def reference(data: list[dict]):
+    """Plain torch, fp32, one process, no accumulation: weights, averages, losses and gradient norms."""
+    plain = model()
+    groups = [[p for p in plain.parameters() if (p.dim() >= 2) == matrix] for matrix in (True, False)]
+    optimizer = torch.optim.AdamW(
+        [{"params": groups[0], "weight_decay": 0.1}, {"params": groups[1], "weight_decay": 0.0}],
+        lr=LR,
+        betas=(0.9, 0.95),
+    )
+    averages, losses, norms, updates = [p.detach().clone() for p in plain.parameters()], [], [], 0
+    for step, batch in enumerate(data):
+        optimizer.zero_grad()
+        found = lm_loss(plain, **batch)
+        valid = int((batch["labels"] != -100).sum())
+        (found.loss_sum / valid + found.aux_loss).backward()
+        losses.append(found.loss_sum.item() / valid)
+        norms.append(float(torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)))
+        if step != VETOED:
+            optimizer.step()
+            decay = min(0.99, (1 + updates) / (10 + updates))
+            updates += 1
+            for average, p in zip(averages, plain.parameters(), strict=True):
+                average.lerp_(p.detach(), 1 - decay)
+    return dict(plain.named_parameters()), averages, losses, norms
+
+
+def train(engine, data, size: int, accumulation: int, vetoed: int | None):
+    """Train as the trainer does; per step: loss, gradient norm, applied; and the expert counts of this rank."""
+    rank, world, seen, counts = dist.get_rank(), dist.get_world_size(), [], []
+    for step, batch in enumerate(data):
+        valid, total = int((batch["labels"] != -100).sum()), 0.0
+        for k in range(accumulation):
+            engine.begin_micro_step(last=k == accumulation - 1)
+            # the same half of the batch stays on one rank, so that rank 1 sends every token to one expert
+            first = (rank * accumulation + k) * size
+            summed, aux, _, expert_counts = engine.forward(**{n: t[first : first + size] for n, t in batch.items()})
+            engine.backward(summed / valid + aux / (world * accumulation))
+            total += summed.item()
+            counts.append(expert_counts)
+        (loss,) = engines.all_reduce([total / valid])
+        result = engine.step(LR, veto=step == vetoed)
+        seen.append({"loss": loss, "norm": result.grad_norm, "applied": result.applied})
+    return seen, torch.stack(counts)
+
+
+def largest(found: dict, expected) -> float:
+    return max((found[name].float() - value.detach()).abs().max().item() for name, value in expected)
+
+
+def case(dtype: str, stage: int, accumulation: int, data, plain, scratch: Path) -> dict:
+    world = dist.get_world_size()
+    size = BATCH // world // accumulation
+    keys = [f"zero={stage}", f"train.dtype={dtype}", f"train.batch_size={size}", f"optim.lr={LR}"]
+    keys += [f"train.accumulation_steps={accumulation}", "ema.enabled=true", "ema.decay=0.99"]
+    config = configuration.load(None, keys)
+    trained = model()
+    engine = engines.Engine(LanguageModeling(trained), config)
+    seen, counts = train(engine, data, size, accumulation, VETOED)
+    weights, averages, losses, norms = plain
+    state = engine.gather(trained)
+    with engine.averaged_weights():
+        averaged = engine.gather(trained)
+    back = engine.gather(trained)
+    if dist.get_rank() == 0:
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+    dist.barrier()
+    engine.save(scratch)
+    again = model()
+    resumed = engines.Engine(LanguageModeling(again), config)
+    resumed.load(scratch)
+    after = [train(e, data[:2], size, accumulation, None)[0] for e in (engine, resumed)]
+    ends = [engine.gather(trained), resumed.gather(again)]
+    for e, m in ((engine, trained), (resumed, again)):
+        with e.averaged_weights():
+            ends.append(e.gather(m))
+    per_rank = [None] * world
+    dist.all_gather_object(per_rank, (counts > 0).sum(-1).max().item())
+    found = {}
+    if dist.get_rank() == 0:
+        found = {
+            "applied": [s["applied"] for s in seen],
+            "loss_error": max(abs(s["loss"] - e) for s, e in zip(seen, losses, strict=True)),
+            "norm_error": max(abs(s["norm"] / e - 1) for s, e in zip(seen, norms, strict=True) if s["applied"]),
+            "weight_error": largest(state, weights.items()),
+            "average_error": largest(averaged, zip(weights, averages, strict=True)),
+            "average_differs": any(not torch.equal(state[n], averaged[n]) for n in state),
+            "swapped_back": all(torch.equal(state[n], back[n]) for n in state),
+            "resumed_bitwise": after[0] == after[1]
+            and all(torch.equal(a[n], b[n]) for a, b in (ends[:2], ends[2:]) for n in a),
+            "experts_used_by_rank": per_rank,
+            "saved_bytes": sum(f.stat().st_size for f in scratch.rglob("*") if f.is_file()),
+        }
+    needed = engines.all_reduce([engine.state_bytes()])[0]
+    engine.destroy()
+    resumed.destroy()
+    return found | {"needed_bytes": needed}
+
+
+def main(results: Path, scratch: Path) -> None:
+    engines.init_distributed()
+    data = batches()
+    plain = reference(data)
+    found = {}
+    one = dist.get_world_size() == 1
+    cases = itertools.product(("fp32",) if one else ("fp32", "bf16", "fp16"), (0, 1, 2, 3), (4,) if one else (1, 2))
+    for dtype, stage, accumulation in cases:
+        if dtype != "fp32" and accumulation == 1:
+            continue
+        try:
+            outcome = case(dtype, stage, accumulation, data, plain, scratch)
+        except Exception:  # reported per case; a rank alone in a collective runs into the job's time limit
+            outcome = {"error": traceback.format_exc()[-1500:]}
+        found[f"{dtype}-{stage}-{accumulation}"] = outcome
+        if dist.get_rank() == 0:
+            results.write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    paths = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
+    main(Path(paths[0]), Path(paths[1]))
