@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import io
 import os
 import socket
 import sys
@@ -26,10 +27,12 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import set_z3_leaf_modules
 from torch import nn
+from torch.utils.cpp_extension import get_default_build_root
 
 from ds_llm.config import Config
 from ds_llm.deepspeed_config import build as build_deepspeed_config
 from ds_llm.errors import UserError
+from ds_llm.progress import console
 
 # Blocks whose experts run on the tokens routed to them: ZeRO-3 must gather them whole, or ranks whose tokens skip an
 # expert wait for ranks whose tokens use it.
@@ -60,7 +63,10 @@ def init_distributed(timeout_minutes: float = 30) -> None:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_SIZE="1")
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timedelta(minutes=timeout_minutes))
+    if device().type == "cpu" and not any(Path(get_default_build_root()).rglob("deepspeed_shm_comm*.so")):
+        console.print("compiling DeepSpeed's communication for the CPU, once (a minute)")
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints what it has built
+        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timedelta(minutes=timeout_minutes))
 
 
 def all_reduce(values: list[float], op: str = "sum") -> list[float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 from pathlib import Path
@@ -13,11 +14,10 @@ from ds_llm.errors import UserError
 # What may differ between a run and its continuation: everything else would make it another run under the same name.
 CHANGEABLE = ("output", "resume", "train.epochs", "train.max_steps", "tracking.", "checkpoint.", "eval.", "data.val")
 
-_held = []  # the lock lasts as long as this process: closing the file would give it up
 
-
-def lock(output: Path) -> None:
-    """Take `output` for this run until the process ends; rank 0 calls it before the processes meet.
+@contextlib.contextmanager
+def lock(output: Path):
+    """Keep `output` for this run while the block runs; rank 0 takes it before the processes meet.
 
     Raises `UserError` when another run holds the folder or it cannot be written.
     """
@@ -32,7 +32,8 @@ def lock(output: Path) -> None:
         raise UserError(
             f"output: {output}: another run is writing there; wait for it or choose another folder"
         ) from None
-    _held.append(handle)
+    with handle:
+        yield
 
 
 def record(config: Config, output: Path, environment: dict, deepspeed: dict) -> None:

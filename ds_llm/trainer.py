@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import statistics
 from pathlib import Path
@@ -360,12 +361,11 @@ def train(config: Config) -> int:
     mode = import_module(f"ds_llm.modes.{config.mode}")
     data = mode.check(config)
     output = Path(config.output)
-    if rank() == 0:
-        run_folder.lock(output)
-    engine.init_distributed()
-    resume, notes = run_folder.resume_point(config, output), []
-    if resume:
-        path, saved = resume
-        notes = run_folder.check_same_run(config, saved, data.fingerprint, world_size(), path)
-    trainer = Trainer(config, mode.build(config, data), data.fingerprint, interrupt)
-    return trainer.run(resume, notes)
+    with run_folder.lock(output) if rank() == 0 else contextlib.nullcontext():
+        engine.init_distributed()
+        resume, notes = run_folder.resume_point(config, output), []
+        if resume:
+            path, saved = resume
+            notes = run_folder.check_same_run(config, saved, data.fingerprint, world_size(), path)
+        trainer = Trainer(config, mode.build(config, data), data.fingerprint, interrupt)
+        return trainer.run(resume, notes)

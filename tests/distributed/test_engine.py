@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import start
+from jobs import start
 
 WORKER = Path(__file__).with_name("engine_worker.py")
 CASES = [(2, "fp32", stage, acc) for stage in range(4) for acc in (1, 2)]

@@ -12,7 +12,7 @@ import torch
 
 from ds_llm import metrics
 
-from .conftest import launch, start
+from jobs import launch, start
 
 STEPS, EVERY = 24, 5
 HARD = [  # everything that has a state: dropout, averages, experts, accumulation, an epoch that ends in mid-step
@@ -120,7 +120,7 @@ def test_interrupted_by_sigterm_saves_and_continues(tiny, tmp_path):
     job = start("torchrun", [*arguments, f"output={output}"])
     wait_for_step(output, 4, job)
     job.send_signal(signal.SIGTERM)  # torchrun passes it on to its processes
-    out, err = job.communicate(timeout=120)
+    out, _ = job.communicate(timeout=120)
     assert job.returncode != 0
     saved = max(output.glob("checkpoints/step-*"))
     assert "stopped by SIGTERM after step" in out and str(saved) in out

@@ -10,12 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
-from ds_llm.data.tokens import TokenWriter, tokenizer_hash
-
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 VOCAB = 61
 
 
@@ -25,7 +21,7 @@ def environment(**extra: str) -> dict:
 
 
 def command(launcher: str, arguments: list[str], script: Path = ROOT / "launch" / "train.py") -> list[str]:
-    """`deepspeed` and `torchrun` start 2 processes, `python` one; `deepspeed1` starts one."""
+    """`deepspeed` and `torchrun` start 2 processes, `python` one."""
     bin_folder = Path(sys.executable).parent
     prefix = {
         "python": [sys.executable],
@@ -61,6 +57,11 @@ def start(launcher: str, arguments: list[str], script: Path = ROOT / "launch" / 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
     """Folder with `tokenizer/`, `train.bin`, `val.bin`: documents of 1 to 40 tokens that count upwards modulo 57."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from ds_llm.data.tokens import TokenWriter, tokenizer_hash
+
     folder = tmp_path_factory.mktemp("corpus")
     words = ["<pad>", "<bos>", "<eos>", "<unk>"] + [f"w{i}" for i in range(VOCAB - 4)]
     inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
