@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-MODULES = ("rope", "moe_routing", "sparse_update", "token_stats", "linear_cross_entropy")
+MODULES = ("rope", "moe_routing", "sparse_update", "token_stats", "cross_entropy_rows")
 CAPABILITIES = (80, 90)
 
 

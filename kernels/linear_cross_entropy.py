@@ -4,58 +4,29 @@ With reduction "sum" or "mean" the gradients are formed in the forward pass whil
 Liger-Kernel's fused linear cross-entropy, arXiv:2410.10989): three matrix products in all, nothing but the gradients
 is saved, and the weight is not touched in backward, so a ZeRO-3 shard is gathered once. With "none" the upstream
 gradient of each token is not known yet, so backward recomputes the logits (four products).
+With T tokens, hidden size H, V words and elements of b bytes: b (2 T H + 2 V H + 5 T V) bytes and 6 T H V operations.
 """
+
+from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from .cross_entropy_rows import accumulate_dtype, cross_entropy_rows
+
 CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 512 << 20}
-ROW_BLOCK = 16  # rows handled at a time on the CPU: their float32 logits stay in the cache
 FP16_SCALE = 4096.0  # keeps probabilities below fp16's smallest number (6e-8) alive through the matrix products
 
 
-def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+def _gradient_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of gradients before the upstream gradient multiplies them: a loss scale overruns fp16."""
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
-def _chunk_rows(hidden: Tensor, weight: Tensor) -> int:
+def chunk_rows(hidden: Tensor, weight: Tensor) -> int:
+    """Tokens whose logits exist at a time."""
     budget = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cpu"])
     return max(128, budget // (weight.shape[0] * hidden.element_size()) // 128 * 128)
-
-
-def _rows_reference(
-    logits: Tensor,
-    labels: Tensor,
-    softcap: float | None,
-    z_loss: float,
-    upstream: Tensor | None,
-    scale: float | None,
-) -> Tensor:
-    """Loss [T] of `logits` [T, V]; with `scale`, they are overwritten by scale * upstream * dloss/dlogits."""
-    acc = _accumulate_dtype(logits.dtype)
-    losses = torch.empty(logits.shape[0], dtype=acc, device=logits.device)
-    for i in range(0, logits.shape[0], ROW_BLOCK):
-        block = logits[i : i + ROW_BLOCK]
-        x, column = block.to(acc), labels[i : i + ROW_BLOCK, None]
-        if softcap is not None:
-            x = torch.tanh(x / softcap).mul_(softcap)
-        cap = x.clone() if softcap is not None and scale is not None else None
-        label_logit = x.gather(1, column).squeeze(1)
-        m = x.amax(1)
-        x = x.sub_(m[:, None]).exp_()
-        s = x.sum(1)
-        lse = m + s.log()
-        losses[i : i + ROW_BLOCK] = lse - label_logit + z_loss * lse.square()
-        if scale is None:
-            continue
-        up = scale if upstream is None else scale * upstream[i : i + ROW_BLOCK]
-        x.mul_((up * (1 + 2 * z_loss * lse) / s)[:, None])
-        x.scatter_add_(1, column, torch.full_like(label_logit, -1.0).mul_(up)[:, None])
-        if cap is not None:
-            x.mul_(1 - (cap / softcap).square())
-        if x.data_ptr() != block.data_ptr():
-            block.copy_(x)
-    return losses
 
 
 def _chunks(
@@ -74,9 +45,9 @@ def _chunks(
     small gradient underruns), else in the input's dtype.
     """
     T, V = hidden.shape[0], weight.shape[0]
-    dtype, acc = hidden.dtype, _accumulate_dtype(hidden.dtype)
-    saved = acc if dtype == torch.float16 else dtype
-    rows = min(_chunk_rows(hidden, weight), max(T, 1))
+    dtype, acc = hidden.dtype, accumulate_dtype(hidden.dtype)
+    saved = _gradient_dtype(dtype)
+    rows = min(chunk_rows(hidden, weight), max(T, 1))
     losses = torch.empty(T, dtype=acc, device=hidden.device)
     need_hidden, need_weight, need_bias = need
     grad_hidden = torch.empty(hidden.shape, dtype=saved, device=hidden.device) if need_hidden else None
@@ -88,10 +59,8 @@ def _chunks(
         h = hidden[i : i + rows]
         part = slice(i, i + len(h))
         logits = torch.mm(h, weight.t(), out=buffer[: len(h)])
-        if bias is not None:
-            logits += bias
-        losses[part] = _rows_reference(
-            logits, labels[part], softcap, z_loss, None if upstream is None else upstream[part], scale
+        losses[part] = cross_entropy_rows(
+            logits, labels[part], bias, softcap, z_loss, None if upstream is None else upstream[part], scale
         )
         if need_hidden:
             grad_hidden[part] = _product(logits, weight, dtype) / scale if scale != 1.0 else logits @ weight
@@ -121,50 +90,152 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
 
 
-def _compute(hidden, weight, labels, bias, softcap, z_loss, ignore_index, upstream, need):
-    """`_chunks` over the rows that have a label: ignored tokens cost no product. Their loss and gradient are 0."""
+def _compute(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    z_loss: float,
+    ignore_index: int,
+    upstream: Tensor | None,
+    need: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`_chunks` over the rows that have a label: ignored tokens cost no product. Their loss and gradient are 0.
+
+    Gradients that `need` does not ask for are empty.
+    """
+    labels, bias, upstream = (None if t is None else t.contiguous() for t in (labels, bias, upstream))
     keep = (labels != ignore_index).nonzero().squeeze(1)
-    if keep.numel() == labels.numel():
-        return _chunks(hidden, weight, labels, bias, softcap, z_loss, upstream, need)
-    part = _chunks(
-        hidden[keep], weight, labels[keep], bias, softcap, z_loss, None if upstream is None else upstream[keep], need
+    partial = keep.numel() < labels.numel()
+    if partial:
+        upstream = None if upstream is None else upstream[keep]
+        full, hidden, labels = hidden, hidden[keep], labels[keep]
+    losses, *grads = _chunks(hidden, weight, labels, bias, softcap, z_loss, upstream, need)
+    if partial:
+        losses = losses.new_zeros(full.shape[0]).index_copy_(0, keep, losses)
+        if grads[0] is not None:
+            grads[0] = grads[0].new_zeros(full.shape).index_copy_(0, keep, grads[0])
+    return losses, *(hidden.new_empty(0) if g is None else g for g in grads)
+
+
+# --- torch.library
+
+
+def _fake_gradients(hidden: Tensor, weight: Tensor, need: tuple[bool, bool, bool]) -> tuple[Tensor, Tensor, Tensor]:
+    shapes = (hidden.shape, weight.shape, weight.shape[:1])
+    dtype = _gradient_dtype(hidden.dtype)
+    return tuple(
+        hidden.new_empty(shape, dtype=dtype) if needed else hidden.new_empty(0)
+        for shape, needed in zip(shapes, need, strict=True)
     )
-    losses = part[0].new_zeros(labels.shape).index_copy_(0, keep, part[0])
-    grad_hidden = None if part[1] is None else part[1].new_zeros(hidden.shape).index_copy_(0, keep, part[1])
-    return losses, grad_hidden, part[2], part[3]
 
 
-class _SumLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, weight, labels, bias, softcap, z_loss, ignore_index, grad_mode):
-        need = tuple(grad_mode and ctx.needs_input_grad[i] for i in (0, 1, 3))
-        losses, *grads = _compute(hidden, weight, labels, bias, softcap, z_loss, ignore_index, None, need)
-        ctx.dtype = hidden.dtype
-        ctx.save_for_backward(*grads)
-        return losses.sum()
+@torch.library.custom_op("ds_llm::linear_cross_entropy_sum", mutates_args=())
+def _summed(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    z_loss: float,
+    ignore_index: int,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    need = (need_hidden, need_weight, need_bias)
+    losses, *grads = _compute(hidden, weight, labels, bias, softcap, z_loss, ignore_index, None, need)
+    return losses.sum(), *grads
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, upstream):
-        gh, gw, gb = (None if g is None else (g * upstream).to(ctx.dtype) for g in ctx.saved_tensors)
-        return gh, gw, None, gb, None, None, None, None
+
+@_summed.register_fake
+def _(hidden, weight, labels, bias, softcap, z_loss, ignore_index, need_hidden, need_weight, need_bias):
+    loss = hidden.new_empty((), dtype=accumulate_dtype(hidden.dtype))
+    return loss, *_fake_gradients(hidden, weight, (need_hidden, need_weight, need_bias))
 
 
-class _TokenLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, weight, labels, bias, softcap, z_loss, ignore_index):
-        ctx.save_for_backward(hidden, weight, labels, bias)
-        ctx.options = (softcap, z_loss, ignore_index)
-        return _compute(hidden, weight, labels, bias, softcap, z_loss, ignore_index, None, (False, False, False))[0]
+def _save_gradients(ctx, inputs, output):
+    ctx.dtypes = [None if t is None else t.dtype for t in (inputs[0], inputs[1], inputs[3])]
+    ctx.need = inputs[-3:]
+    ctx.save_for_backward(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, upstream):
-        hidden, weight, labels, bias = ctx.saved_tensors
-        need = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
-        _, *grads = _compute(hidden, weight, labels, bias, *ctx.options, upstream, need)
-        gh, gw, gb = (None if g is None else g.to(hidden.dtype) for g in grads)
-        return gh, gw, None, gb, None, None, None
+
+def _scale_gradients(ctx, upstream, *_):
+    gh, gw, gb = (
+        (grad * upstream).to(dtype) if needed and upstream is not None else None
+        for grad, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.need, strict=True)
+    )
+    return gh, gw, None, gb, None, None, None, None, None, None
+
+
+_summed.register_autograd(_scale_gradients, setup_context=_save_gradients)
+
+
+@torch.library.custom_op("ds_llm::linear_cross_entropy_tokens", mutates_args=())
+def _per_token(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    z_loss: float,
+    ignore_index: int,
+) -> Tensor:
+    need = (False, False, False)
+    return _compute(hidden, weight, labels, bias, softcap, z_loss, ignore_index, None, need)[0]
+
+
+@_per_token.register_fake
+def _(hidden, weight, labels, bias, softcap, z_loss, ignore_index):
+    return hidden.new_empty(hidden.shape[0], dtype=accumulate_dtype(hidden.dtype))
+
+
+@torch.library.custom_op("ds_llm::linear_cross_entropy_tokens_backward", mutates_args=())
+def _per_token_backward(
+    upstream: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    z_loss: float,
+    ignore_index: int,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    need = (need_hidden, need_weight, need_bias)
+    return _compute(hidden, weight, labels, bias, softcap, z_loss, ignore_index, upstream, need)[1:]
+
+
+@_per_token_backward.register_fake
+def _(upstream, hidden, weight, labels, bias, softcap, z_loss, ignore_index, need_hidden, need_weight, need_bias):
+    return _fake_gradients(hidden, weight, (need_hidden, need_weight, need_bias))
+
+
+def _save_inputs(ctx, inputs, output):
+    hidden, weight, labels, bias, *ctx.options = inputs
+    ctx.save_for_backward(hidden, weight, labels, bias)
+
+
+def _recompute(ctx, upstream):
+    hidden, weight, labels, bias = ctx.saved_tensors
+    need = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
+    grads = _per_token_backward(upstream, hidden, weight, labels, bias, *ctx.options, *need)
+    gh, gw, gb = (
+        grad.to(t.dtype) if needed else None
+        for grad, t, needed in zip(grads, (hidden, weight, bias), need, strict=True)
+    )
+    return gh, gw, None, gb, None, None, None
+
+
+_per_token.register_autograd(_recompute, setup_context=_save_inputs)
+
+
+# --- public function
 
 
 def linear_cross_entropy(
@@ -184,22 +255,29 @@ def linear_cross_entropy(
     `ignore_index`: hidden[i] is scored against labels[i] (no shift), and ignored tokens cost nothing. softcap c
     replaces a logit x by c * tanh(x / c); z_loss adds z_loss * logsumexp(logits)^2 to each token's loss (PaLM,
     arXiv:2204.02311). reduction: "mean" over valid tokens (NaN when there is none), "sum", or "none" for [T] with 0
-    where ignored. The loss is float32 (float64 for float64 input). First derivatives only. Raises ValueError when
-    shapes do not match or the reduction is unknown.
+    where ignored. The loss is float32 (float64 for float64 input). First derivatives only. A label outside [0, V) raises
+    RuntimeError on the CPU and gives NaN on a GPU. Raises ValueError when shapes or dtypes do not match or the
+    reduction is unknown.
     """
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"expected hidden [T, H] and weight [V, H], got {list(hidden.shape)} and {list(weight.shape)}")
     if labels.shape != hidden.shape[:1]:
         raise ValueError(f"expected labels [{hidden.shape[0]}], got {list(labels.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"expected bias [{weight.shape[0]}], got {list(bias.shape)}")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
     kind = hidden.device.type
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
+    if hidden.dtype != weight.dtype:
+        raise ValueError(f"hidden is {hidden.dtype} and weight {weight.dtype}: cast one of them")
     labels = labels.long()
     with torch.autocast(kind, enabled=False):
         if reduction == "none":
-            return _TokenLoss.apply(hidden, weight, labels, bias, softcap, z_loss, ignore_index)
-        loss = _SumLoss.apply(hidden, weight, labels, bias, softcap, z_loss, ignore_index, torch.is_grad_enabled())
+            return _per_token(hidden, weight, labels, bias, softcap, z_loss, ignore_index)
+        inputs = (hidden, weight, bias)
+        need = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in inputs]
+        loss = _summed(hidden, weight, labels, bias, softcap, z_loss, ignore_index, *need)[0]
         return loss / (labels != ignore_index).sum() if reduction == "mean" else loss
