@@ -13,6 +13,7 @@ from ds_llm.data.files import Batch
 from ds_llm.data.resume import SAVE_SECONDS, AppendFile, partial, resumable, write_atomically
 from ds_llm.data.workers import available_cpus, process
 from ds_llm.errors import UserError
+from ds_llm.progress import console
 
 SEEN = np.dtype([("digest", "V16"), ("length", "<i8")])  # of each kept document; its text's hash and characters
 
@@ -82,6 +83,7 @@ def clean(
     }
     with resumable(out, settings, overwrite) as run:
         if run.finished:
+            console.print(f"{out}: finished before from the same input and settings; nothing to do", markup=False)
             return run.statistics
         state = run.state or {"records": 0, "dropped": {}, "lines": 0, "rejects": 0, "seen": 0}
         lines, dropped = AppendFile(out, state["lines"]), AppendFile(rejects, state["rejects"])

@@ -14,6 +14,7 @@ from ds_llm.data.files import Batch
 from ds_llm.data.resume import SAVE_SECONDS, AppendFile, partial, resumable, write_atomically
 from ds_llm.data.workers import available_cpus, process
 from ds_llm.errors import UserError
+from ds_llm.progress import console
 
 
 def encoder(field: str, backend: str | None, source: str, eos: int, dtype: str, validation: float) -> Callable:
@@ -130,6 +131,7 @@ def encode(
     targets = [out, validation_path(out)] if validation else [out]
     with resumable(out, settings, overwrite) as run:
         if run.finished:
+            console.print(f"{out}: finished before from the same input and settings; nothing to do", markup=False)
             return run.statistics
         state = run.state or {"records": 0, "dropped": {}, "rejects": 0, "files": [None, None]}
         dropped = AppendFile(rejects, state["rejects"])

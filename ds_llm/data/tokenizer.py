@@ -10,6 +10,7 @@ from ds_llm.data import files, rows, statistics
 from ds_llm.data.resume import AppendFile, dump, resumable, statistics_path, write_atomically
 from ds_llm.data.workers import process
 from ds_llm.errors import UserError
+from ds_llm.progress import console
 
 PAD, BOS, EOS = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 SPECIAL = (PAD, BOS, EOS)
@@ -59,6 +60,7 @@ def train_tokenizer(inputs, out, *, vocab_size: int = 6400, field: str = "text",
         raise UserError(f"{out}: is a file; name a folder for the tokenizer")
     with resumable(out, settings, overwrite) as run:
         if run.finished:
+            console.print(f"{out}: finished before from the same input and settings; nothing to do", markup=False)
             return run.statistics
         scratch, old = out.with_name(out.name + ".partial"), out.with_name(out.name + ".old")
         shutil.rmtree(scratch, ignore_errors=True)
