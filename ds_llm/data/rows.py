@@ -34,11 +34,12 @@ class Document:
 
 @dataclass(slots=True)
 class Reject:
-    """A record that cannot be used; `reason` is a key of REASONS."""
+    """A record that cannot be used; `reason` is a key of REASONS, `text` what an empty document consists of."""
 
     number: int
     reason: str
     detail: str = ""
+    text: str | None = None
 
 
 def documents(batch: Batch, name: str) -> Iterator[Document | Reject]:
@@ -117,7 +118,7 @@ def _document(number: int, row: dict, name: str) -> Document | Reject:
     except UnicodeEncodeError as error:  # a JSON escape of half a surrogate pair
         return Reject(number, "not UTF-8", f"character {error.start + 1} of {name} is half of a surrogate pair")
     if not text.strip():
-        return Reject(number, "empty", f"no characters in {name}" if not text else f"only white space in {name}")
+        return Reject(number, "empty", f"no characters in {name}" if not text else f"only white space in {name}", text)
     return Document(number, text, row)
 
 
