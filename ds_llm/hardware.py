@@ -89,6 +89,16 @@ def memory_gb() -> float:
     return psutil.Process().memory_info().rss / 1e9
 
 
+def share_cores() -> None:
+    """Give this process its share of the CPU cores when a launcher started several on this machine.
+
+    Without it each would use a thread per core, and they would hold each other up. OMP_NUM_THREADS is respected.
+    """
+    processes = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    if processes > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))
+
+
 def training_flops_per_token(model: torch.nn.Module, seq_len: int) -> float:
     """FLOPs that the forward and backward pass of one token cost, as used for MFU.
 

@@ -152,6 +152,8 @@ def _join() -> torch.device:
     """The device of this process, in a process group when a launcher started several."""
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    else:
+        hardware.share_cores()
     if world_size() > 1:
         from ds_llm.engine import init_distributed
 
