@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import gzip
+import io
 import os
 import zlib
 from collections.abc import Iterable, Iterator
@@ -157,14 +158,36 @@ def _library_errors(file: InputFile) -> tuple[type[Exception], ...]:
 def _open(raw: BinaryIO, compression: str) -> BinaryIO:
     if compression == ".gz":
         return gzip.open(raw)
-    if compression == ".zst":
-        import io
+    return io.BufferedReader(_ZstdFrames(raw), 1 << 17) if compression == ".zst" else raw
 
+
+class _ZstdFrames(io.RawIOBase):
+    """The content of all frames of a file; unlike zstandard's own reader it does not take a cut frame for the end."""
+
+    def __init__(self, raw: BinaryIO):
         import zstandard
 
-        stream = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-        return io.BufferedReader(stream, 1 << 17)
-    return raw
+        self._raw, self._new = raw, zstandard.ZstdDecompressor().decompressobj
+        self._frame, self._packed, self._content, self._started = self._new(), b"", memoryview(b""), False
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        while not self._content:
+            if self._frame.eof:
+                self._packed, self._started = self._frame.unused_data, False
+                self._frame = self._new()
+            self._packed = self._packed or self._raw.read(1 << 17)
+            if not self._packed:
+                if self._started:
+                    raise EOFError("the last zstd frame is incomplete")
+                return 0
+            self._content = memoryview(self._frame.decompress(self._packed))
+            self._packed, self._started = b"", True
+        count = min(len(buffer), len(self._content))
+        buffer[:count], self._content = self._content[:count], self._content[count:]
+        return count
 
 
 def _skip(stream: BinaryIO, count: int) -> None:

@@ -114,7 +114,7 @@ def test_unusable_files_are_user_errors(tmp_path, rng):
     with pytest.raises(UserError, match="not the index"):
         TokenFile(good)
     index_path(good).unlink()
-    with pytest.raises(UserError, match="index good.idx is missing"):
+    with pytest.raises(UserError, match=r"index good\.idx is missing"):
         TokenFile(good)
 
 
