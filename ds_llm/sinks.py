@@ -69,9 +69,11 @@ class Console:
             f"epoch {r.get('epoch', 0):.2f}",
             f"perplexity {_number(r['perplexity'])}",
         ]
-        if r.get("baseline_perplexity") is not None and r.get("trend_percent") is not None:
-            parts.append(f"{r['trend_percent']:+.1f} % against {_number(r['baseline_perplexity'])} before training")
-        if r.get("best_perplexity") is not None:
+        if r["step"] == 0:
+            parts.append("the baseline")
+        elif r.get("baseline_perplexity") is not None and r.get("trend_percent") is not None:
+            parts.append(f"{r['trend_percent']:+.1f} % against the baseline {_number(r['baseline_perplexity'])}")
+        if r["step"] and r.get("best_perplexity") is not None:
             best = r["perplexity"] is not None and r["perplexity"] <= r["best_perplexity"]
             parts.append("best so far" if best else f"best {_number(r['best_perplexity'])}")
         console.print("  ".join(parts), style="bold", markup=False)

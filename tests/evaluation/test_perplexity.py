@@ -1,11 +1,6 @@
 """The perplexity protocol against brute force, and the same bits whatever the number of processes."""
 
-import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +13,6 @@ from ds_llm.errors import UserError
 from ds_llm.evaluation.perplexity import model_loss, perplexity_of_tokens
 from ds_llm.models.head import attach_loss_head
 
-ROOT = Path(__file__).resolve().parents[2]
 COMMON = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 ROPE = {**COMMON, "intermediate_size": 48, "num_key_value_heads": 2, "max_position_embeddings": 64}
 CONFIGS = {
