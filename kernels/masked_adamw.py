@@ -242,7 +242,9 @@ def _masked_adamw_dense(
 # --- public functions
 
 
-def _check_states(names: str, *tensors: Tensor | None) -> None:
+def _check(step: int, names: str, *tensors: Tensor | None) -> None:
+    if step < 1:
+        raise ValueError(f"step counts from 1, got {step}")
     for name, t in zip(names.split(), tensors, strict=True):
         if t is not None and (t.shape != tensors[0].shape or t.device != tensors[0].device):
             raise ValueError(f"{name} {list(t.shape)} on {t.device} does not match {list(tensors[0].shape)}")
@@ -272,7 +274,7 @@ def masked_adamw_(
     from 1. Bytes per kept value in bf16 with float32 states: 2 + 2 + 4 + 4 read and 2 + 4 + 4 written, 4 + 4 more with
     a master copy (which replaces the read of `values`).
     """
-    _check_states("values grad exp_avg exp_avg_sq master", values, grad, exp_avg, exp_avg_sq, master)
+    _check(step, "values grad exp_avg exp_avg_sq master", values, grad, exp_avg, exp_avg_sq, master)
     _masked_adamw(values, grad, exp_avg, exp_avg_sq, master, step, lr, beta1, beta2, eps, weight_decay)
 
 
@@ -295,7 +297,7 @@ def masked_adamw_dense_(
 
     Pruned weights and their states stay bitwise as they are, NaN included. Options as in `masked_adamw_`.
     """
-    _check_states("param grad exp_avg exp_avg_sq", param, grad, exp_avg, exp_avg_sq)
+    _check(step, "param grad exp_avg exp_avg_sq", param, grad, exp_avg, exp_avg_sq)
     if param.shape != mask.shape:
         raise ValueError(f"the mask is {list(mask.shape)}, got a parameter {list(param.shape)}")
     options = (step, lr, beta1, beta2, eps, weight_decay)

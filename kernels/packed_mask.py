@@ -71,7 +71,7 @@ class PackedMask(torch.nn.Module):
         """Packs a bool mask [..., C] (True = kept) of two or more dimensions."""
         if mask.dtype != torch.bool or mask.dim() < 2:
             raise ValueError(f"expected a bool mask of at least 2 dimensions, got {mask.dtype} {list(mask.shape)}")
-        rows = mask.reshape(-1, mask.shape[-1])
+        rows = mask.reshape(mask.shape[:-1].numel(), mask.shape[-1])
         padded = torch.nn.functional.pad(rows, (0, -rows.shape[1] % 8)).view(torch.uint8)
         bits = torch.zeros(rows.shape[0], padded.shape[1] // 8, dtype=torch.uint8, device=mask.device)
         for i in range(8):

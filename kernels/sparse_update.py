@@ -1,4 +1,4 @@
-"""Compact storage of pruned weights: the kept values as one vector, a bit mask,and a fused AdamW over them.
+"""Compact storage of pruned weights: the kept values as one vector, a bit mask, and a fused AdamW over them.
 
 `expand` and `compact` move between values [nnz] and a dense [R, C] weight, each being the other's gradient, so a layer
 whose only trainable parameter is the vector of kept values has gradients, optimizer states and communication of that
@@ -198,5 +198,5 @@ def compact(dense: Tensor, mask: PackedMask) -> Tensor:
     """
     if dense.shape != mask.shape:
         raise ValueError(f"expected {list(mask.shape)}, got {list(dense.shape)}")
-    rows = dense.reshape(-1, dense.shape[-1])
+    rows = dense.reshape(mask.shape[:-1].numel(), mask.shape[-1])
     return sparse_compact(rows, mask.bits, mask.offsets, mask.positions(), mask.nnz)

@@ -23,6 +23,7 @@ pytestmark = [
     pytest.mark.usefixtures("poisoned"),
     pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),
 ]
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 options = settings(max_examples=25, deadline=None)
 small = st.fixed_dictionaries(
@@ -36,6 +37,15 @@ small = st.fixed_dictionaries(
         "seed": st.integers(0, 2**31),
     }
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def several_steps():
+    """Steps of 64 logits, so that vocabularies of hundreds take several."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ds_llm.kernels.cross_entropy_rows.VOCAB_BLOCK", 64)
+        patch.setattr("ds_llm.kernels.token_stats.TILE_VOCAB", 64)
+        yield
 
 
 def inputs(case: dict, device: torch.device) -> tuple:
