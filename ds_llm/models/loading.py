@@ -169,12 +169,17 @@ def load_tokenizer(path: str | os.PathLike):
             raise UserError(f"{path}: its tokenizer cannot be read ({_reason(error)})") from None
     else:
         tokenizer = read_tokenizer(source.name)
+    return ensure_padding(tokenizer)
+
+
+def ensure_padding(tokenizer):
+    """The tokenizer, with its end-of-text or unknown token for padding where it has no padding token."""
     if tokenizer.pad_token is None:
-        token = tokenizer.eos_token or tokenizer.unk_token
+        name, token = tokenizer.name_or_path or "this model", tokenizer.eos_token or tokenizer.unk_token
         if token is None:
-            raise UserError(f"{path}: the tokenizer has no padding, end-of-text or unknown token; set its pad_token")
+            raise UserError(f"{name}: the tokenizer has no padding, end-of-text or unknown token; set its pad_token")
         tokenizer.pad_token = token
-        _note(f"the tokenizer of {path} has no padding token: {token!r} serves, and is masked where it pads")
+        _note(f"the tokenizer of {name} has no padding token: {token!r} serves, and is masked where it pads")
     return tokenizer
 
 

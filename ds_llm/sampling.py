@@ -1,0 +1,91 @@
+"""How text is sampled: the options, their bounds and their command-line form. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+from dataclasses import dataclass
+
+from ds_llm.errors import ConfigError
+
+
+def option(default, help: str, low: float | None = None, high: float | None = None):
+    """A documented field; numbers lie in [low, high]."""
+    return dataclasses.field(default=default, metadata={"help": help, "low": low, "high": high})
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """Options of one generation. They act in the order repetition penalty, n-grams, temperature, top-k, top-p, min-p.
+
+    Raises `ConfigError` for a value out of bounds, or options that contradict each other.
+    """
+
+    max_new_tokens: int = option(128, "longest answer in tokens", 1)
+    min_new_tokens: int = option(0, "the end-of-text token is not chosen before so many tokens", 0)
+    temperature: float = option(0.8, "divides the logits; 0 is greedy: always the likeliest token", 0)
+    top_k: int = option(0, "choose among so many likeliest tokens; 0: all", 0)
+    top_p: float = option(0.95, "choose among the likeliest tokens that together have this probability", 1e-6, 1)
+    min_p: float = option(0.0, "drop tokens less likely than this share of the likeliest one", 0, 1)
+    repetition_penalty: float = option(1.0, "makes tokens that occurred less likely when above 1 (CTRL)", 1e-3)
+    no_repeat_ngram_size: int = option(0, "no sequence of so many tokens occurs twice; 0: off", 0)
+    stop: tuple[str, ...] = option((), "end before this text; may be given several times")
+    num_beams: int = option(1, "beam search with so many beams", 1)
+    num_return_sequences: int = option(1, "answers per prompt", 1)
+    use_cache: bool = option(True, "keep the keys and values of past tokens")
+    seed: int | None = option(None, "makes sampling reproducible on one machine and batch size", 0)
+
+    def __post_init__(self):
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        object.__setattr__(self, "stop", tuple(self.stop))
+        for field in dataclasses.fields(self):
+            self._check_number(field.name, getattr(self, field.name), field.metadata)
+        if not all(isinstance(text, str) and text for text in self.stop):
+            raise ConfigError("stop: must be text that is not empty")
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ConfigError(
+                f"min_new_tokens: {self.min_new_tokens} is more than max_new_tokens={self.max_new_tokens}"
+            )
+        several = self.num_return_sequences
+        if several > 1 and self.temperature == 0 and several > self.num_beams:
+            raise ConfigError(
+                f"num_return_sequences: {several} greedy answers would be the same; set temperature above 0 or "
+                f"num_beams to at least {several}"
+            )
+
+    @staticmethod
+    def _check_number(name: str, value, bounds) -> None:
+        low, high = bounds["low"], bounds["high"]
+        if low is None or value is None:
+            return
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise ConfigError(f"{name}: {value!r} is not a number")
+        if value < low or (high is not None and value > high):
+            limits = f"at least {low:g}" if high is None else f"between {low:g} and {high:g}"
+            raise ConfigError(f"{name}: {value} must be {limits}")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """One command-line option per field of `SamplingParams`, and `--greedy` for a temperature of 0."""
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--greedy", action="store_true", help="the same as --temperature 0")
+    for field in dataclasses.fields(SamplingParams):
+        flag, help = "--" + field.name.replace("_", "-"), field.metadata["help"]
+        if field.name == "stop":
+            group.add_argument(flag, action="append", default=[], metavar="TEXT", help=help)
+        elif isinstance(field.default, bool):
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=field.default, help=help)
+        else:
+            kind = float if isinstance(field.default, float) else int
+            shown = "" if field.default is None else f" ({field.default})"
+            group.add_argument(flag, type=kind, default=field.default, metavar="N", help=help + shown)
+
+
+def from_arguments(arguments: argparse.Namespace) -> SamplingParams:
+    """The options that `add_arguments` parsed."""
+    values = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(SamplingParams)}
+    if arguments.greedy:
+        values["temperature"] = 0.0
+    return SamplingParams(**values)
