@@ -24,3 +24,12 @@ def next_power_of_2(n: int) -> int:
 def launch_on(x: torch.Tensor) -> AbstractContextManager:
     """Makes x's GPU the current one: Triton launches there, wherever its arguments live."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+# CPU tensors go to the kernels too, which then run in Triton's interpreter (TRITON_INTERPRET=1): set by the tests
+interpret_on_cpu = False
+
+
+def uses_triton(x: torch.Tensor) -> bool:
+    """Whether an operator on x launches its kernel: no kernel computes in float64, and CPU tensors have none."""
+    return triton is not None and (x.is_cuda or interpret_on_cpu) and x.dtype != torch.float64

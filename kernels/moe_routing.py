@@ -1,9 +1,23 @@
-"""Top-k routing of tokens to experts, its auxiliary losses, and the movement of tokens to experts and back."""
+"""Top-k routing of tokens to experts, its auxiliary losses, and the movement of tokens to experts and back.
+
+`route` reads the E logits of a token once and writes K weights and K indices; its backward reads logits, indices and
+weight gradients once and writes E logit gradients. What the auxiliary losses need is summed in the same pass, per
+block of tokens and then over the blocks in a fixed order, so results do not vary between runs.
+"""
+
+from __future__ import annotations
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from . import moe_permute, moe_topk
+from ._triton import uses_triton
+from .moe_permute import permute, unpermute
+from .moe_topk import EPSILON, route_backward_triton, route_triton
+
+__all__ = ["RoutingStats", "load_balancing_loss", "permute", "route", "unpermute", "z_loss"]
 
 
 class RoutingStats(NamedTuple):
@@ -20,6 +34,212 @@ class RoutingStats(NamedTuple):
     tokens: Tensor
 
 
+# --- torch reference
+
+
+def _groups(tokens: int, bounds: Tensor | None, sequences: int, device: torch.device) -> Tensor:
+    """The sequence of each token [T]."""
+    token = torch.arange(tokens, device=device)
+    if bounds is None:
+        return token // max(1, tokens // sequences)
+    return (torch.searchsorted(bounds, token, right=True) - 1).clamp_(0, sequences - 1)
+
+
+def _sum_groups(x: Tensor, bounds: Tensor | None, sequences: int) -> Tensor:
+    """Sum of x [T, ...] over the tokens of each sequence: [G, ...]."""
+    if bounds is None:
+        return x.unflatten(0, (sequences, -1)).sum(1) if x.shape[0] else x.new_zeros(sequences, *x.shape[1:])
+    group = _groups(x.shape[0], bounds, sequences, x.device)
+    return x.new_zeros(sequences, *x.shape[1:]).index_add_(0, group, x)
+
+
+def _select(key: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """The largest `top_k` of each row in descending order, equal ones by index: values and indices [T, K]."""
+    values, chosen = key.topk(min(top_k + 1, key.shape[1]), dim=-1)
+    # topk leaves the order of equal values open; the value behind the last shows a tie across the border
+    tied = (values[:, 1:] == values[:, :-1]).any(-1).nonzero()[:, 0]
+    if len(tied):
+        chosen[tied] = key[tied].sort(dim=-1, descending=True, stable=True).indices[:, : chosen.shape[1]]
+    return values[:, :top_k], chosen[:, :top_k]
+
+
+def _route_reference(
+    logits: Tensor,
+    top_k: int,
+    sigmoid: bool,
+    normalize: bool,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    bounds: Tensor | None,
+    sequences: int,
+) -> tuple[Tensor, ...]:
+    x = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    lse = x.logsumexp(-1)
+    scores = x.sigmoid() if sigmoid else x.softmax(-1)
+    key = x if bias is None else torch.where(x == -torch.inf, x, scores + bias)
+    best, chosen = _select(key, top_k)
+    weights = scores.gather(-1, chosen)
+    shares = scores / (scores.sum(-1, keepdim=True) + EPSILON) if sigmoid else scores
+    z = lse.square()
+    # an expert whose logit is -inf is never chosen, and a token without any other takes no part
+    found = best != -torch.inf
+    if mask is not None:
+        found &= mask[:, None]
+    every = bool(found.all())
+    if not every:
+        valid = found[:, 0]
+        weights = weights.masked_fill(~found, 0.0)
+        chosen = chosen.masked_fill(~found, -1)
+        shares = shares.masked_fill(~valid[:, None], 0.0)
+        z = z.masked_fill(~valid, 0.0)
+    if normalize:
+        weights = weights / (weights.sum(-1, keepdim=True) + EPSILON)
+    experts = logits.shape[1]
+    flat = chosen
+    if sequences > 1:
+        flat = chosen + experts * _groups(len(x), bounds, sequences, x.device)[:, None]
+    flat = flat.reshape(-1) if every else flat[found]
+    counts = torch.bincount(flat, minlength=sequences * experts).view(sequences, experts).int()
+    return (
+        weights,
+        chosen.int(),
+        counts,
+        _sum_groups(shares, bounds, sequences),
+        _sum_groups(z, bounds, sequences),
+        _sum_groups(found[:, 0].int(), bounds, sequences).int(),
+    )
+
+
+def _route_backward_reference(
+    logits: Tensor,
+    experts: Tensor,
+    weights_grad: Tensor,
+    scores_grad: Tensor | None,
+    z_grad: Tensor | None,
+    sigmoid: bool,
+    normalize: bool,
+    bounds: Tensor | None,
+    sequences: int,
+) -> Tensor:
+    x = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    chosen = experts.long()
+    found = chosen >= 0
+    every = bool(found.all())
+    chosen = chosen if every else chosen.clamp_min(0)
+    softmax = None if sigmoid and z_grad is None else x.softmax(-1)
+    scores = x.sigmoid() if sigmoid else softmax
+    # score x its gradient through the weights
+    flow = scores.gather(-1, chosen)
+    if not every:
+        flow = flow.masked_fill(~found, 0.0)
+    if normalize:
+        flow = flow / (flow.sum(-1, keepdim=True) + EPSILON)
+        flow = flow * (weights_grad - (flow * weights_grad).sum(-1, keepdim=True))
+    else:
+        flow = flow * weights_grad
+    group = _groups(len(x), bounds, sequences, x.device) if sequences > 1 else None
+    shares_flow = None
+    if scores_grad is not None:
+        rows = scores_grad if group is None else scores_grad[group]
+        shares = scores / (scores.sum(-1, keepdim=True) + EPSILON) if sigmoid else scores
+        shares_flow = shares * rows
+        if sigmoid:
+            shares_flow = shares_flow - shares * shares_flow.sum(-1, keepdim=True)
+    if sigmoid:
+        grad = torch.zeros_like(x) if shares_flow is None else shares_flow
+        grad = grad.scatter_add_(-1, chosen, flow) * (1 - scores)
+    else:
+        total = flow.sum(-1, keepdim=True)
+        if shares_flow is not None:
+            total = total + shares_flow.sum(-1, keepdim=True)
+        grad = scores * -total if shares_flow is None else shares_flow.addcmul_(scores, total, value=-1)
+        grad.scatter_add_(-1, chosen, flow)
+    if z_grad is not None:
+        rows = z_grad if group is None else z_grad[group]
+        grad += softmax * (2 * rows * x.logsumexp(-1))[:, None]
+    if not every:
+        grad = grad.masked_fill(~found[:, :1], 0.0)
+    return grad.to(logits.dtype)
+
+
+# --- operators and their gradient
+
+
+@torch.library.custom_op("ds_llm::route", mutates_args=())
+def _route(
+    logits: Tensor,
+    top_k: int,
+    sigmoid: bool,
+    normalize: bool,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    bounds: Tensor | None,
+    sequences: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    run = route_triton if uses_triton(logits) else _route_reference
+    return run(logits, top_k, sigmoid, normalize, bias, mask, bounds, sequences)
+
+
+@_route.register_fake
+def _(logits, top_k, sigmoid, normalize, bias, mask, bounds, sequences):
+    tokens, experts = logits.shape
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return (
+        logits.new_empty(tokens, top_k, dtype=wide),
+        logits.new_empty(tokens, top_k, dtype=torch.int32),
+        logits.new_empty(sequences, experts, dtype=torch.int32),
+        logits.new_empty(sequences, experts, dtype=wide),
+        logits.new_empty(sequences, dtype=wide),
+        logits.new_empty(sequences, dtype=torch.int32),
+    )
+
+
+@torch.library.custom_op("ds_llm::route_backward", mutates_args=())
+def _route_backward_op(
+    logits: Tensor,
+    experts: Tensor,
+    weights_grad: Tensor,
+    scores_grad: Tensor | None,
+    z_grad: Tensor | None,
+    sigmoid: bool,
+    normalize: bool,
+    bounds: Tensor | None,
+    sequences: int,
+) -> Tensor:
+    run = route_backward_triton if uses_triton(logits) else _route_backward_reference
+    return run(logits, experts, weights_grad, scores_grad, z_grad, sigmoid, normalize, bounds, sequences)
+
+
+@_route_backward_op.register_fake
+def _(logits, experts, weights_grad, scores_grad, z_grad, sigmoid, normalize, bounds, sequences):
+    return logits.new_empty(logits.shape)
+
+
+def _save(ctx, inputs, output):
+    logits, _, ctx.sigmoid, ctx.normalize, _, _, bounds, ctx.sequences = inputs
+    ctx.save_for_backward(logits, output[1], bounds)
+    # where the auxiliary losses are not used, their part of the backward pass is left out
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, weights_grad, experts_grad, counts_grad, scores_grad, z_grad, tokens_grad):
+    logits, experts, bounds = ctx.saved_tensors
+    if weights_grad is None:
+        weights_grad = torch.zeros(
+            experts.shape, dtype=torch.promote_types(logits.dtype, torch.float32), device=logits.device
+        )
+    grad = _route_backward_op(
+        logits, experts, weights_grad, scores_grad, z_grad, ctx.sigmoid, ctx.normalize, bounds, ctx.sequences
+    )
+    return grad, None, None, None, None, None, None, None
+
+
+_route.register_autograd(_backward, setup_context=_save)
+
+
+# --- public functions
+
+
 def route(
     logits: Tensor,
     top_k: int,
@@ -30,45 +250,52 @@ def route(
     mask: Tensor | None = None,
     sequences: int | Tensor = 1,
 ) -> tuple[Tensor, Tensor, RoutingStats]:
-    """Chooses `top_k` experts for every token; see the module for the returned values."""
+    """Chooses `top_k` experts for every token.
+
+    logits [T, E] of any floating type and strides; computed in float32 (float64 for float64). Scores are the softmax
+    over all experts or the sigmoid of each logit. The experts with the largest logits are chosen, or with the largest
+    score + `bias` [E] where a bias is given (Wang et al., "Auxiliary-Loss-Free Load Balancing", arXiv:2408.15664): it
+    takes part in the choice only, and has no gradient. Ties go to the lower index. Weights are the chosen scores,
+    divided by their sum + 1e-20 if `normalize`.
+
+    `mask` [T] bool: False for a token that takes no part. An expert whose logit is -inf is never chosen. `sequences`:
+    over which tokens the statistics are summed, a number of equally long sequences that T is a multiple of, or the
+    bounds [G + 1] of packed ones (0, ..., T).
+
+    Returns weights [T, K] and experts [T, K] int32, best first, and the statistics of the auxiliary losses. A choice
+    that was not made has weight 0 and expert -1. Differentiable in logits through weights, `stats.scores`, `stats.z`.
+    Raises ValueError when the arguments do not fit together.
+    """
+    if logits.ndim != 2 or not logits.is_floating_point():
+        raise ValueError(f"logits must be floating-point [tokens, experts], not {logits.dtype} {tuple(logits.shape)}")
     tokens, experts = logits.shape
-    x = logits if logits.dtype == torch.float64 else logits.float()
-    valid = (x > -torch.inf).any(-1)
-    if mask is not None:
-        valid = valid & mask
-    x = torch.where(valid[:, None], x, 0.0)
-    lse = x.logsumexp(-1)
-    if scoring == "softmax":
-        scores = x.softmax(-1)
-        shares = scores
-    else:
-        scores = x.sigmoid()
-        shares = scores / (scores.sum(-1, keepdim=True) + 1e-20)
-    key = x if bias is None else torch.where(x > -torch.inf, scores + bias, -torch.inf)
-    chosen = key.detach().sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
-    weights = scores.gather(-1, chosen)
-    if normalize:
-        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-    weights = torch.where(valid[:, None], weights, 0.0)
-    if isinstance(sequences, int):
-        group = torch.arange(tokens, device=x.device) // max(1, tokens // sequences)
-        groups = sequences
-    else:
-        group = torch.searchsorted(sequences, torch.arange(tokens, device=x.device), right=True) - 1
-        groups = len(sequences) - 1
-    hits = torch.zeros(tokens, experts, dtype=torch.int32, device=x.device).scatter_(-1, chosen, 1)
-    hits = hits * valid[:, None]
-    stats = RoutingStats(
-        torch.zeros(groups, experts, dtype=torch.int32, device=x.device).index_add_(0, group, hits.int()),
-        x.new_zeros(groups, experts).index_add(0, group, shares * valid[:, None]),
-        x.new_zeros(groups).index_add(0, group, lse.square() * valid),
-        torch.zeros(groups, dtype=torch.int32, device=x.device).index_add_(0, group, valid.int()),
-    )
-    return weights, torch.where(valid[:, None], chosen, -1).int(), stats
+    if not 1 <= top_k <= experts:
+        raise ValueError(f"top_k must be 1 to {experts}, the number of experts, not {top_k}")
+    if scoring not in ("softmax", "sigmoid"):
+        raise ValueError(f"scoring must be softmax or sigmoid, not {scoring!r}")
+    if bias is not None and bias.shape != (experts,):
+        raise ValueError(f"bias must be [{experts}], not {list(bias.shape)}")
+    if mask is not None and (mask.shape != (tokens,) or mask.dtype != torch.bool):
+        raise ValueError(f"mask must be bool [{tokens}], not {mask.dtype} {list(mask.shape)}")
+    if bias is not None:
+        bias = bias.detach().to(torch.promote_types(logits.dtype, torch.float32))
+    bounds = None
+    if isinstance(sequences, Tensor):
+        if sequences.ndim != 1 or len(sequences) < 2 or sequences.is_floating_point():
+            raise ValueError(f"sequences must be integer bounds [G + 1], not {list(sequences.shape)}")
+        bounds, sequences = sequences.contiguous(), len(sequences) - 1
+    elif sequences < 1 or tokens % sequences:
+        raise ValueError(f"{tokens} tokens are not {sequences} sequences of one length")
+    weights, chosen, *stats = _route(logits, top_k, scoring == "sigmoid", normalize, bias, mask, bounds, sequences)
+    return weights, chosen, RoutingStats(*stats)
 
 
 def load_balancing_loss(stats: RoutingStats, *, per_sequence: bool = False) -> Tensor:
-    """Auxiliary loss that is 1 for uniform routing, per batch or averaged over sequences; a scalar."""
+    """E * sum over experts of (share of the choices) x (mean score), a scalar that is 1 for uniform routing.
+
+    Over the batch (Fedus et al., "Switch Transformers", arXiv:2101.03961, eq. 4) or averaged over the sequences that
+    have a valid token (DeepSeek-V2, arXiv:2405.04434). Differentiable through the mean scores.
+    """
     counts, scores, tokens = stats.counts, stats.scores, stats.tokens
     if not per_sequence:
         counts, scores, tokens = counts.sum(0, True), scores.sum(0, True), tokens.sum(0, True)
@@ -82,31 +309,5 @@ def z_loss(stats: RoutingStats) -> Tensor:
     return stats.z.sum() / stats.tokens.sum().clamp_min(1)
 
 
-def permute(x: Tensor, experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Copies each token of x [T, H] once per chosen expert, rows sorted by expert (stable).
-
-    Returns rows [T * K, H]; offsets [E] int32, the end of each expert's rows (`offs` of `torch._grouped_mm`); inverse
-    [T, K] int32, the row of each choice. A masked choice (index outside 0 .. E - 1) has inverse < 0; its row, `~inverse`,
-    lies behind the last expert's and is zero.
-    """
-    slots = experts.numel()
-    flat = experts.reshape(-1).long()
-    masked = (flat < 0) | (flat >= num_experts)
-    flat = torch.where(masked, num_experts, flat)
-    order = flat.argsort(stable=True)
-    position = torch.empty_like(order).scatter_(0, order, torch.arange(slots, device=x.device))
-    counts = torch.zeros(num_experts + 1, dtype=torch.long, device=x.device).scatter_add_(
-        0, flat, torch.ones_like(flat)
-    )
-    rows = x.index_select(0, order // max(1, experts.shape[1])) * (~masked)[order, None].to(x.dtype)
-    offsets = counts.cumsum(0)[:num_experts].int()
-    return rows, offsets, torch.where(masked, ~position, position).int().view_as(experts)
-
-
-def unpermute(rows: Tensor, inverse: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Sum over a token's choices of weight x row, in float32: [T, H] in the dtype of rows; masked choices add nothing."""
-    picked = rows.index_select(0, inverse.clamp_min(0).reshape(-1)).view(*inverse.shape, rows.shape[-1]).float()
-    picked = torch.where((inverse >= 0)[..., None], picked, 0.0)
-    if weights is not None:
-        picked = picked * weights[..., None]
-    return picked.sum(1).to(rows.dtype)
+def compile_specs() -> list:
+    return moe_topk.compile_specs() + moe_permute.compile_specs()
