@@ -10,6 +10,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
+import numpy as np
 from rich.console import Group
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -135,12 +136,12 @@ class TensorBoard:
             self._writer.add_text("config", f"```yaml\n{to_yaml(config)}```", 0)
 
     def step(self, r: dict) -> None:
-        for name, value in _scalars(r).items():
-            self._writer.add_scalar(f"train/{name}", value, r["step"], r["time"])
+        for name, value in _prefixed("train", r).items():
+            self._writer.add_scalar(name, value, r["step"], r["time"])
 
     def eval(self, r: dict) -> None:
-        for name, value in _scalars(r).items():
-            self._writer.add_scalar(f"eval/{name}", value, r["step"], r["time"])
+        for name, value in _prefixed("eval", r).items():
+            self._writer.add_scalar(name, value, r["step"], r["time"])
         for number, sample in enumerate(r.get("samples") or []):
             text = f"**{sample['prompt']}**\n\n{sample['text']}"
             self._writer.add_text(f"sample/{number}", text, r["step"], r["time"])
@@ -184,6 +185,8 @@ class Wandb:
         import wandb
 
         self._wandb, self._options = wandb, config.tracking.wandb
+        self._accumulation = config.train.accumulation_steps
+        self._watched, self._due = None, 0  # the model, and the step of its next histograms
         id_file = output / "wandb_id"
         identity = id_file.read_text(encoding="utf-8").strip() if start_step and id_file.is_file() else None
         output.mkdir(parents=True, exist_ok=True)
@@ -212,8 +215,13 @@ class Wandb:
             self._run.log_artifact(self._code(config))
 
     def watch(self, model) -> None:
-        if self._options.watch != "none":
-            self._run.watch(model, log=self._options.watch, log_freq=self._options.watch_every)
+        """Ask for histograms. Those of gradients come from W&B's hooks on the parameters; those of parameters are taken
+        in `step`, since W&B's hook needs the model's forward, which a loss on top of its backbone does not call."""
+        if self._options.watch in ("gradients", "all"):
+            # the hooks count backward passes
+            self._run.watch(model, log="gradients", log_freq=self._options.watch_every * self._accumulation)
+        if self._options.watch in ("parameters", "all"):
+            self._watched = model
 
     def log_model(self, folder: Path) -> None:
         if self._options.log_model:
@@ -223,10 +231,10 @@ class Wandb:
 
     def step(self, r: dict) -> None:
         if r["step"] % self._options.log_every == 0:
-            self._run.log({"step": r["step"], **{f"train/{k}": v for k, v in _scalars(r).items()}})
+            self._run.log({"step": r["step"], **self._histograms(r["step"]), **_prefixed("train", r)})
 
     def eval(self, r: dict) -> None:
-        values = {f"eval/{k}": v for k, v in _scalars(r).items()}
+        values = _prefixed("eval", r)
         if r.get("samples"):
             rows = [[r["step"], s["prompt"], s["text"]] for s in r["samples"]]
             values["eval/samples"] = self._wandb.Table(columns=["step", "prompt", "text"], data=rows)
@@ -245,6 +253,23 @@ class Wandb:
     def close(self, exit_code: int) -> None:
         self._run.finish(exit_code=exit_code)
 
+    def _histograms(self, step: int) -> dict:
+        """Of all watched parameters, 64 bins each over their finite values, when they are due."""
+        if self._watched is None or step < self._due:
+            return {}
+        self._due = step + self._options.watch_every
+        found = {}
+        for name, parameter in self._watched.named_parameters():
+            values = parameter.detach().float().flatten()
+            values = values[values.isfinite()]
+            if len(values):
+                low, high = values.min().item(), values.max().item()
+                high = high if high > low else low + 1e-12 + abs(low) * 1e-6
+                counts = values.histc(64, low, high).tolist()
+                bins = np.linspace(low, high, 65).tolist()
+                found[f"parameters/{name}"] = self._wandb.Histogram(np_histogram=(counts, bins))
+        return found
+
     def _code(self, config: Config):
         """The library, the kernels, the program that was started and the resolved configuration as one artifact."""
         import ds_llm.kernels
@@ -261,6 +286,10 @@ class Wandb:
         with artifact.new_file("config.yaml", encoding="utf-8") as file:
             file.write(to_yaml(config))
         return artifact
+
+
+def _prefixed(prefix: str, r: dict) -> dict[str, float]:
+    return {f"{prefix}/{name}": value for name, value in _scalars(r).items()}
 
 
 def _scalars(r: dict) -> dict[str, float]:
