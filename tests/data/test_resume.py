@@ -80,8 +80,9 @@ def test_killed_at_random_moments_the_result_is_the_same(tmp_path, rng, job):
     assert results(tmp_path / "cut") == results(tmp_path / "whole")
 
 
-def test_killed_at_every_step_of_publishing_the_result_is_the_same(tmp_path, job):
+def test_killed_at_every_step_of_publishing_the_result_is_the_same(tmp_path, job, monkeypatch):
     """A child kills itself at its n-th rename or removal, for every n; the next run must mend everything."""
+    monkeypatch.setattr("ds_llm.data.statistics.picture", lambda *_: b"the slow part, and none of the matter here")
     quick = {"batch_bytes": 1 << 20, "save_seconds": 1e9}
     (tmp_path / "whole").mkdir()
     job(tmp_path / "whole", **quick)
@@ -188,6 +189,33 @@ def test_a_second_run_on_one_output_is_refused(tmp_path, job, rng):
     process.join()
     assert process.exitcode == 0
     assert results(tmp_path / "cut") == results(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("job", ["clean", "tokens"], indirect=True)
+def test_nothing_that_was_saved_is_done_again(tmp_path, job, monkeypatch):
+    from ds_llm.data import workers
+
+    (tmp_path / "cut").mkdir()
+    process = start(job, tmp_path / "cut")
+    saved = [0, 0, 0]
+    while saved < [0, 30, 0]:
+        assert process.is_alive()
+        for record in (tmp_path / "cut").glob("*.partial.json"):
+            saved = json.loads(record.read_bytes()).get("state", {}).get("position", saved)
+    process.kill()
+    process.join()
+    (record,) = (tmp_path / "cut").glob("*.partial.json")
+    saved = json.loads(record.read_bytes())["state"]["position"]
+    starts = []
+
+    def read(sources, position, size):
+        starts.append([position.file, position.record, position.offset])
+        return original(sources, position, size)
+
+    original = workers.read
+    monkeypatch.setattr(workers, "read", read)
+    job(tmp_path / "cut")
+    assert starts == [saved]
 
 
 def test_unfinished_work_of_other_settings_is_not_mixed_in(tmp_path, source):
