@@ -5,14 +5,17 @@
 
 import argparse
 import importlib
+import os
 import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cache
+from multiprocessing import get_context
 
 MODULES = ("rope", "moe_routing", "sparse_update", "token_stats", "cross_entropy_rows")
 CAPABILITIES = (80, 90)
@@ -28,42 +31,30 @@ class CompileSpec:
     constexprs: dict  # value of each tl.constexpr argument
     num_warps: int = 4
     num_stages: int = 3
+    max_registers: int | None = None  # per thread, where a launch limits them
 
 
 @dataclass
 class Resources:
     registers: int  # per thread
     shared: int  # bytes per block
-    spills: int  # bytes stored to and loaded from local memory per thread
+    spills: int  # bytes of local memory per thread
 
 
-def _ptxas() -> list[str]:
-    """The assemblers that come with Triton; which of them reads a PTX file depends on Triton's version."""
+def _resource_usage(cubin: bytes) -> dict[str, int]:
+    """What `cuobjdump`, which comes with Triton, reads from one kernel's binary: REG, STACK, SHARED, ..."""
     from triton import knobs
 
-    tools = (getattr(knobs.nvidia, name, None) for name in ("ptxas", "ptxas_blackwell"))
-    return [tool.path for tool in tools if tool is not None]
-
-
-def _assemble(ptx: str) -> str:
-    """What `ptxas -v` reports for one kernel."""
-    target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE).group(1)
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "kernel.ptx"
-        source.write_text(ptx)
-        for tool in _ptxas():
-            done = subprocess.run(
-                [tool, "-v", f"--gpu-name={target}", str(source), "-o", str(Path(folder) / "kernel.cubin")],
-                capture_output=True,
-                text=True,
-            )
-            if done.returncode == 0:
-                return done.stderr
-    raise RuntimeError(done.stderr.strip().splitlines()[0])
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {name: int(n) for name, n in re.findall(r"\b([A-Z]+):(\d+)", report)}
 
 
 def compile_spec(spec: CompileSpec, capability: int) -> Resources:
-    """Compiles one configuration for `capability` (80 = A100, 90 = H100/H200). Raises what Triton or ptxas raises.
+    """Compiles one configuration for `capability` (80 = A100, 90 = H100/H200). Raises what Triton raises.
 
     Pointers and integers are taken as multiples of 16, as Triton specialises a launch on tensors of usual sizes: wide
     loads need the most registers.
@@ -80,22 +71,35 @@ def compile_spec(spec: CompileSpec, capability: int) -> Resources:
     kernel = triton.compile(
         ASTSource(fn=spec.fn, signature=signature, constexprs=spec.constexprs, attrs=aligned),
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": spec.num_warps, "num_stages": spec.num_stages},
+        options={"num_warps": spec.num_warps, "num_stages": spec.num_stages, "maxnreg": spec.max_registers},
     )
-    report = _assemble(kernel.asm["ptx"])
-    spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill", report))
-    return Resources(int(re.search(r"Used (\d+) registers", report).group(1)), kernel.metadata.shared, spilled)
+    usage = _resource_usage(kernel.asm["cubin"])
+    # a kernel has no arrays of its own, so that its stack holds spilled registers and nothing else
+    return Resources(usage["REG"], kernel.metadata.shared, usage["STACK"] + usage["LOCAL"])
 
 
-def all_specs(modules: tuple[str, ...] = MODULES) -> Iterator[CompileSpec]:
-    for module in modules:
-        yield from importlib.import_module(f"ds_llm.kernels.{module}").compile_specs()
+@cache
+def _specs(module: str) -> list[CompileSpec]:
+    return importlib.import_module(f"ds_llm.kernels.{module}").compile_specs()
+
+
+def _compile_job(job: tuple[str, int, int]) -> tuple[str, bool]:
+    """The row of the table for one configuration (module, its number there, capability), and whether it is good."""
+    module, number, capability = job
+    spec = _specs(module)[number]
+    row = f"{spec.name:58} sm_{capability:<3} {spec.num_warps:5}"
+    try:
+        used = compile_spec(spec, capability)
+    except Exception as error:
+        return f"{row} does not compile: {type(error).__name__}: {str(error).strip().splitlines()[0]}", False
+    return f"{row} {used.registers:9} {used.shared:8} {used.spills:7}", used.spills == 0
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m ds_llm.kernels.compile_check", description=__doc__.split("\n")[0])
     parser.add_argument("--module", nargs="+", choices=MODULES, default=MODULES, help="kernel files to compile")
     parser.add_argument("--capability", nargs="+", type=int, default=CAPABILITIES, help="80 for sm_80, 90 for sm_90")
+    parser.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1), help="processes that compile")
     args = parser.parse_args(argv)
     try:
         from triton import knobs
@@ -105,21 +109,15 @@ def main(argv: list[str] | None = None) -> int:
     if knobs.runtime.interpret:
         print("TRITON_INTERPRET is set, so kernels are not compiled: unset it", file=sys.stderr)
         return 1
-    failures, count, start = 0, 0, time.time()
+    start = time.time()
+    jobs = [(m, i, c) for m in args.module for i in range(len(_specs(m))) for c in args.capability]
     print(f"{'kernel':58} {'target':6} {'warps':>5} {'registers':>9} {'shared B':>8} {'spill B':>7}")
-    for spec in all_specs(tuple(args.module)):
-        for capability in args.capability:
-            count += 1
-            row = f"{spec.name:58} sm_{capability:<3} {spec.num_warps:5}"
-            try:
-                used = compile_spec(spec, capability)
-            except Exception as error:
-                failures += 1
-                print(f"{row} does not compile: {type(error).__name__}: {str(error).strip().splitlines()[0]}")
-                continue
-            failures += used.spills > 0
-            print(f"{row} {used.registers:9} {used.shared:8} {used.spills:7}", flush=True)
-    print(f"{count} kernels compiled in {time.time() - start:.0f} s, {failures} failed or spilled")
+    failures = 0
+    with ProcessPoolExecutor(args.jobs, mp_context=get_context("fork")) as pool:
+        for row, good in pool.map(_compile_job, jobs):
+            failures += not good
+            print(row, flush=True)
+    print(f"{len(jobs)} kernels compiled in {time.time() - start:.0f} s, {failures} failed or spilled")
     return 1 if failures else 0
 
 
