@@ -19,6 +19,8 @@ from .moe_topk import EPSILON, route_backward_triton, route_triton
 
 __all__ = ["RoutingStats", "load_balancing_loss", "permute", "route", "unpermute", "z_loss"]
 
+LOWEST = -(0x7F800000 + 1)  # place of -inf in the order of float32 bit patterns
+
 
 class RoutingStats(NamedTuple):
     """What the auxiliary losses need, per sequence g of G (G = 1 unless `route` was told of more).
@@ -54,13 +56,20 @@ def _sum_groups(x: Tensor, bounds: Tensor | None, sequences: int) -> Tensor:
 
 
 def _select(key: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """The largest `top_k` of each row in descending order, equal ones by index: values and indices [T, K]."""
-    values, chosen = key.topk(min(top_k + 1, key.shape[1]), dim=-1)
-    # topk leaves the order of equal values open; the value behind the last shows a tie across the border
-    tied = (values[:, 1:] == values[:, :-1]).any(-1).nonzero()[:, 0]
-    if len(tied):
-        chosen[tied] = key[tied].sort(dim=-1, descending=True, stable=True).indices[:, : chosen.shape[1]]
-    return values[:, :top_k], chosen[:, :top_k]
+    """Indices [T, K] of the largest of each row, in descending order, equal ones by index; and which are not -inf."""
+    if key.device.type != "cpu" or key.dtype != torch.float32:
+        values, order = key.sort(dim=-1, descending=True, stable=True)
+        return order[:, :top_k], values[:, :top_k] != -torch.inf
+    # value and index in one integer: NumPy sorts rows of integers several times as fast as torch finds the top k
+    columns = key.shape[1]
+    bits = (key + 0.0).view(torch.int32)  # -0 becomes 0, which it is equal to
+    packed = torch.empty(*key.shape, 2, dtype=torch.int32)
+    torch.bitwise_xor(bits, (bits >> 31) & 0x7FFFFFFF, out=packed[..., 1])  # ordered as the values are
+    packed[..., 0] = torch.arange(columns - 1, -1, -1, dtype=torch.int32)
+    rows = packed.view(torch.int64)[..., 0].numpy()
+    rows.sort(axis=-1)
+    best = torch.from_numpy(rows[:, : -top_k - 1 : -1].copy())
+    return columns - 1 - (best & 0xFFFFFFFF), (best >> 32) > LOWEST
 
 
 def _route_reference(
@@ -74,17 +83,21 @@ def _route_reference(
     sequences: int,
 ) -> tuple[Tensor, ...]:
     x = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    lse = x.logsumexp(-1)
-    scores = x.sigmoid() if sigmoid else x.softmax(-1)
+    top = x.amax(-1, keepdim=True).clamp_min_(torch.finfo(x.dtype).min)
+    power = (x - top).exp_()
+    total = power.sum(-1, keepdim=True)
+    lse = (top + total.log())[:, 0]
+    scores = x.sigmoid() if sigmoid else power.div_(total)
     key = x if bias is None else torch.where(x == -torch.inf, x, scores + bias)
-    best, chosen = _select(key, top_k)
+    if lse.isnan().any():  # NaN comes first, so that it shows in the weights
+        key = key.masked_fill(key.isnan(), torch.inf)
+    chosen, found = _select(key, top_k)
     weights = scores.gather(-1, chosen)
     shares = scores / (scores.sum(-1, keepdim=True) + EPSILON) if sigmoid else scores
     z = lse.square()
     # an expert whose logit is -inf is never chosen, and a token without any other takes no part
-    found = best != -torch.inf
     if mask is not None:
-        found &= mask[:, None]
+        found = found & mask[:, None]
     every = bool(found.all())
     if not every:
         valid = found[:, 0]
