@@ -8,7 +8,7 @@ import threading
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from transformers.generation.logits_process import NoRepeatNGramLogitsProcessor,
 
 from ds_llm.errors import UserError
 from ds_llm.models.loading import ensure_padding, load_model, load_tokenizer, match_tokenizer
-from ds_llm.sampling import SamplingParams
+from ds_llm.sampling import SamplingParams, one_answer
 
 __all__ = ["Completion", "Generator", "SamplingParams"]
 
@@ -76,7 +76,7 @@ class Generator:
         **options,
     ) -> str:
         """The text that follows `prompt`; `callback` is given each piece of it as it is made."""
-        params = _single(params, options)
+        params = one_answer(params, options, streams=callback is not None)
         return self._run([self.encode(prompt)], params, params.seed, callback)[0][0].text
 
     def chat(
@@ -96,7 +96,7 @@ class Generator:
 
         Generation runs in a thread and ends when the iterator is closed.
         """
-        params, ids = _single(params, options), self.encode(prompt)
+        params, ids = one_answer(params, options, streams=True), self.encode(prompt)
         pieces, cancelled = queue.SimpleQueue(), threading.Event()
 
         def work():
@@ -124,7 +124,7 @@ class Generator:
         self, prompts: Sequence[Prompt], params: SamplingParams | None = None, batch_size: int = 8, **options
     ) -> list[str]:
         """The text that follows each prompt. With temperature 0 it is the one that `generate` gives, up to rounding."""
-        params = _single(params, options)
+        params = one_answer(params, options)
         return [found[0].text for found in self.complete(prompts, params, batch_size)]
 
     def complete(
@@ -364,13 +364,6 @@ def _processors(params: SamplingParams, padding: list[int]) -> LogitsProcessorLi
     if params.no_repeat_ngram_size:
         found.append(_Unpadded(NoRepeatNGramLogitsProcessor(params.no_repeat_ngram_size), padding))
     return LogitsProcessorList(found)
-
-
-def _single(params: SamplingParams | None, options: dict) -> SamplingParams:
-    params = replace(params or SamplingParams(), **options)
-    if params.num_return_sequences != 1:
-        raise UserError("num_return_sequences: this gives one answer per prompt; Generator.complete gives several")
-    return params
 
 
 def _has_any(text: str, strings: Sequence[str]) -> bool:

@@ -67,6 +67,16 @@ class SamplingParams:
             raise ConfigError(f"{name}: {value} must be {limits}")
 
 
+def one_answer(params: SamplingParams | None, options: dict, streams: bool = False) -> SamplingParams:
+    """`params` (or the defaults) changed by `options`, for one answer per prompt; `ConfigError` where it is not."""
+    params = dataclasses.replace(params or SamplingParams(), **options)
+    if params.num_return_sequences != 1:
+        raise ConfigError("num_return_sequences: must be 1 here; Generator.complete and --batch-file give several")
+    if streams and params.num_beams != 1:
+        raise ConfigError("num_beams: must be 1 to stream: beam search has no text before its end")
+    return params
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """One command-line option per field of `SamplingParams`, and `--greedy` for a temperature of 0."""
     group = parser.add_argument_group("sampling")
