@@ -111,6 +111,8 @@ def adopt(config: Config, world_size: int) -> list[str]:
     optimizer = user.get("optimizer", {})
     if isinstance(optimizer, dict):
         params = optimizer.get("params", {})
+        if str(optimizer.get("type")).lower() in ("adam", "adamw"):
+            take(config.optim, "name", "optimizer.type", optimizer["type"].lower())
         for name in ("lr", "eps", "weight_decay"):
             take(config.optim, name, f"optimizer.params.{name}", params.get(name))
         if params.get("betas", "auto") != "auto":
@@ -125,8 +127,10 @@ def build(config: Config, world_size: int) -> dict:
     base = generated(config)
     if has_auto(user.get("scheduler")):
         user.pop("scheduler")  # left to the run: optim.schedule drives the learning rate
-    if "optimizer" in user and user["optimizer"].get("type", "auto") not in ("auto", base["optimizer"]["type"]):
-        base["optimizer"] = {"type": user["optimizer"]["type"], "params": {"lr": config.optim.lr}}
+    if user.get("optimizer", {}).get("type", "auto") not in ("auto", base["optimizer"]["type"]):
+        # another optimizer than Adam has other options: it gets those the file asks for
+        wanted = {"lr", *user["optimizer"].get("params", {})}
+        base["optimizer"]["params"] = {k: v for k, v in base["optimizer"]["params"].items() if k in wanted}
     settings = _overlay(base, user, "")
     for section in ("bf16", "fp16"):
         settings[section]["enabled"] = config.train.dtype == section

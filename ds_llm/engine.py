@@ -63,10 +63,20 @@ def init_distributed(timeout_minutes: float = 30) -> None:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_SIZE="1")
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if device().type == "cpu" and not any(Path(get_default_build_root()).rglob("deepspeed_shm_comm*.so")):
-        console.print("compiling DeepSpeed's communication for the CPU, once (a minute)")
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints what it has built
-        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timedelta(minutes=timeout_minutes))
+    if device().type == "cpu":
+        _announce_build("deepspeed_shm_comm", "communication")
+    limit = timedelta(minutes=timeout_minutes)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints what it has built
+            deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=limit)
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise UserError(
+            f"port {os.environ['MASTER_PORT']}: another job on this machine uses it; choose another one, for example "
+            "deepspeed --master_port 29600 ... (torchrun: --master-port)",
+            any_rank=True,
+        ) from None
 
 
 def all_reduce(values: list[float], op: str = "sum") -> list[float]:
@@ -79,6 +89,12 @@ def all_reduce(values: list[float], op: str = "sum") -> list[float]:
 def device() -> torch.device:
     accelerator = deepspeed.get_accelerator()
     return torch.device(accelerator.current_device_name() if accelerator.device_name() != "cpu" else "cpu")
+
+
+def _announce_build(extension: str, what: str) -> None:
+    """Say what the coming silence is: DeepSpeed compiles its CPU parts when they are first used."""
+    if not any(Path(get_default_build_root()).rglob(f"{extension}*.so")):
+        console.print(f"compiling DeepSpeed's {what} for the CPU, once; this takes a minute or two")
 
 
 class Engine:
@@ -99,6 +115,8 @@ class Engine:
                 set_z3_leaf_modules(module, list(blocks), raise_if_not_found=False)
         # Casting the module to bf16 or fp16 would round the rotary frequencies, and with them every position.
         exact = {n: b.detach().clone() for n, b in module.named_buffers() if b.dtype == torch.float32}
+        if self.settings["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none":
+            _announce_build("cpu_adam", "Adam")
         groups = _decay_groups(module, config.optim.weight_decay)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=module, model_parameters=groups, config=self.settings

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -25,10 +26,16 @@ def command(launcher: str, arguments: list[str], script: Path = ROOT / "launch" 
     bin_folder = Path(sys.executable).parent
     prefix = {
         "python": [sys.executable],
-        "deepspeed": [str(bin_folder / "deepspeed"), "--num_gpus", "2"],
+        "deepspeed": [str(bin_folder / "deepspeed"), "--num_gpus", "2", "--master_port", str(_free_port())],
         "torchrun": [str(bin_folder / "torchrun"), "--standalone", "--nproc_per_node", "2"],
     }[launcher]
     return [*prefix, str(script), *arguments]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def launch(launcher: str, arguments: list[str], timeout: float = 240, **kwargs) -> subprocess.CompletedProcess:
