@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -19,6 +19,7 @@ from multiprocessing import get_context
 
 MODULES = ("rope", "moe_routing", "sparse_update", "token_stats", "cross_entropy_rows")
 CAPABILITIES = (80, 90)
+DTYPES = ("bf16", "fp16", "fp32")
 
 
 @dataclass
@@ -83,6 +84,12 @@ def _specs(module: str) -> list[CompileSpec]:
     return importlib.import_module(f"ds_llm.kernels.{module}").compile_specs()
 
 
+def _has_dtype(spec: CompileSpec, dtypes: Sequence[str]) -> bool:
+    """Whether the configuration is for one of `dtypes`, by its name; those that name none are for all."""
+    named = set(spec.name.split()) & set(DTYPES)
+    return not named or bool(named & set(dtypes))
+
+
 def _compile_job(job: tuple[str, int, int]) -> tuple[str, bool]:
     """The row of the table for one configuration (module, its number there, capability), and whether it is good."""
     module, number, capability = job
@@ -99,6 +106,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m ds_llm.kernels.compile_check", description=__doc__.split("\n")[0])
     parser.add_argument("--module", nargs="+", choices=MODULES, default=MODULES, help="kernel files to compile")
     parser.add_argument("--capability", nargs="+", type=int, default=CAPABILITIES, help="80 for sm_80, 90 for sm_90")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES, help="element types (default: all)")
     parser.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1), help="processes that compile")
     args = parser.parse_args(argv)
     try:
@@ -110,7 +118,8 @@ def main(argv: list[str] | None = None) -> int:
         print("TRITON_INTERPRET is set, so kernels are not compiled: unset it", file=sys.stderr)
         return 1
     start = time.time()
-    jobs = [(m, i, c) for m in args.module for i in range(len(_specs(m))) for c in args.capability]
+    chosen = [(m, i) for m in args.module for i, spec in enumerate(_specs(m)) if _has_dtype(spec, args.dtype)]
+    jobs = [(*spec, capability) for spec in chosen for capability in args.capability]
     print(f"{'kernel':58} {'target':6} {'warps':>5} {'registers':>9} {'shared B':>8} {'spill B':>7}")
     failures = 0
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("fork")) as pool:

@@ -22,9 +22,12 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize("module", compile_check.MODULES)
 def test_compiles_without_spills(module):
-    done = run("-m", "ds_llm.kernels.compile_check", "--module", module)
+    """In bf16; `python -m ds_llm.kernels.compile_check` alone compiles every dtype."""
+    done = run("-m", "ds_llm.kernels.compile_check", "--module", module, "--dtype", "bf16")
     assert done.returncode == 0, done.stdout + done.stderr
     specs = importlib.import_module(f"ds_llm.kernels.{module}").compile_specs()
+    specs = [spec for spec in specs if not re.search(r"\bfp(16|32)\b", spec.name)]
+    assert specs
     rows = re.findall(r"^(.+?) +(sm_\d+) +(\d+) +(\d+) +(\d+) +0$", done.stdout, re.MULTILINE)
     assert len(rows) == 2 * len(specs)
     assert {target for _, target, *_ in rows} == {"sm_80", "sm_90"}
