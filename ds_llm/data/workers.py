@@ -59,7 +59,7 @@ def ordered(make: Callable[..., Callable], arguments: tuple, batches: Iterable, 
     waiting: deque = deque()
     try:
         for batch in batches:
-            waiting.append((batch, pool.submit(_call, batch)))
+            waiting.append((batch, _submit(pool, batch)))
             if len(waiting) >= 4 * workers:
                 done, future = waiting.popleft()
                 yield done, future.result()
@@ -74,12 +74,20 @@ def ordered(make: Callable[..., Callable], arguments: tuple, batches: Iterable, 
         pool.shutdown(wait=True, cancel_futures=True)
 
 
+def _submit(pool: ProcessPoolExecutor, batch):
+    """Submit with Ctrl-C held back: a worker that starts now inherits that, and leaves the interrupt to its parent."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        return pool.submit(_call, batch)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 _function: Callable[[Any], Any] | None = None
 
 
 def _start(make: Callable, arguments: tuple) -> None:
     global _function
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers; a terminal's Ctrl-C reaches both
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _function = make(*arguments)
 
