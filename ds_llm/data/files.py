@@ -22,7 +22,7 @@ KINDS = {".jsonl": "lines", ".ndjson": "lines", ".json": "lines", ".txt": "text"
 COMPRESSIONS = (".gz", ".zst")
 OWN_SUFFIXES = (".rejects.jsonl", ".stats.json")  # what preparation writes beside its outputs
 BATCH_BYTES = 1 << 20
-TEXT_LIMIT = 256 << 20  # bytes of one .txt document: encoding takes about 100 bytes of memory per token
+TEXT_LIMIT = 64 << 20  # bytes of one .txt document: encoding takes about 100 bytes of memory per token
 PARQUET_ROWS = 16384
 FORMATS = ".jsonl, .ndjson, .json, .txt (also .gz or .zst of these) and .parquet"
 
