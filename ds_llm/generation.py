@@ -236,10 +236,9 @@ class Generator:
         return GenerationConfig(
             max_new_tokens=max_new_tokens,
             min_new_tokens=min(params.min_new_tokens, max_new_tokens),
-            min_length=0,
             do_sample=sample,
             temperature=params.temperature if sample else 1.0,
-            top_k=params.top_k if sample else 0,
+            top_k=params.top_k if sample else 50,  # not used, but the one value that transformers does not warn of
             top_p=params.top_p if sample else 1.0,
             min_p=params.min_p if sample and params.min_p else None,
             typical_p=1.0,

@@ -41,7 +41,8 @@ class SamplingParams:
             object.__setattr__(self, "stop", (self.stop,))
         object.__setattr__(self, "stop", tuple(self.stop))
         for field in dataclasses.fields(self):
-            self._check_number(field.name, getattr(self, field.name), field.metadata)
+            if field.metadata["low"] is not None:
+                self._check_number(field, getattr(self, field.name))
         if not all(isinstance(text, str) and text for text in self.stop):
             raise ConfigError("stop: must be text that is not empty")
         if self.min_new_tokens > self.max_new_tokens:
@@ -55,16 +56,17 @@ class SamplingParams:
                 f"num_beams to at least {several}"
             )
 
-    @staticmethod
-    def _check_number(name: str, value, bounds) -> None:
-        low, high = bounds["low"], bounds["high"]
-        if low is None or value is None:
+    def _check_number(self, field: dataclasses.Field, value) -> None:
+        if value is None and field.default is None:
             return
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise ConfigError(f"{name}: {value!r} is not a number")
+        name, low, high = field.name, field.metadata["low"], field.metadata["high"]
+        kind = float if isinstance(field.default, float) else int
+        if isinstance(value, bool) or not isinstance(value, (int, kind)) or not math.isfinite(value):
+            raise ConfigError(f"{name}: {value!r} is not {'a number' if kind is float else 'a whole number'}")
         if value < low or (high is not None and value > high):
             limits = f"at least {low:g}" if high is None else f"between {low:g} and {high:g}"
             raise ConfigError(f"{name}: {value} must be {limits}")
+        object.__setattr__(self, name, kind(value))  # transformers refuses a whole number where a fraction could be
 
 
 def one_answer(params: SamplingParams | None, options: dict, streams: bool = False) -> SamplingParams:
