@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._triton import jit, launch_on, next_power_of_2, tl
+from ._triton import jit, launch_on, next_power_of_2, tl, uses_triton
 from .compile_check import CompileSpec
 
 ROW_BLOCK = 16  # rows handled at a time on the CPU: their float32 logits stay in the cache
@@ -202,5 +202,5 @@ def cross_entropy_rows(
     With `scale`, the logits are overwritten by scale * upstream [T] * dloss/dlogits; without, their
     contents are lost.
     """
-    on_gpu = logits.is_cuda and tl is not None and logits.dtype != torch.float64
-    return (rows_triton if on_gpu else _rows_reference)(logits, labels, bias, softcap, z_loss, upstream, scale)
+    compute = rows_triton if uses_triton(logits) else _rows_reference
+    return compute(logits, labels, bias, softcap, z_loss, upstream, scale)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from ._triton import jit, launch_on, tl
+from ._triton import jit, launch_on, tl, uses_triton
 from .compile_check import CompileSpec
 from .packed_mask import BYTES, INDEX_BLOCK, PackedMask, packed_positions, row_tile
 
@@ -202,7 +202,7 @@ def _masked_adamw(
     eps: float,
     weight_decay: float,
 ) -> None:
-    run = adamw_triton if values.is_cuda and tl is not None else adamw_reference
+    run = adamw_triton if uses_triton(values) else adamw_reference
     run(values, grad, exp_avg, exp_avg_sq, master, step, lr, beta1, beta2, eps, weight_decay)
 
 
@@ -224,7 +224,7 @@ def _masked_adamw_dense(
 ) -> None:
     options = (step, lr, beta1, beta2, eps, weight_decay)
     columns = param.shape[-1]
-    if param.is_cuda and tl is not None:
+    if uses_triton(param):
         adamw_dense_triton(param, grad, exp_avg, exp_avg_sq, bits, columns, *options)
         return
     if positions is None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import masked_adamw
-from ._triton import jit, launch_on, tl
+from ._triton import jit, launch_on, tl, uses_triton
 from .compile_check import CompileSpec
 from .masked_adamw import masked_adamw_, masked_adamw_dense_
 from .packed_mask import BYTES, INDEX_BLOCK, PackedMask, packed_positions, row_tile
@@ -132,7 +132,7 @@ def compile_specs() -> list[CompileSpec]:
 
 @torch.library.custom_op("ds_llm::sparse_expand", mutates_args=())
 def sparse_expand(values: Tensor, bits: Tensor, offsets: Tensor, positions: Tensor | None, columns: int) -> Tensor:
-    if values.is_cuda and tl is not None:
+    if uses_triton(values):
         return expand_triton(values, bits, offsets, columns)
     if positions is None:
         positions = packed_positions(bits, values.shape[0], columns)
@@ -146,7 +146,7 @@ def _(values, bits, offsets, positions, columns):
 
 @torch.library.custom_op("ds_llm::sparse_compact", mutates_args=())
 def sparse_compact(dense: Tensor, bits: Tensor, offsets: Tensor, positions: Tensor | None, nnz: int) -> Tensor:
-    if dense.is_cuda and tl is not None:
+    if uses_triton(dense):
         return compact_triton(dense, bits, offsets, nnz)
     if positions is None:
         positions = packed_positions(bits, nnz, dense.shape[1])

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._triton import jit, launch_on, tl
+from ._triton import jit, launch_on, tl, uses_triton
 from .compile_check import CompileSpec
 from .cross_entropy_rows import accumulate_dtype, capped, vocab_block
 from .linear_cross_entropy import chunk_rows, linear_cross_entropy
@@ -256,7 +256,7 @@ def _linear_token_stats(
     rows: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     labels, bias = (None if t is None else t.contiguous() for t in (labels, bias))
-    if hidden.is_cuda and tl is not None and hidden.dtype != torch.float64:
+    if uses_triton(hidden):
         rows = rows or chunk_rows(hidden, weight)
         return token_stats_triton(hidden, weight, labels, bias, softcap, temperature, rows)
     return token_stats_reference(hidden, weight, labels, bias, softcap, temperature, rows or TILE_TOKENS)

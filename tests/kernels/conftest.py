@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from ds_llm.kernels import _triton
 
 
 @pytest.fixture(scope="session")
@@ -20,3 +21,13 @@ def poisoned() -> Iterator[None]:
     yield
     torch.use_deterministic_algorithms(False)
     torch.utils.deterministic.fill_uninitialized_memory = before
+
+
+@pytest.fixture(params=["torch", "triton"])
+def path(request, device: torch.device) -> Iterator[str]:
+    """What operators run: the torch references, or the kernels, interpreted where there is no GPU."""
+    if request.param == "torch" and device.type == "cuda":
+        pytest.skip("CUDA tensors go to the kernels")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_triton, "interpret_on_cpu", request.param == "triton")
+        yield request.param

@@ -14,7 +14,7 @@ from ds_llm.kernels.token_stats import (
     token_stats_reference,
     token_stats_triton,
 )
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -25,7 +25,8 @@ pytestmark = [
 ]
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-options = settings(max_examples=25, deadline=None)
+# the path is the same for all examples of a test
+options = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 small = st.fixed_dictionaries(
     {
         "tokens": st.sampled_from([0, 1, 2, 5, 9]),
@@ -124,7 +125,7 @@ def test_statistics_of_extreme_logits(device, compute, dtype):
         check_stats(found, weight.double().t(), labels[i : i + 1], torch.zeros(1, dtype=torch.bool, device=device))
 
 
-def test_mask_through_the_bias(device):
+def test_mask_through_the_bias(device, path):
     bias = torch.randn(40, device=device)
     bias[5:30] = -torch.inf
     hidden, weight = torch.randn(3, 8, device=device), torch.randn(40, 8, device=device)
@@ -144,7 +145,7 @@ def test_float64_stays_float64(device):
     torch.testing.assert_close(found.logprob, logp.gather(1, labels[:, None]).squeeze(1), rtol=1e-12, atol=1e-12)
 
 
-def test_autocast_computes_in_its_dtype(device):
+def test_autocast_computes_in_its_dtype(device, path):
     hidden, weight = torch.randn(4, 16, device=device), torch.randn(50, 16, device=device)
     labels = torch.randint(50, (4,), device=device)
     expected = linear_token_stats(hidden.bfloat16(), weight.bfloat16(), labels)
@@ -190,7 +191,7 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("compute", [token_stats_reference, token_stats_triton])
 def test_extra_memory_is_one_chunk_of_logits(device, compute):
-    T, V, rows = 24, 1500, 4
+    T, V, rows = 12, 700, 4
     hidden, weight = (torch.randn(n, 8, device=device).bfloat16() for n in (T, V))
     labels = torch.randint(V, (T,), device=device)
     with Largest() as seen:
@@ -199,7 +200,7 @@ def test_extra_memory_is_one_chunk_of_logits(device, compute):
     if compute is token_stats_triton and device.type == "cuda":
         assert seen.numel[torch.float32] <= T
     else:
-        assert seen.numel[torch.float32] <= rows * 1024  # a tile, which no [tokens, vocabulary] depends on
+        assert seen.numel[torch.float32] <= rows * 64  # a tile
 
 
 # --- cross-entropy
@@ -236,7 +237,7 @@ def test_rows_equal_float64(device, compute, case, z_loss, scale, upstream):
 
 @options
 @given(case=small, z_loss=st.sampled_from([0.0, 0.01]), reduction=st.sampled_from(["sum", "mean", "none"]))
-def test_cross_entropy_equals_float64(device, case, z_loss, reduction):
+def test_cross_entropy_equals_float64(device, path, case, z_loss, reduction):
     hidden, weight, labels, bias = inputs(case, device)
     labels = labels.masked_fill(torch.arange(len(labels), device=device) % 3 == 1, IGNORE)
     leaves = [t.detach().requires_grad_() for t in (hidden, weight, bias) if t is not None]
@@ -275,10 +276,10 @@ def test_gradcheck(device, reduction):
     assert torch.autograd.gradcheck(loss, (hidden, weight, bias))
 
 
-def test_many_chunks_equal_one(device, monkeypatch):
-    hidden = torch.randn(300, 8, device=device, requires_grad=True)
+def test_many_chunks_equal_one(device, path, monkeypatch):
+    hidden = torch.randn(130, 8, device=device, requires_grad=True)
     weight = torch.randn(50, 8, device=device, requires_grad=True)
-    labels = torch.randint(50, (300,), device=device)
+    labels = torch.randint(50, (130,), device=device)
 
     def run():
         loss = linear_cross_entropy(hidden, weight, labels)
@@ -304,7 +305,7 @@ def test_only_wanted_gradients_are_formed(device):
     )
 
 
-def test_fp16_small_gradients_survive(device):
+def test_fp16_small_gradients_survive(device, path):
     """Probabilities below 6e-8 are 0 in fp16; their sum over a vocabulary is not."""
     V = 3000
     weight = torch.zeros(V, 2, dtype=torch.float16, device=device)
