@@ -205,22 +205,27 @@ def _finite(records: list[dict], name: str) -> np.ndarray:
     return values[np.isfinite(values)]
 
 
-def _evaluations(evals: list[dict]) -> list[dict]:
-    rows = []
+def _evaluations(evals: list[dict]) -> dict:
+    """Column heads, and rows of cells with a note; a column without any value is left out."""
     finite = [e["perplexity"] for e in evals if e["step"] > 0 and e.get("perplexity") is not None]
-    for e in evals:
-        trend, seconds = e.get("trend_percent"), e.get("seconds")
-        cells = [
-            f"{e['step']:,}",
-            f"{e['epoch']:.2f}" if e.get("epoch") is not None else "",
-            _number(e.get("perplexity")),
-            f"{trend:+.1f} %" if trend is not None and e["step"] > 0 else "",
-            f"{e['tokens']:,}" if e.get("tokens") is not None else "",
-            f"{seconds:.1f}" if seconds is not None else "",
-        ]
-        best = e["step"] > 0 and bool(finite) and e.get("perplexity") == min(finite)
-        rows.append({"cells": cells, "note": "best" if best else "before training" if e["step"] == 0 else ""})
-    return rows
+    columns = {
+        "step": [f"{e['step']:,}" for e in evals],
+        "epoch": [f"{e['epoch']:.2f}" if e.get("epoch") is not None else "" for e in evals],
+        "perplexity": [_number(e.get("perplexity")) for e in evals],
+        "against the baseline": [
+            f"{e['trend_percent']:+.1f} %" if e.get("trend_percent") is not None and e["step"] else "" for e in evals
+        ],
+        "tokens": [f"{e['tokens']:,}" if e.get("tokens") is not None else "" for e in evals],
+        "seconds": [f"{e['seconds']:.1f}" if e.get("seconds") is not None else "" for e in evals],
+    }
+    columns = {head: cells for head, cells in columns.items() if any(cells)}
+    best = [e["step"] > 0 and bool(finite) and e.get("perplexity") == min(finite) for e in evals]
+    notes = ["best" if b else "before training" if e["step"] == 0 else "" for b, e in zip(best, evals, strict=True)]
+    rows = zip(*columns.values(), strict=True)
+    return {
+        "heads": list(columns),
+        "rows": [{"cells": cells, "note": note} for cells, note in zip(rows, notes, strict=True)],
+    }
 
 
 def _event(e: dict) -> dict:

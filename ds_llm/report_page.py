@@ -75,11 +75,10 @@ _PAGE = """<!doctype html>
 {% endif %}
 <h2>Evaluations</h2>
 <section class="card scroll">
-{% if evaluations %}
+{% if evaluations.rows %}
 <table id="evaluations">
-<tr>{% for head in ("step", "epoch", "perplexity", "against the baseline", "tokens", "seconds") %}
-<th class="number">{{ head }}</th>{% endfor %}<th class="wide"></th></tr>
-{% for row in evaluations %}
+<tr>{% for head in evaluations.heads %}<th class="number">{{ head }}</th>{% endfor %}<th class="wide"></th></tr>
+{% for row in evaluations.rows %}
 <tr>{% for cell in row.cells %}<td class="number">{{ cell }}</td>{% endfor %}
 <td class="wide soft">{{ row.note }}</td></tr>
 {% endfor %}
