@@ -5,10 +5,10 @@ query attention (Ainslie et al., arXiv:2305.13245), SwiGLU. Without experts its 
 of transformers' Llama. Importing this module registers it with transformers' Auto classes.
 """
 
-from __future__ import annotations
-
+# no `from __future__ import annotations` here: the configuration's types are checked at run time
 import math
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -104,7 +104,7 @@ class DecoderConfig(PreTrainedConfig):
             raise ValueError(f"scoring_func must be softmax or sigmoid, not '{self.scoring_func}'")
 
     @classmethod
-    def from_model_config(cls, model: ModelConfig, vocab_size: int, **kwargs) -> DecoderConfig:
+    def from_model_config(cls, model: ModelConfig, vocab_size: int, **kwargs) -> Self:
         """From the `model` section of a run's configuration; `kwargs` are further fields (token ids)."""
         return cls(
             vocab_size=vocab_size,

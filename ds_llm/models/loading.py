@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -58,6 +59,8 @@ def locate(path: str | os.PathLike) -> Source:
     """Resolve what the user named to what transformers can read; see the module for what may be named."""
     name = os.path.expanduser(str(path))
     local = Path(name)
+    if not name:
+        raise UserError("the model's name is empty")
     if local.is_file():
         if local.suffix == ".gguf":
             return Source(str(local.parent), gguf=local.name)
@@ -330,5 +333,7 @@ def _note(message: str) -> None:
 
 
 def _reason(error: Exception) -> str:
+    if isinstance(error, StrictDataclassError) and error.__cause__ is not None:
+        error = error.__cause__  # says which value is wrong; the error itself says which check found it
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__).rstrip(".:")

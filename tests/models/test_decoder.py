@@ -275,6 +275,7 @@ def test_configuration_from_a_run():
         ({"head_dim": 7}, "even"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "yarn"),
         ({"use_moe": True, "n_routed_experts": 2, "num_experts_per_tok": 3}, "more than n_routed_experts"),
+        ({"num_hidden_layers": "two"}, "expected int, got str"),
         ({"scoring_func": "relu"}, "softmax or sigmoid"),
     ],
 )
