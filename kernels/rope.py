@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._triton import jit, launch_on, next_power_of_2, tl, triton
+from ._triton import jit, launch_on, next_power_of_2, tl, uses_triton
 
 # elements of one half of the rotated part per program: 16 for each of 128 threads, two 16-byte loads of bfloat16
 TILE = 2048
@@ -63,7 +63,7 @@ def _reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool
     for x, out in ((q, q_out), (k, k_out)):
         # pieces whose float32 copies stay in the processor's cache
         step = max(1, CHUNK // max(1, x.shape[0] * x.shape[2] * x.shape[3]))
-        for i in range(0, x.shape[1], step):
+        for i in range(0, x.shape[1] if x.numel() else 0, step):
             part = slice(i, i + step)
             piece = x[:, part]
             target = piece if out is x else out[:, part]
@@ -252,7 +252,7 @@ def rope_triton(
     in_place = q_out.data_ptr() == q.data_ptr()
     constants, warps = _config(q_heads, k.shape[2], head_dim, cos.shape[-1], interleaved, not in_place)
     with launch_on(q):
-        _rope_kernel[(triton.cdiv(tokens, constants["BLOCK_TOKENS"]),)](
+        _rope_kernel[(-(-tokens // constants["BLOCK_TOKENS"]),)](
             q,
             k,
             cos,
@@ -279,13 +279,11 @@ def rope_triton(
 @torch.library.custom_op("ds_llm::rope", mutates_args=())
 def _rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> tuple[Tensor, Tensor]:
     q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
-    _reference(q, k, cos, -sin if inverse else sin, interleaved, q_out, k_out)
+    if uses_triton(q):
+        rope_triton(q, k, cos, sin, interleaved, inverse, q_out, k_out)
+    else:
+        _reference(q, k, cos, -sin if inverse else sin, interleaved, q_out, k_out)
     return q_out, k_out
-
-
-@torch.library.custom_op("ds_llm::rope_", mutates_args=("q", "k"))
-def _rope_in_place(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> None:
-    _reference(q, k, cos, sin, interleaved, q, k)
 
 
 @_rope.register_fake
@@ -293,23 +291,12 @@ def _(q, k, cos, sin, interleaved, inverse):
     return q.new_empty(q.shape), k.new_empty(k.shape)
 
 
-if triton is not None:
-
-    @_rope.register_kernel("cuda")
-    def _(q, k, cos, sin, interleaved, inverse):
-        q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
-        if q.dtype == torch.float64:
-            _reference(q, k, cos, -sin if inverse else sin, interleaved, q_out, k_out)
-        else:
-            rope_triton(q, k, cos, sin, interleaved, inverse, q_out, k_out)
-        return q_out, k_out
-
-    @_rope_in_place.register_kernel("cuda")
-    def _(q, k, cos, sin, interleaved):
-        if q.dtype == torch.float64:
-            _reference(q, k, cos, sin, interleaved, q, k)
-        else:
-            rope_triton(q, k, cos, sin, interleaved, False, q, k)
+@torch.library.custom_op("ds_llm::rope_", mutates_args=("q", "k"))
+def _rope_in_place(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> None:
+    if uses_triton(q):
+        rope_triton(q, k, cos, sin, interleaved, False, q, k)
+    else:
+        _reference(q, k, cos, sin, interleaved, q, k)
 
 
 def _save(ctx, inputs, output):
