@@ -73,7 +73,7 @@ def save(output: Path, step: int, state: dict, write: Callable[[Path], None], ne
             partial.rename(target)
             _sync_folder(target.parent)
         dist.barrier()
-    except (OSError, RuntimeError) as error:
+    except Exception as error:
         if not _is_disk_error(error):
             raise
         raise UserError(
@@ -200,11 +200,18 @@ def _free_bytes(output: Path) -> int:
 def _is_disk_error(error: Exception) -> bool:
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES)
-    return "PytorchStreamWriter" in str(error) or "write failed" in str(error).lower()  # torch.save on a full disk
+    # torch.save and safetensors report a failed write in words of their own
+    words = {
+        "RuntimeError": ("PytorchStreamWriter", "iostream error", "unexpected pos", "write failed"),
+        "SafetensorError": ("I/O error", "IoError", "os error"),
+    }
+    return any(word in str(error) for word in words.get(type(error).__name__, ()))
 
 
 def _reason(error: Exception) -> str:
-    return (error.strerror if isinstance(error, OSError) else None) or str(error).strip().split("\n")[0]
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return f"a write failed, as on a full disk ({str(error).strip().splitlines()[0]})"
 
 
 def _newest(output: Path) -> str:

@@ -1,5 +1,6 @@
 """Learning-rate curves against their definitions and torch's schedulers."""
 
+import itertools
 import math
 import random
 
@@ -51,7 +52,7 @@ def test_wsd_is_stable_then_linear():
     optim = OptimConfig(lr=1.0, schedule="wsd", warmup_steps=10, decay_ratio=0.2, min_lr_ratio=0.0)
     rates = curve(optim, 100)
     assert rates[9:80] == [1.0] * 71
-    drops = [a - b for a, b in zip(rates[79:], rates[80:], strict=False)]
+    drops = [a - b for a, b in itertools.pairwise(rates[79:])]
     assert drops == pytest.approx([drops[0]] * 20) and rates[-1] == 0.0
 
 

@@ -115,7 +115,7 @@ def test_a_diverging_run_ends_with_the_last_good_checkpoint(run, tmp_path):
 
 
 def test_spikes_are_skipped_and_counted(run):
-    code, output, records = run(
+    code, _, records = run(
         "train.max_steps=20",
         "optim.lr=1e-30",  # the loss stays, so about half the steps lie above the median
         "stability.spike_factor=1.001",

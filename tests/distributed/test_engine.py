@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-
 from jobs import start
 
 WORKER = Path(__file__).with_name("engine_worker.py")

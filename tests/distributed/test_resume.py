@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from jobs import launch, start
 
 from ds_llm import metrics
-
-from jobs import launch, start
 
 STEPS, EVERY = 24, 5
 HARD = [  # everything that has a state: dropout, averages, experts, accumulation, an epoch that ends in mid-step

@@ -1,0 +1,133 @@
+"""launch/train.py as users start it: three launchers, one line per mistake, a disk that fills up."""
+
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+from jobs import ROOT, environment, launch, start
+
+from ds_llm import checkpoint, metrics
+
+
+def steps(output) -> list[dict]:
+    return [r for r in metrics.read(output / "metrics.jsonl") if r["kind"] == "step"]
+
+
+def test_every_launcher_trains_the_same(tiny, tmp_path):
+    """One process with 4 accumulation steps, two with 2: the same batches, losses and gradient norms."""
+    jobs = {}
+    for launcher, accumulation in (("python", 4), ("deepspeed", 2), ("torchrun", 2)):
+        more = [f"train.accumulation_steps={accumulation}", "train.max_steps=6", "model.use_moe=true"]
+        jobs[launcher] = start(launcher, [*tiny, *more, f"output={tmp_path / launcher}"])
+    for launcher, job in jobs.items():
+        out, err = job.communicate(timeout=240)
+        assert job.returncode == 0, f"{launcher}\n{out}\n{err}"
+        assert err.strip() == "", err  # nobody's warnings
+        assert "built successfully" not in out
+        assert out.count("Summary") == 1  # one rank speaks
+    expected = steps(tmp_path / "python")
+    assert len(expected) == 6
+    for launcher in ("deepspeed", "torchrun"):
+        for one, other in zip(expected, steps(tmp_path / launcher), strict=True):
+            assert other["tokens"] == one["tokens"]
+            for name in ("loss", "grad_norm", "aux_loss", "lr"):
+                assert other[name] == pytest.approx(one[name], rel=2e-4), (launcher, name)
+
+
+def test_mistakes_end_all_ranks_with_one_line(tiny, corpus, tmp_path):
+    """A wrong key under deepspeed, a port in use under torchrun's environment, a folder in use under python."""
+    wrong = start("deepspeed", [*tiny, "optim.lrr=1", f"output={tmp_path / 'a'}"])
+    missing = start("torchrun", [*tiny, "data.train=nowhere.bin", f"output={tmp_path / 'b'}"])
+    out, err = wrong.communicate(timeout=120)
+    assert wrong.returncode == 2
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert (
+        lines == ["error: command line: unknown key 'optim.lrr'; did you mean 'optim.lr'?"] and "Traceback" not in err
+    )
+    _, err = missing.communicate(timeout=120)
+    assert missing.returncode != 0
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "nowhere.bin: no such token file" in lines[0]
+    assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists()
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        address = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        found = subprocess.run(
+            [sys.executable, str(ROOT / "launch" / "train.py"), *tiny, f"output={tmp_path / 'c'}"],
+            env=environment(**address),
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+    assert found.returncode == 1
+    assert found.stderr.startswith(f"error: port {port}: another job") and found.stderr.count("\n") == 1
+
+
+def test_two_runs_on_one_folder(tiny, tmp_path):
+    output = tmp_path / "run"
+    first = start("python", [*tiny, "train.max_steps=100000", f"output={output}"])
+    try:
+        while not (output / "metrics.jsonl").exists():
+            assert first.poll() is None
+        before = (output / "config.yaml").read_bytes()
+        second = launch("python", [*tiny, "train.max_steps=5", f"output={output}"])
+        assert second.returncode == 1 and first.poll() is None
+        assert second.stderr == f"error: output: {output}: another run is writing there; {second.stderr.split('; ')[1]}"
+        assert (output / "config.yaml").read_bytes() == before
+    finally:
+        os.killpg(first.pid, signal.SIGKILL)
+        first.communicate()
+
+
+def test_a_disk_that_fills_up_while_saving(tiny, tmp_path):
+    """A limit on the file size stands for it: the write itself fails. The earlier checkpoint stays, and continues."""
+    output = tmp_path / "run"
+    arguments = [*tiny, "checkpoint.every_steps=2", f"output={output}"]
+    assert launch("python", [*arguments, "train.max_steps=2"]).returncode == 0
+    biggest = max(p.stat().st_size for p in output.rglob("checkpoints/**/*") if p.is_file())
+    limit = biggest // 2
+    full = subprocess.run(
+        [sys.executable, str(ROOT / "launch" / "train.py"), *arguments, "train.max_steps=4"],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    assert full.returncode == 1, full.stdout + full.stderr
+    errors = [line for line in full.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "Traceback" not in full.stderr, full.stderr
+    assert "step-00000004: not saved: " in errors[0] and "the newest checkpoint is" in errors[0]
+    assert checkpoint.steps(output) == [2]
+    rest = launch("python", [*arguments, "train.max_steps=4"])
+    assert rest.returncode == 0 and "continuing from" in rest.stdout
+    assert checkpoint.steps(output) == [4, 2]
+    assert [r["step"] for r in steps(output)] == [1, 2, 3, 4]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+def test_a_disk_too_small_is_noticed_before_writing(tiny, tmp_path):
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(small)], capture_output=True).returncode:
+        pytest.skip("this machine does not allow mounting")
+    try:
+        found = launch("python", [*tiny, "train.max_steps=2", f"output={small / 'run'}"])
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+    assert found.returncode == 1
+    assert "not saved: it needs about" in found.stderr and "the disk has" in found.stderr
+
+
+def test_print_config_is_a_configuration(tiny, tmp_path):
+    shown = launch("python", [*tiny, "--print-config"])
+    assert shown.returncode == 0
+    (tmp_path / "shown.yaml").write_text(shown.stdout)
+    again = launch("python", ["--config", str(tmp_path / "shown.yaml"), "--print-config"])
+    assert again.stdout == shown.stdout and "dim: 32" in shown.stdout
