@@ -42,7 +42,7 @@ def test_mistakes_end_all_ranks_with_one_line(tiny, corpus, tmp_path):
     """A wrong key under deepspeed, a port in use under torchrun's environment, a folder in use under python."""
     wrong = start("deepspeed", [*tiny, "optim.lrr=1", f"output={tmp_path / 'a'}"])
     missing = start("torchrun", [*tiny, "data.train=nowhere.bin", f"output={tmp_path / 'b'}"])
-    out, err = wrong.communicate(timeout=120)
+    _, err = wrong.communicate(timeout=120)
     assert wrong.returncode == 2
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
     assert (
