@@ -72,6 +72,14 @@ def _select(key: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     return columns - 1 - (best & 0xFFFFFFFF), (best >> 32) > LOWEST
 
 
+def _softmax(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax [T, E] and logsumexp [T], in one pass where torch's two functions take two."""
+    top = x.amax(-1, keepdim=True).clamp_min_(torch.finfo(x.dtype).min)
+    power = (x - top).exp_()
+    total = power.sum(-1, keepdim=True)
+    return power.div_(total), (top + total.log())[:, 0]
+
+
 def _route_reference(
     logits: Tensor,
     top_k: int,
@@ -83,11 +91,8 @@ def _route_reference(
     sequences: int,
 ) -> tuple[Tensor, ...]:
     x = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    top = x.amax(-1, keepdim=True).clamp_min_(torch.finfo(x.dtype).min)
-    power = (x - top).exp_()
-    total = power.sum(-1, keepdim=True)
-    lse = (top + total.log())[:, 0]
-    scores = x.sigmoid() if sigmoid else power.div_(total)
+    softmax, lse = _softmax(x)
+    scores = x.sigmoid() if sigmoid else softmax
     key = x if bias is None else torch.where(x == -torch.inf, x, scores + bias)
     if lse.isnan().any():  # NaN comes first, so that it shows in the weights
         key = key.masked_fill(key.isnan(), torch.inf)
@@ -139,7 +144,7 @@ def _route_backward_reference(
     found = chosen >= 0
     every = bool(found.all())
     chosen = chosen if every else chosen.clamp_min(0)
-    softmax = None if sigmoid and z_grad is None else x.softmax(-1)
+    softmax, lse = (None, None) if sigmoid and z_grad is None else _softmax(x)
     scores = x.sigmoid() if sigmoid else softmax
     # score x its gradient through the weights
     flow = scores.gather(-1, chosen)
@@ -169,7 +174,7 @@ def _route_backward_reference(
         grad.scatter_add_(-1, chosen, flow)
     if z_grad is not None:
         rows = z_grad if group is None else z_grad[group]
-        grad += softmax * (2 * rows * x.logsumexp(-1))[:, None]
+        grad += softmax * (2 * rows * lse)[:, None]
     if not every:
         grad = grad.masked_fill(~found[:, :1], 0.0)
     return grad.to(logits.dtype)
