@@ -10,7 +10,7 @@ import numpy as np
 
 from ds_llm.data import files, rows, statistics
 from ds_llm.data.files import Batch
-from ds_llm.data.resume import SAVE_SECONDS, AppendFile, partial, resumable, write_atomically
+from ds_llm.data.resume import SAVE_SECONDS, AppendFile, beside, partial, resumable, write_atomically
 from ds_llm.data.workers import available_cpus, process
 from ds_llm.errors import UserError
 from ds_llm.progress import console
@@ -62,8 +62,8 @@ def clean(
 ) -> dict:
     """Write the good rows of `inputs` to `out` (.jsonl), in order; returns the statistics.
 
-    A row keeps its other fields. Beside `out`: `NAME.rejects.jsonl` (when a row was dropped), `NAME.stats.json`,
-    `NAME.png`. Interrupted, the same call continues, and the result is the same byte for byte; finished, it does
+    A row keeps its other fields. Beside `out`: `FILE.rejects.jsonl` (when a row was dropped), `FILE.stats.json`,
+    `FILE.png`. Interrupted, the same call continues, and the result is the same byte for byte; finished, it does
     nothing. Duplicates are found by the first 128 bits of the sha256 of the tidied text; the first one stays. Takes
     about 100 bytes of memory per kept document.
     """
@@ -72,7 +72,7 @@ def clean(
         raise UserError(f"{out}: the cleaned file's name ends with .jsonl")
     if max_chars is not None and max_chars < max(min_chars, 1):
         raise UserError(f"--max-chars {max_chars} is less than --min-chars {max(min_chars, 1)}: no row could pass")
-    rejects, png = out.with_suffix(".rejects.jsonl"), out.with_suffix(".png")
+    rejects, png = beside(out, ".rejects.jsonl"), beside(out, ".png")
     sources = files.find(inputs, exclude=[out])
     settings = {
         "command": "clean",
@@ -87,7 +87,7 @@ def clean(
             return run.statistics
         state = run.state or {"records": 0, "dropped": {}, "lines": 0, "rejects": 0, "seen": 0}
         lines, dropped = AppendFile(out, state["lines"]), AppendFile(rejects, state["rejects"])
-        known = AppendFile(out.with_name(out.name + ".seen"), state["seen"])
+        known = AppendFile(beside(out, ".seen"), state["seen"])
         outputs = {"lines": lines, "rejects": dropped, "seen": known}
         seen = {digest.tobytes() for digest in np.fromfile(known.path, SEEN)["digest"]}
         make = (field, min_chars, max_chars)

@@ -11,7 +11,7 @@ import numpy as np
 
 from ds_llm.data import files, rows, statistics
 from ds_llm.data.files import Batch
-from ds_llm.data.resume import SAVE_SECONDS, AppendFile, partial, resumable, write_atomically
+from ds_llm.data.resume import SAVE_SECONDS, AppendFile, beside, partial, resumable, write_atomically
 from ds_llm.data.workers import available_cpus, process
 from ds_llm.errors import UserError
 from ds_llm.progress import console
@@ -98,9 +98,9 @@ def encode(
 
     tokenizer: a folder or a name on the hub. validation: share of the documents, chosen by the hash of their text,
     that goes to `NAME.val.bin` instead. Each document is followed by the tokenizer's end-of-text token; no other
-    special token is added. Beside `out`: `NAME.idx`, `NAME.rejects.jsonl` (when a row was dropped), `NAME.stats.json`,
-    `NAME.png`. Interrupted, the same call continues, and the result is the same byte for byte; finished, it does
-    nothing.
+    special token is added. Beside `out`: `NAME.idx`, `NAME.bin.rejects.jsonl` (when a row was dropped),
+    `NAME.bin.stats.json`, `NAME.bin.png`. Interrupted, the same call continues, and the result is the same byte for
+    byte; finished, it does nothing.
     """
     from ds_llm.data.tokenizer import load_tokenizer
     from ds_llm.data.tokens import TokenWriter, index_path, tokenizer_hash
@@ -114,7 +114,7 @@ def encode(
     loaded = load_tokenizer(tokenizer)
     if loaded.eos_token_id is None:
         raise UserError(f"{tokenizer}: has no end-of-text token to put between documents; set its eos_token")
-    rejects, png = out.with_suffix(".rejects.jsonl"), out.with_suffix(".png")
+    rejects, png = beside(out, ".rejects.jsonl"), beside(out, ".png")
     identity = {
         "vocab_size": max(len(loaded), max(loaded.get_vocab().values()) + 1),
         "eos_token_id": loaded.eos_token_id,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ds_llm.data.resume import beside
 from ds_llm.progress import console
 
 INPUTS = "files, folders or quoted globs: .jsonl, .ndjson, .json, .txt, each also .gz or .zst, and .parquet"
@@ -83,7 +84,7 @@ def run_clean(arguments: argparse.Namespace) -> None:
         workers=arguments.workers,
         overwrite=arguments.overwrite,
     )
-    statistics.show(str(out), result, out.with_suffix(".rejects.jsonl"))
+    statistics.show(str(out), result, beside(out, ".rejects.jsonl"))
     statistics.show_lengths(result["lengths"], "characters")
 
 
@@ -99,7 +100,7 @@ def run_tokenizer(arguments: argparse.Namespace) -> None:
         field=arguments.field,
         overwrite=arguments.overwrite,
     )
-    statistics.show(str(out), result, out.with_name(out.name + ".rejects.jsonl"))
+    statistics.show(str(out), result, beside(out, ".rejects.jsonl"))
     size = result["vocab_size"]
     note = "" if size >= arguments.vocab_size else f" (the text holds no more than that of {arguments.vocab_size:,})"
     console.print(f"Vocabulary: {size:,} tokens{note}; {result['bytes_per_token']:.2f} bytes per token", markup=False)
@@ -119,7 +120,7 @@ def run_tokens(arguments: argparse.Namespace) -> None:
         workers=arguments.workers,
         overwrite=arguments.overwrite,
     )
-    statistics.show(str(out), result, out.with_suffix(".rejects.jsonl"))
+    statistics.show(str(out), result, beside(out, ".rejects.jsonl"))
     statistics.show_lengths(result["lengths"], "tokens")
     if arguments.validation:
         held_out = result["validation_lengths"]

@@ -1,7 +1,7 @@
 """Outputs that survive being killed: unfinished work lies in `.partial` files beside a record of how far it is good.
 
-For the output `NAME`: `NAME.partial.json` is the record (settings, position in the inputs, lengths of the partial
-files); `.NAME.lock` keeps two runs apart; `NAME.stats.json` is written last and says that the output is whole and
+For the output `FILE`: `FILE.partial.json` is the record (settings, position in the inputs, lengths of the partial
+files); `.FILE.lock` keeps two runs apart; `FILE.stats.json` is written last and says that the output is whole and
 which settings it was made from.
 """
 
@@ -20,19 +20,24 @@ from ds_llm.errors import UserError
 SAVE_SECONDS = 2.0
 
 
+def beside(path: Path, suffix: str) -> Path:
+    """A file in the same folder: the name of `path` and `suffix` behind it."""
+    return path.with_name(path.name + suffix)
+
+
 def partial(path: Path) -> Path:
     """Where a file lies until it is finished."""
-    return path.with_name(path.name + ".partial")
+    return beside(path, ".partial")
 
 
 def statistics_path(output: Path) -> Path:
-    """`NAME.stats.json` beside `NAME.jsonl` or `NAME.bin`; `stats.json` in an output folder."""
-    return output.with_suffix(".stats.json") if output.suffix in (".jsonl", ".bin") else output / "stats.json"
+    """`FILE.stats.json` beside an output file; `stats.json` in an output folder."""
+    return beside(output, ".stats.json") if output.suffix in (".jsonl", ".bin") else output / "stats.json"
 
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Replace a file so that a reader sees the old or the new content, also after a power failure."""
-    with open(scratch := path.with_name(path.name + ".tmp"), "wb") as file:
+    with open(scratch := beside(path, ".tmp"), "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
@@ -78,7 +83,7 @@ class Run:
     def __init__(self, output: Path, settings: dict, overwrite: bool):
         self.output, self.settings = output, json.loads(json.dumps(settings))
         settings = self.settings
-        self.record = output.with_name(output.name + ".partial.json")
+        self.record = beside(output, ".partial.json")
         self.statistics, self.state, self.finished, self._saved = {}, {}, False, monotonic()
         record = _read(self.record)
         if record and record["settings"] != settings and not overwrite:

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from ds_llm.data import files, rows, statistics
-from ds_llm.data.resume import AppendFile, dump, resumable, statistics_path, write_atomically
+from ds_llm.data.resume import AppendFile, beside, dump, partial, resumable, statistics_path, write_atomically
 from ds_llm.data.workers import process
 from ds_llm.errors import UserError
 from ds_llm.progress import console
@@ -62,11 +62,11 @@ def train_tokenizer(inputs, out, *, vocab_size: int = 6400, field: str = "text",
         if run.finished:
             console.print(f"{out}: finished before from the same input and settings; nothing to do", markup=False)
             return run.statistics
-        scratch, old = out.with_name(out.name + ".partial"), out.with_name(out.name + ".old")
+        scratch, old = partial(out), beside(out, ".old")
         shutil.rmtree(scratch, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
         state = {"records": 0, "dropped": {}, "bytes": 0, "sample": []}
-        rejects = AppendFile(out.with_name(out.name + ".rejects.jsonl"))
+        rejects = AppendFile(beside(out, ".rejects.jsonl"))
         tokenizer = _train(_texts(sources, field, state, rejects), vocab_size)
         if not state["bytes"]:
             run.discard([rejects])

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ds_llm.data.resume import AppendFile, partial
+from ds_llm.data.resume import AppendFile, beside, partial
 from ds_llm.errors import UserError
 
 FORMAT, VERSION = "ds_llm.tokens", 1
@@ -89,7 +89,7 @@ class TokenWriter:
             self.meta["tokenizer_relative"] = os.path.relpath(tokenizer, self.path.parent)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.token_count, self.documents = (state["tokens"], state["documents"]) if state else (0, 0)
-        boundaries = self.path.with_name(self.path.name + ".boundaries")
+        boundaries = beside(self.path, ".boundaries")
         self.files = [
             AppendFile(self.path, self.token_count * self.dtype.itemsize),
             AppendFile(boundaries, 8 * (self.documents + 1) if state else 0),

@@ -44,7 +44,7 @@ def test_every_row_is_kept_or_named_with_its_reason(tmp_path, rng, texts, worker
     options = {"min_chars": 20, "max_chars": 150, "workers": workers, "batch_bytes": rng.choice([200, 5000])}
     result = clean([tmp_path], out, **options)
     assert read_rows(out) == expected
-    found = read_rows(tmp_path / "out.rejects.jsonl")
+    found = read_rows(tmp_path / "out.jsonl.rejects.jsonl")
     assert [(row["file"], row["line"], row["reason"]) for row in found] == rejected
     assert result["records"] == len(lines)
     assert sum(result["dropped"].values()) == len(rejected)
@@ -54,8 +54,8 @@ def test_every_row_is_kept_or_named_with_its_reason(tmp_path, rng, texts, worker
     histogram = result["lengths"]["histogram"]
     bins = list(zip(histogram["edges"][:-1], histogram["edges"][1:], strict=True))
     assert histogram["counts"] == [sum(low <= n < high for n in lengths) for low, high in bins]
-    assert json.loads((tmp_path / "out.stats.json").read_text()) == result
-    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((tmp_path / "out.jsonl.stats.json").read_text()) == result
+    assert (tmp_path / "out.jsonl.png").read_bytes().startswith(b"\x89PNG")
     assert not list(tmp_path.glob("*.partial*"))
 
 
@@ -77,14 +77,14 @@ def test_text_is_tidied(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", [{"text": "  one\r\ntwo\rthree\x00 \n"}, {"text": "\x00 \r"}])
     clean([tmp_path / "a.jsonl"], tmp_path / "out.jsonl", workers=1)
     assert read_rows(tmp_path / "out.jsonl") == [{"text": "one\ntwo\nthree"}]
-    assert [row["reason"] for row in read_rows(tmp_path / "out.rejects.jsonl")] == ["empty"]
+    assert [row["reason"] for row in read_rows(tmp_path / "out.jsonl.rejects.jsonl")] == ["empty"]
 
 
 def test_another_field(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", [{"content": "x", "text": 5}, {"content": "y"}])
     clean([tmp_path / "a.jsonl"], tmp_path / "out.jsonl", field="content", workers=1)
     assert read_rows(tmp_path / "out.jsonl") == [{"content": "x", "text": 5}, {"content": "y"}]
-    assert not (tmp_path / "out.rejects.jsonl").exists()
+    assert not (tmp_path / "out.jsonl.rejects.jsonl").exists()
 
 
 def test_nothing_usable_is_an_error_that_says_why(tmp_path):
@@ -111,14 +111,14 @@ def test_a_finished_output_is_kept_unless_told_otherwise(tmp_path, capsys):
     assert len(read_rows(out)) == 2
     clean([source], out, min_chars=8, workers=1, overwrite=True)
     assert read_rows(out) == [{"text": "a longer one"}]
-    assert (tmp_path / "out.rejects.jsonl").exists()
+    assert (tmp_path / "out.jsonl.rejects.jsonl").exists()
 
     write_jsonl(source, [{"text": "changed input"}])
     os.utime(source, ns=(1, 1))
     with pytest.raises(UserError, match="another inputs"):
         clean([source], out, min_chars=8, workers=1)
     clean([source], out, min_chars=8, workers=1, overwrite=True)
-    assert not (tmp_path / "out.rejects.jsonl").exists()  # a file of the run before
+    assert not (tmp_path / "out.jsonl.rejects.jsonl").exists()  # a file of the run before
 
     (tmp_path / "mine.jsonl").write_text("precious")
     with pytest.raises(UserError, match="of unknown origin"):

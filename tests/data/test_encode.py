@@ -47,7 +47,7 @@ def test_tokens_equal_those_of_transformers(tmp_path, rng, texts, tokenizer, tok
     assert TokenFile(out).dtype == np.uint16
     assert result["lengths"]["total"] == sum(map(len, expected))
     assert result["dropped"] == {"empty": 1, "missing field": 1}
-    rejects = [json.loads(line) for line in (tmp_path / "out.rejects.jsonl").read_text().splitlines()]
+    rejects = [json.loads(line) for line in (tmp_path / "out.bin.rejects.jsonl").read_text().splitlines()]
     assert [(row["line"], row["reason"]) for row in rejects] == [(4, "empty"), (9, "missing field")]
     TokenData([out], 16).check_tokenizer(tokenizer)
     assert not list(tmp_path.glob("*.partial*"))

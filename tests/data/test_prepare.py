@@ -41,7 +41,7 @@ def test_from_raw_text_to_tokens(tmp_path, texts, capsys):
     table = capsys.readouterr().out
     for reason in ("duplicate", "empty", "wrong type", "missing field"):
         assert f"dropped: {reason}" in table
-    assert f"{len(set(texts)):,}" in table and str(tmp_path / "clean.rejects.jsonl") in table
+    assert f"{len(set(texts)):,}" in table and str(tmp_path / "clean.jsonl.rejects.jsonl") in table
     clean = tmp_path / "clean.jsonl"
     run("tokenizer", clean, "--out", tmp_path / "tokenizer", "--field", "body", "--vocab-size", 300)
     assert "Vocabulary: 300 tokens" in capsys.readouterr().out
