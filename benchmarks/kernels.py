@@ -204,6 +204,7 @@ def main(argv: list[str] | None = None) -> None:
     else:
         threads = about["machine"]["threads"]
         print(f"torch reference paths on {about['machine']['cpu']}, {threads} threads: no Triton kernel is timed here")
+        print("small sizes stay in the processor's cache: shares of the roofline above 100 % mean that")
     rates = Rates(device, args.seconds)
     print(f"copy bandwidth {rates.bandwidth / 1e9:.3g} GB/s; eager, compile and others: their time / ours")
     print(heading())
