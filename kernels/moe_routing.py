@@ -19,6 +19,7 @@ from .moe_topk import EPSILON, route_backward_triton, route_triton
 
 __all__ = ["RoutingStats", "load_balancing_loss", "permute", "route", "unpermute", "z_loss"]
 
+CHUNK = 1 << 16  # logits that the reference sorts at a time, so that they stay in the processor's cache
 LOWEST = -(0x7F800000 + 1)  # place of -inf in the order of float32 bit patterns
 
 
@@ -61,14 +62,19 @@ def _select(key: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
         values, order = key.sort(dim=-1, descending=True, stable=True)
         return order[:, :top_k], values[:, :top_k] != -torch.inf
     # value and index in one integer: NumPy sorts rows of integers several times as fast as torch finds the top k
-    columns = key.shape[1]
-    bits = (key + 0.0).view(torch.int32)  # -0 becomes 0, which it is equal to
-    packed = torch.empty(*key.shape, 2, dtype=torch.int32)
-    torch.bitwise_xor(bits, (bits >> 31) & 0x7FFFFFFF, out=packed[..., 1])  # ordered as the values are
-    packed[..., 0] = torch.arange(columns - 1, -1, -1, dtype=torch.int32)
-    rows = packed.view(torch.int64)[..., 0].numpy()
-    rows.sort(axis=-1)
-    best = torch.from_numpy(rows[:, : -top_k - 1 : -1].copy())
+    tokens, columns = key.shape
+    step = min(tokens, max(1, CHUNK // columns))
+    packed = torch.empty(step, columns, 2, dtype=torch.int32)
+    best = torch.empty(tokens, top_k, dtype=torch.int64)
+    for i in range(0, tokens, max(1, step)):
+        bits = (key[i : i + step] + 0.0).view(torch.int32)  # -0 becomes 0, which it is equal to
+        part = packed[: len(bits)]
+        torch.bitwise_xor(bits, (bits >> 31) & 0x7FFFFFFF, out=part[..., 1])  # ordered as the values are
+        part[..., 0] = torch.arange(columns - 1, -1, -1, dtype=torch.int32)
+        rows = part.view(torch.int64)[..., 0]
+        rows.numpy().sort(axis=-1)
+        best[i : i + step] = rows[:, -top_k:]
+    best = best.flip(-1)
     return columns - 1 - (best & 0xFFFFFFFF), (best >> 32) > LOWEST
 
 
