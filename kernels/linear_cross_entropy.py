@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .cross_entropy_rows import accumulate_dtype, cross_entropy_rows
 
@@ -163,6 +164,7 @@ def _save_gradients(ctx, inputs, output):
     ctx.mark_non_differentiable(*output[1:])
 
 
+@once_differentiable
 def _scale_gradients(ctx, upstream, *_):
     gh, gw, gb = (
         (grad * upstream).to(dtype) if needed and upstream is not None else None
@@ -221,6 +223,7 @@ def _save_inputs(ctx, inputs, output):
     ctx.save_for_backward(hidden, weight, labels, bias)
 
 
+@once_differentiable
 def _recompute(ctx, upstream):
     hidden, weight, labels, bias = ctx.saved_tensors
     need = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
@@ -255,8 +258,8 @@ def linear_cross_entropy(
     `ignore_index`: hidden[i] is scored against labels[i] (no shift), and ignored tokens cost nothing. softcap c
     replaces a logit x by c * tanh(x / c); z_loss adds z_loss * logsumexp(logits)^2 to each token's loss (PaLM,
     arXiv:2204.02311). reduction: "mean" over valid tokens (NaN when there is none), "sum", or "none" for [T] with 0
-    where ignored. The loss is float32 (float64 for float64 input). First derivatives only. A label outside [0, V) raises
-    RuntimeError on the CPU and gives NaN on a GPU. Raises ValueError when shapes or dtypes do not match or the
+    where ignored. The loss is float32 (float64 for float64 input). First derivatives only. A label outside [0, V)
+    raises RuntimeError on the CPU and gives NaN on a GPU. Raises ValueError when shapes or dtypes do not match or the
     reduction is unknown.
     """
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:

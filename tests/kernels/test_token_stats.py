@@ -3,7 +3,7 @@
 import pytest
 import torch
 from ds_llm.kernels.cross_entropy_rows import _cross_entropy_kernel, cross_entropy_rows, rows_triton
-from ds_llm.kernels.linear_cross_entropy import _per_token, _summed
+from ds_llm.kernels.linear_cross_entropy import _per_token, _per_token_backward, _summed
 from ds_llm.kernels.token_stats import (
     IGNORE,
     MASKED,
@@ -291,6 +291,30 @@ def test_many_chunks_equal_one(device, path, monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_second_derivatives_are_refused(device, reduction):
+    hidden, weight = (torch.randn(n, 8, device=device, requires_grad=True) for n in (4, 50))
+    labels = torch.randint(50, (4,), device=device)
+    loss = linear_cross_entropy(hidden.tanh(), weight, labels, reduction=reduction).square().sum()
+    (gradient,) = torch.autograd.grad(loss, hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("label", [-1, 50, 2**40])
+def test_labels_outside_the_vocabulary_do_not_pass(device, path, label):
+    hidden, weight = (torch.randn(n, 8, device=device) for n in (3, 50))
+    labels = torch.tensor([1, label, 49], device=device)
+    found = linear_token_stats(hidden, weight, labels)
+    assert found.logprob.isnan().tolist() == [False, True, False] and not found.hit[1]
+    if path == "torch":
+        with pytest.raises(RuntimeError, match="out of bounds"):
+            linear_cross_entropy(hidden, weight, labels)
+    else:
+        losses = linear_cross_entropy(hidden, weight, labels, reduction="none")
+        assert losses.isnan().tolist() == [False, True, False]
+
+
 def test_only_wanted_gradients_are_formed(device):
     hidden = torch.randn(4, 8, device=device, requires_grad=True)
     weight = torch.randn(50, 8, device=device)
@@ -324,6 +348,7 @@ def test_fp16_small_gradients_survive(device, path):
 def operator_calls(device: torch.device) -> list:
     hidden, weight, bias = (torch.randn(*s, device=device, requires_grad=True) for s in ((5, 8), (30, 8), (30,)))
     labels = torch.tensor([1, 2, IGNORE, 29, 0], device=device)
+    upstream = torch.rand(5, device=device)
     frozen = hidden.detach(), weight.detach(), labels
     return [
         (_linear_token_stats, (*frozen, bias.detach(), 3.0, 0.5, 2)),
@@ -332,10 +357,11 @@ def operator_calls(device: torch.device) -> list:
         (_summed, (hidden, frozen[1], labels, None, 2.0, 0.1, IGNORE, True, False, False)),
         (_per_token, (hidden, weight, labels, bias, None, 0.0, IGNORE)),
         (_per_token, (hidden, weight, labels, None, 2.0, 0.1, IGNORE)),
+        (_per_token_backward, (upstream, *frozen, bias.detach(), 2.0, 0.1, IGNORE, True, False, True)),
     ]
 
 
-@pytest.mark.parametrize("index", range(6))
+@pytest.mark.parametrize("index", range(7))
 def test_opcheck(device, index):
     operator, arguments = operator_calls(device)[index]
     torch.library.opcheck(operator, arguments)
