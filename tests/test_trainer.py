@@ -218,6 +218,7 @@ def test_continuing_as_another_run_is_refused(run, corpus, tmp_path):
         (["model.path=nowhere/at/all"], "nowhere/at/all"),
         (["model.vocab_size=10"], "model.vocab_size: 10 is less"),
         (["eval.token_length=64"], "eval.token_length: 64 tokens are more"),
+        ([f"eval.prompts=[{'w1 ' * 40}]"], "40 tokens, the model 32 positions"),
         (["deepspeed=nowhere.json"], "nowhere.json: no such file"),
         (["data.seq_len=9000", "model.max_seq_len=9000"], "are not one sample"),
         (["output=/proc/nothing"], "output: /proc/nothing: cannot be written"),

@@ -53,6 +53,10 @@ def check(config: Config) -> Data:
             raise UserError(f"eval.token_length: {length} tokens are more than the model's {limit} positions")
         val = TokenData(config.data.val, length - 1)
         val.check_tokenizer(tokenizer)
+    for prompt in config.eval.prompts:
+        length = len(tokenizer(prompt).input_ids)
+        if limit and length >= limit:
+            raise ConfigError(f"eval.prompts: {prompt[:40]!r}... has {length} tokens, the model {limit} positions")
     fingerprint = {
         "files": [file.meta["sha256"] for file in train.files],
         "seq_len": seq_len,
