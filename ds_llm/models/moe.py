@@ -79,17 +79,12 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * intermediate_size, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
 
-    def forward(self, hidden: Tensor, weights: Tensor, experts: Tensor, masked: bool = False) -> Tensor:
+    def forward(self, hidden: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
         """Weighted sum of each token's experts.
 
-        hidden [T, H], weights [T, K] and experts [T, K] as `route` returns them -> [T, H]. `masked` says that some
-        choices may be -1.
+        hidden [T, H], weights [T, K] and experts [T, K] as `route` returns them (-1: no expert) -> [T, H].
         """
         rows, offsets, inverse = permute(hidden, experts, self.num_experts)
-        if masked:
-            # the grouped products leave the gradient of the rows behind the last expert's undefined
-            used = torch.arange(rows.shape[0], device=rows.device)[:, None] < offsets[-1]
-            rows = torch.where(used, rows, 0.0)
         gate, up = grouped_linear(rows, self.gate_up_proj, offsets).chunk(2, dim=-1)
         return unpermute(grouped_linear(swiglu(gate, up), self.down_proj, offsets), inverse, weights)
 
@@ -134,7 +129,7 @@ class MoEBlock(nn.Module):
             mask=None if mask is None else mask.reshape(-1),
             sequences=hidden.shape[0],
         )
-        out = self.experts(flat, weights, experts, masked=mask is not None)
+        out = self.experts(flat, weights, experts)
         if self.shared_experts is not None:
             out = out + self.shared_experts(flat)
         balance = load_balancing_loss(stats, per_sequence=self.seq_aux)

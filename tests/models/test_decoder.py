@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from ds_llm.kernels.rope import rope_tables
 from huggingface_hub.errors import StrictDataclassError
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -238,7 +239,17 @@ def test_dropout_acts_in_training_only(extra):
     ids = tokens(2, 12)
     assert torch.equal(model(input_ids=ids).logits, plain(input_ids=ids).logits)
     model.train()
-    assert not torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
+    # one branch at a time: the other adds zeros
+    layer = model.model.layers[-1]
+    branches = [layer.self_attn.o_proj.weight, layer.mlp.experts.down_proj if extra else layer.mlp.down_proj.weight]
+    for weight in branches:
+        silenced = weight.detach().clone()
+        with torch.no_grad():
+            weight.zero_()
+        hidden, rope = torch.randn(1, 5, 48), rope_tables(5, 12)
+        assert not torch.equal(layer(hidden, rope)[0], layer(hidden, rope)[0])
+        with torch.no_grad():
+            weight.copy_(silenced)
     plain.train()
     assert torch.equal(plain(input_ids=ids).logits, plain(input_ids=ids).logits)
 

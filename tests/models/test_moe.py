@@ -11,6 +11,14 @@ from hypothesis import strategies as st
 from ds_llm.models.moe import MoEBlock, grouped_linear
 
 
+@pytest.fixture(autouse=True, scope="module")
+def uninitialised_memory_is_nan():
+    """Fresh memory holds NaN in this mode, so that what must not be read shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 def make(hidden=16, width=24, experts=5, top_k=2, shared=0, **options) -> MoEBlock:
     config = SimpleNamespace(
         hidden_size=hidden,
