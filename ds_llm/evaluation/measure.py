@@ -18,13 +18,14 @@ from ds_llm.data.files import Position, find, read
 from ds_llm.data.rows import Document, documents
 from ds_llm.data.tokens import TokenFile
 from ds_llm.errors import UserError
-from ds_llm.evaluation.perplexity import Perplexity, model_loss, perplexity_of_tokens
+from ds_llm.evaluation.perplexity import Perplexity, check_windows, model_loss, perplexity_of_tokens
 from ds_llm.models.head import attach_loss_head
 from ds_llm.models.loading import load_model, load_model_config, load_tokenizer, match_tokenizer
 from ds_llm.progress import console
 
 WINDOW = 2048  # of the published figures
 SEPARATOR = "\n\n"  # between texts, likewise
+TEXT_FIELD = "text"
 NAMED_ROWS = 5  # line numbers named per reason
 
 
@@ -41,7 +42,7 @@ class Streams:
     rejected: list[tuple[str, int, str]] = field(default_factory=list)
 
 
-def open_streams(paths: Sequence[str | os.PathLike], tokenizer, text_field: str = "text") -> Streams:
+def open_streams(paths: Sequence[str | os.PathLike], tokenizer, text_field: str = TEXT_FIELD) -> Streams:
     """Token files (.bin), or texts in any format of `ds_llm.data.files` joined by blank lines and tokenised at once.
 
     Empty texts stay in, as in the published protocol: they add their two newlines. Raises `UserError` for a mixture of
@@ -51,6 +52,8 @@ def open_streams(paths: Sequence[str | os.PathLike], tokenizer, text_field: str 
     if any(binary):
         if not all(binary):
             raise UserError("token files (.bin) and texts cannot be evaluated together; give one kind")
+        if text_field != TEXT_FIELD:
+            raise UserError(f"field '{text_field}': token files have no fields; leave it out")
         files = [TokenFile(path) for path in paths]
         for file in files:
             file.check_tokenizer(tokenizer)
@@ -83,7 +86,7 @@ def measure(
     window: int | None = None,
     stride: int | None = None,
     tokenizer_path: str | None = None,
-    text_field: str = "text",
+    text_field: str = TEXT_FIELD,
     batch_size: int = 1,
     max_windows: int = 0,
     dtype: str = "auto",
@@ -97,7 +100,9 @@ def measure(
     mistakes are raised as `UserError`, those that need no weights before any are loaded.
     """
     positions = getattr(load_model_config(model_path).get_text_config(), "max_position_embeddings", None)
-    window = window or min(WINDOW, positions or WINDOW)
+    window = min(WINDOW, positions or WINDOW) if window is None else window
+    stride = window if stride is None else stride
+    check_windows(window, stride, batch_size, max_windows)
     if positions and window > positions:
         raise UserError(f"window {window:,}: longer than the {positions:,} positions of {model_path}")
     tokenizer = load_tokenizer(tokenizer_path or model_path)

@@ -88,12 +88,7 @@ def perplexity_of_tokens(
     """
     start = time.perf_counter()
     stride = token_length if stride is None else stride
-    if token_length < 2:
-        raise UserError(f"token length {token_length}: a window needs 2 tokens or more")
-    if not 1 <= stride <= token_length:
-        raise UserError(f"stride {stride}: must be between 1 and the token length, {token_length}")
-    if batch_size < 1:
-        raise UserError(f"batch size {batch_size}: must be at least 1")
+    check_windows(token_length, stride, batch_size, max_windows)
     streams = list(tokens) if isinstance(tokens, (list, tuple)) else [tokens]
     lengths = [len(stream) for stream in streams]
     windows = [
@@ -120,6 +115,18 @@ def perplexity_of_tokens(
         stride=stride,
         seconds=time.perf_counter() - start,
     )
+
+
+def check_windows(token_length: int, stride: int, batch_size: int, max_windows: int) -> None:
+    """Raise `UserError` for arguments that `perplexity_of_tokens` cannot work with."""
+    if token_length < 2:
+        raise UserError(f"token length {token_length}: a window needs 2 tokens or more")
+    if not 1 <= stride <= token_length:
+        raise UserError(f"stride {stride}: must be between 1 and the token length, {token_length}")
+    if batch_size < 1:
+        raise UserError(f"batch size {batch_size}: must be at least 1")
+    if max_windows < 0:
+        raise UserError(f"max windows {max_windows}: must be at least 1, or 0 for all")
 
 
 def _counted(first: int, token_length: int, stride: int) -> int:

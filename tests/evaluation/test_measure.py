@@ -13,6 +13,8 @@ from ds_llm.data import corpora
 from ds_llm.data.tokens import TokenFile
 from ds_llm.errors import UserError
 from ds_llm.evaluation.measure import measure, read_texts
+from ds_llm.evaluation.perplexity import model_loss, perplexity_of_tokens
+from ds_llm.models.head import attach_loss_head
 from ds_llm.models.loading import load_model, load_tokenizer
 
 SCRIPT = ROOT / "launch" / "evaluate.py"
@@ -64,21 +66,20 @@ def test_smollm2_equals_a_few_lines_of_transformers(tmp_path):
     reference = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     ids = tokenizer("\n\n".join(texts), return_tensors="pt")["input_ids"][0]
 
-    found, about = measure(str(folder), [data], window=128, max_windows=5, batch_size=2)
-    assert about["documents"] == 5 and found.stream_tokens == len(ids) and found.windows == 5
-    assert math.isclose(found.value, plain_perplexity(reference, ids[: 5 * 128], 128), rel_tol=1e-5)
+    found, about = measure(str(folder), [data], window=96, max_windows=4, batch_size=2)
+    assert about["documents"] == 5 and found.stream_tokens == len(ids) and found.windows == 4
+    assert math.isclose(found.value, plain_perplexity(reference, ids[: 4 * 96], 96), rel_tol=1e-5)
     assert 2 < found.value < 500  # a pretrained model, not noise: its vocabulary has 49,152 tokens
 
     total, count = 0.0, 0
-    for first in range(0, 3 * 96, 96):
+    for first in range(0, 3 * 64, 64):
         with torch.no_grad():
-            logits = reference(ids[None, first : first + 128]).logits[0].double()
-        for i in range(128 if first == 0 else 96):  # from the window's end backwards
-            if 127 - i > 0:
-                total -= logits[126 - i].log_softmax(-1)[ids[first + 127 - i]].item()
-                count += 1
-    found, _ = measure(str(folder), [data], window=128, stride=96, max_windows=3)
-    assert found.tokens == count == 127 + 2 * 96
+            logp = reference(ids[None, first : first + 96]).logits[0].double().log_softmax(-1)
+        for target in range(1 if first == 0 else 32, 96):  # later windows repeat 32 tokens of the one before
+            total, count = total - logp[target - 1, ids[first + target]].item(), count + 1
+    loss = model_loss(attach_loss_head(reference), "cpu")
+    found = perplexity_of_tokens(loss, ids, token_length=96, stride=64, max_windows=3)
+    assert found.tokens == count == 95 + 2 * 64
     assert math.isclose(found.value, math.exp(total / count), rel_tol=1e-5)
 
 
@@ -146,6 +147,9 @@ def test_mistakes_are_named(corpus, model, tmp_path):
         ([tokens], {"tokenizer_path": str(other)}, "made with another tokenizer"),
         ([str(text)], {"window": 4, "tokenizer_path": str(other)}, f"{VOCAB + 1} tokens, the model only {VOCAB}"),
         ([tokens], {"window": 16, "stride": 17}, "stride 17: must be between 1"),
+        ([tokens], {"window": 0}, "token length 0"),
+        ([tokens], {"window": 16, "max_windows": -1}, "max windows -1"),
+        ([tokens], {"window": 16, "text_field": "body"}, "token files have no fields"),
     ):
         with pytest.raises(UserError, match=message):
             measure(str(model), data, **arguments)
