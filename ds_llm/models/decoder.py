@@ -41,7 +41,7 @@ class DecoderConfig(PreTrainedConfig):
     """
 
     model_type = "ds_llm_decoder"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ["past_key_values", "aux_loss", "aux_report", "expert_counts"]  # noqa: RUF012
 
     vocab_size: int = 6400
     hidden_size: int = 512
