@@ -1,8 +1,9 @@
 """Is `launch/prepare.py tokens` at least as fast as `datasets.map` with the same tokenizer and processes?
 
 Both tokenise the same JSONL, taking turns: ours from the file to the token file; `datasets.map`, batched, from a data
-set that is loaded already to Arrow on the disk, and besides with the loading. Seconds are the best of the repeats, and
-so are CPU seconds (of all processes together), which a busy machine disturbs less.
+set that is loaded already to Arrow on the disk, and besides with the loading. Figures are medians of the repeats; the
+ratio is the median of each repeat's own, because both sides of a repeat meet the same load. CPU seconds are those of
+all processes together.
 """
 
 import argparse
@@ -58,7 +59,7 @@ def main() -> None:
     )
     parser.add_argument("--copies", type=int, default=4, help="times the input is repeated (default 4)")
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write the results here")
     args = parser.parse_args()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # both sides: the processes are the parallelism
@@ -95,10 +96,10 @@ def main() -> None:
     about = record()
     about["versions"] = versions(("datasets", "tokenizers", "transformers", "pyarrow"))
     print(f"{size:.1f} MB of JSONL, {tokens:,} tokens, {args.processes} processes, {about['machine']['cpu']}")
-    best = {name: np.min(runs, axis=0) for name, runs in results.items()}
     print(f"{'':22}{'seconds':>9}{'MB/s':>8}{'Mtokens/s':>11}{'ours is':>10}{'CPU s':>9}{'ours is':>10}")
-    for name, (seconds, cpu) in best.items():
-        speed, thrift = best[name] / best["ours"]
+    for name, runs in results.items():
+        seconds, cpu = np.median(runs, axis=0)
+        speed, thrift = np.median(np.array(runs) / results["ours"], axis=0)
         print(
             f"{name:22}{seconds:9.2f}{size / seconds:8.2f}{tokens / seconds / 1e6:11.3f}{speed:9.2f}x"
             f"{cpu:9.2f}{thrift:9.2f}x"

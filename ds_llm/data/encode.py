@@ -133,6 +133,8 @@ def encode(
         if run.finished:
             console.print(f"{out}: finished before from the same input and settings; nothing to do", markup=False)
             return run.statistics
+        if targets[-1].exists() and not overwrite and not run.state:
+            raise UserError(f"{targets[-1]}: is there already; use --overwrite or choose another --out")
         state = run.state or {"records": 0, "dropped": {}, "rejects": 0, "files": [None, None]}
         dropped = AppendFile(rejects, state["rejects"])
         writers = [

@@ -53,9 +53,11 @@ class AppendFile:
 
     def __init__(self, target: Path, size: int = 0):
         self.target, self.path = target, partial(target)
+        if size and (not self.path.exists() or self.path.stat().st_size < size):
+            raise UserError(
+                f"{self.path}: unfinished work is missing here; remove the *.partial.json beside it to start over"
+            )
         self.file = open(self.path, "r+b" if size else "wb")  # noqa: SIM115 closed in close()
-        if size > self.file.seek(0, os.SEEK_END):
-            raise UserError(f"{self.path}: shorter than its record says; start over with --overwrite")
         self.file.seek(size)
         self.file.truncate()
         self.size = size
@@ -126,10 +128,8 @@ class Run:
     def finish(self, paths: list[Path], statistics: dict, scratch: list[Path]) -> dict:
         """Put the finished partial files of `paths` in place, the statistics last, and remove the files `scratch`.
 
-        Returns the statistics with the settings.
-
         The partial files hold their final content on the disk. An empty one is not published, and a file that an
-        earlier run left in its place is removed.
+        earlier run left in its place is removed. Returns the statistics with the settings.
         """
         self.statistics = statistics | {"settings": self.settings}
         for path in [p for p in paths if not partial(p).stat().st_size]:

@@ -132,3 +132,23 @@ def test_a_tokenizer_without_an_end_of_text_token_is_refused(tmp_path, tokenizer
     tokenizer.save_pretrained(tmp_path / "bare")
     with pytest.raises(UserError, match="no end-of-text token"):
         encode([tmp_path / "a.jsonl"], tmp_path / "out.bin", tmp_path / "bare")
+
+
+def test_a_tokenizer_written_in_python(tmp_path, texts):
+    from transformers import ByT5Tokenizer
+
+    tokenizer = ByT5Tokenizer()
+    assert not hasattr(tokenizer, "backend_tokenizer")
+    tokenizer.save_pretrained(tmp_path / "bytes")
+    texts = [*texts, "text that spells </s>"]
+    write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in texts])
+    encode([tmp_path / "a.jsonl"], tmp_path / "out.bin", tmp_path / "bytes", workers=2, batch_bytes=4000)
+    assert documents(tmp_path / "out.bin") == [[byte + 3 for byte in text.encode()] + [1] for text in texts]
+
+
+def test_a_validation_file_of_another_run_is_kept(tmp_path, texts, tokenizer_folder):
+    write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in texts])
+    (tmp_path / "out.val.bin").write_text("precious")
+    with pytest.raises(UserError, match=r"out\.val\.bin: is there already"):
+        encode([tmp_path / "a.jsonl"], tmp_path / "out.bin", tokenizer_folder, validation=0.3, workers=1)
+    assert (tmp_path / "out.val.bin").read_text() == "precious"

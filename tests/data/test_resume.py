@@ -222,11 +222,16 @@ def test_unfinished_work_of_other_settings_is_not_mixed_in(tmp_path, source):
     out = tmp_path / "out.jsonl"
     process = start(lambda: clean([source], out, workers=1, batch_bytes=100, save_seconds=0.0))
     record = tmp_path / "out.jsonl.partial.json"
-    while not record.exists():
+    while not record.exists() or not json.loads(record.read_bytes())["state"]["lines"]:
         assert process.is_alive()
         time.sleep(0.001)
     process.kill()
     process.join()
+    partial = tmp_path / "out.jsonl.partial"
+    partial.rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"out\.jsonl\.partial: unfinished work is missing here; remove the"):
+        clean([source], out, workers=1)
+    (tmp_path / "elsewhere").rename(partial)
     with pytest.raises(UserError, match=r"unfinished run with another min_chars.*--overwrite"):
         clean([source], out, min_chars=30, workers=1)
     clean([source], out, min_chars=30, workers=1, overwrite=True)
