@@ -20,18 +20,13 @@ CHUNK = 1 << 18  # elements that the reference handles at a time, so that its co
 # --- torch reference
 
 
-def _scatter_reference(x: Tensor, inverse: Tensor, weights: Tensor | None) -> Tensor:
-    """Rows [T * K, H] with weight x token's row at each choice's row; zero at the rows of masked choices."""
-    tokens, top_k = inverse.shape
+def _scatter_reference(x: Tensor, inverse: Tensor) -> Tensor:
+    """Rows [T * K, H] with the token's row at the row of each choice; zero at the rows of masked choices."""
+    top_k = inverse.shape[1]
     order = torch.empty(inverse.numel(), dtype=torch.int64, device=x.device)
     place = torch.where(inverse < 0, ~inverse, inverse).view(-1)
     order.scatter_(0, place.long(), torch.arange(order.numel(), device=x.device))
     rows = x.index_select(0, order // max(1, top_k))
-    if weights is not None:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        for i in range(0, tokens * top_k, _chunk(rows.shape[1])):
-            part = slice(i, i + _chunk(rows.shape[1]))
-            rows[part] = rows[part].to(wide) * weights.reshape(-1)[order[part], None]
     masked = inverse < 0
     if masked.any():
         rows[masked.numel() - int(masked.sum()) :] = 0
@@ -64,38 +59,30 @@ def _chunk(width: int) -> int:
     return max(1, CHUNK // max(1, width))
 
 
-def _weights_grad_reference(grad: Tensor, rows: Tensor, inverse: Tensor) -> Tensor:
+def _gather_backward_reference(grad: Tensor, rows: Tensor, inverse: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     tokens, top_k = inverse.shape
     wide = torch.promote_types(rows.dtype, torch.float32)
-    out = torch.zeros(tokens, top_k, dtype=wide, device=rows.device)
+    rows_grad = rows.new_empty(rows.shape)
+    weights_grad = torch.empty(tokens, top_k, dtype=wide, device=rows.device)
+    masked = inverse < 0
+    place = torch.where(masked, ~inverse, inverse).long()
+    weights = weights.to(wide).masked_fill(masked, 0.0)
     for i in range(0, tokens, _chunk(rows.shape[1])):
         part = slice(i, i + _chunk(rows.shape[1]))
         g = grad[part].to(wide)
         for k in range(top_k):
-            picked = rows.index_select(0, inverse[part, k].clamp_min(0)).to(wide)
-            out[part, k] = (picked * g).sum(-1)
-    return out.masked_fill_(inverse < 0, 0.0)
+            row = rows.index_select(0, place[part, k]).to(wide)
+            torch.sum(row.mul_(g), -1, out=weights_grad[part, k])
+            rows_grad.index_copy_(0, place[part, k], torch.mul(g, weights[part, k, None], out=row).to(rows.dtype))
+    return rows_grad, weights_grad.masked_fill_(masked, 0.0)
 
 
 # --- Triton kernels
 
 
 @jit
-def _scatter_kernel(
-    x,
-    inverse,
-    weights,
-    rows,
-    x_t,
-    x_h,
-    w_t,
-    w_k,
-    WIDTH: tl.constexpr,
-    TOP_K: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """rows[inverse[t, k]] = (weights[t, k]) x[t]; zero where masked."""
+def _scatter_kernel(x, inverse, rows, x_t, x_h, WIDTH: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
+    """rows[inverse[t, k]] = x[t]; zero where masked."""
     token = tl.program_id(0).to(tl.int64)
     for start in range(0, WIDTH, BLOCK):
         column = start + tl.arange(0, BLOCK)
@@ -103,10 +90,7 @@ def _scatter_kernel(
         row = tl.load(x + token * x_t + column.to(tl.int64) * x_h, mask=inside, other=0.0)
         for k in tl.static_range(TOP_K):
             place = tl.load(inverse + token * TOP_K + k).to(tl.int64)
-            value = row
-            if WEIGHTED:
-                value = (row.to(tl.float32) * tl.load(weights + token * w_t + k * w_k)).to(rows.dtype.element_ty)
-            value = tl.where(place < 0, 0.0, value)
+            value = tl.where(place < 0, 0.0, row)
             place = tl.where(place < 0, -1 - place, place)
             tl.store(rows + place * WIDTH + column, value, mask=inside)
 
@@ -185,24 +169,14 @@ def _row_config(width: int) -> tuple[int, int]:
     return block, min(8, max(1, block // 256))
 
 
-def scatter_triton(x: Tensor, inverse: Tensor, weights: Tensor | None) -> Tensor:
+def scatter_triton(x: Tensor, inverse: Tensor) -> Tensor:
     tokens, top_k = inverse.shape
     rows = x.new_empty(tokens * top_k, x.shape[1])
     if rows.numel():
         block, warps = _row_config(x.shape[1])
         with launch_on(x):
             _scatter_kernel[(tokens,)](
-                x,
-                inverse,
-                weights,
-                rows,
-                *x.stride(),
-                *((0, 0) if weights is None else weights.stride()),
-                WIDTH=x.shape[1],
-                TOP_K=top_k,
-                WEIGHTED=weights is not None,
-                BLOCK=block,
-                num_warps=warps,
+                x, inverse, rows, *x.stride(), WIDTH=x.shape[1], TOP_K=top_k, BLOCK=block, num_warps=warps
             )
     return rows
 
@@ -259,13 +233,13 @@ def gather_backward_triton(grad: Tensor, rows: Tensor, inverse: Tensor, weights:
 
 
 @torch.library.custom_op("ds_llm::moe_scatter", mutates_args=())
-def _scatter(x: Tensor, inverse: Tensor, weights: Tensor | None) -> Tensor:
+def _scatter(x: Tensor, inverse: Tensor) -> Tensor:
     run = scatter_triton if uses_triton(x) else _scatter_reference
-    return run(x, inverse, weights)
+    return run(x, inverse)
 
 
 @_scatter.register_fake
-def _(x, inverse, weights):
+def _(x, inverse):
     return x.new_empty(inverse.shape[0] * inverse.shape[1], x.shape[1])
 
 
@@ -282,9 +256,8 @@ def _(rows, inverse, weights):
 
 @torch.library.custom_op("ds_llm::moe_gather_backward", mutates_args=())
 def _gather_backward_op(grad: Tensor, rows: Tensor, inverse: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    if uses_triton(rows):
-        return gather_backward_triton(grad, rows, inverse, weights)
-    return _scatter_reference(grad, inverse, weights), _weights_grad_reference(grad, rows, inverse)
+    run = gather_backward_triton if uses_triton(rows) else _gather_backward_reference
+    return run(grad, rows, inverse, weights)
 
 
 @_gather_backward_op.register_fake
@@ -299,7 +272,7 @@ def _save_inverse(ctx, inputs, output):
 
 
 def _scatter_backward(ctx, grad):
-    return _gather(grad, ctx.saved_tensors[0], None), None, None
+    return _gather(grad, ctx.saved_tensors[0], None), None
 
 
 def _save_sum(ctx, inputs, output):
@@ -311,7 +284,7 @@ def _save_sum(ctx, inputs, output):
 def _gather_backward(ctx, grad):
     inverse, rows, weights = ctx.saved_tensors
     if weights is None:
-        return _scatter(grad, inverse, None), None, None
+        return _scatter(grad, inverse), None, None
     rows_grad, weights_grad = _gather_backward_op(grad, rows, inverse, weights)
     return rows_grad, None, weights_grad.to(weights.dtype)
 
@@ -340,7 +313,7 @@ def permute(x: Tensor, experts: Tensor, num_experts: int) -> tuple[Tensor, Tenso
     if experts.shape[0] * experts.shape[1] >= 2**31:
         raise ValueError(f"{tuple(experts.shape)} choices are more than int32 can number: split the batch")
     offsets, inverse = moe_sort.sort(experts, num_experts)
-    return _scatter(x, inverse, None), offsets, inverse
+    return _scatter(x, inverse), offsets, inverse
 
 
 def unpermute(rows: Tensor, inverse: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -370,7 +343,7 @@ def compile_specs() -> list:
             constants = {"WIDTH": width, "TOP_K": top_k, "BLOCK": block}
             constants |= dict.fromkeys(["w_k", "x_h", "rows_h", "grad_h"], 1)
             for fn, name, variants in (
-                (_scatter_kernel, "permute rows", ({"WEIGHTED": False, "weights": None}, {"WEIGHTED": True})),
+                (_scatter_kernel, "permute rows", ({},)),
                 (_gather_kernel, "unpermute", ({"WEIGHTED": False, "weights": None}, {"WEIGHTED": True})),
                 (_gather_backward_kernel, "unpermute backward", ({"BLOCK_K": next_power_of_2(top_k)},)),
             ):

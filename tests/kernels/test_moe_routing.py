@@ -305,7 +305,7 @@ def test_operators_are_registered_completely(device):
     _, inverse = sort(experts, 4)
     x, rows = (torch.randn(n, 7, device=device, requires_grad=True) for n in (6, 12))
     weights = torch.rand(6, 2, device=device, requires_grad=True)
-    torch.library.opcheck(moe_permute._scatter, (x, inverse, None))
+    torch.library.opcheck(moe_permute._scatter, (x, inverse))
     torch.library.opcheck(moe_permute._gather, (rows, inverse, weights))
     torch.library.opcheck(moe_permute._gather, (rows, inverse, None))
 
