@@ -32,6 +32,7 @@ from torch.utils.cpp_extension import get_default_build_root
 from ds_llm.config import Config
 from ds_llm.deepspeed_config import build as build_deepspeed_config
 from ds_llm.errors import UserError
+from ds_llm.hardware import share_cores
 from ds_llm.progress import console
 
 # Blocks whose experts run on the tokens routed to them: ZeRO-3 must gather them whole, or ranks whose tokens skip an
@@ -63,6 +64,7 @@ def init_distributed(timeout_minutes: float = 30) -> None:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_SIZE="1")
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    share_cores()
     if device().type == "cpu":
         _announce_build("deepspeed_shm_comm", "communication")
     limit = timedelta(minutes=timeout_minutes)

@@ -64,7 +64,7 @@ def progress(title: str, total: float | None = None, unit: str = "items"):
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console) as bar:
+    with Progress(*columns, console=console, transient=True) as bar:
         yield Task(title, total, unit, bar)
 
 

@@ -319,7 +319,10 @@ class Trainer:
         if self.rank == 0 and self.config.tracking.report:
             from ds_llm import report  # matplotlib takes a second to import
 
-            report.write(self.output)
+            try:
+                report.write(self.output)
+            except UserError as error:  # no reason to end the training
+                self.tracker.event("warning", str(error), step=self.state["step"])
 
     def _finish(self, early: bool) -> int:
         state = self.state

@@ -6,6 +6,7 @@ other error.
 """
 
 import argparse
+import os
 
 from ds_llm import cli
 
@@ -27,6 +28,8 @@ def main() -> int:
         if cli.rank() == 0:
             print(config.to_yaml(resolved), end="")
         return 0
+
+    os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # equal bits whatever the alignment of a tensor in memory
 
     from ds_llm import trainer
 

@@ -129,7 +129,13 @@ def _evaluation(config: Config, data: Data):
             max_windows=config.eval.max_windows,
             title="evaluating",
         )
-        return {"perplexity": result.value, "loss": result.nll, "tokens": result.tokens, "windows": result.windows}
+        return {
+            "perplexity": result.value,
+            "loss": result.nll,
+            "tokens": result.tokens,
+            "windows": result.windows,
+            "seconds": result.seconds,
+        }
 
     return evaluate
 
