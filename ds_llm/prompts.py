@@ -87,10 +87,9 @@ def complete_file(
     path: str,
     params: SamplingParams,
     output: str | None = None,
-    *,
-    batch_size: int = 8,
     chat: bool = False,
     system: str | None = None,
+    batch_size: int = 8,
 ) -> None:
     """Complete every prompt of a file into JSON lines, in the file's order, on stdout or in `output`.
 

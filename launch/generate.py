@@ -11,7 +11,8 @@ The prompt itself is not printed. See docs/generation.md.
 import argparse
 
 from ds_llm import cli
-from ds_llm.sampling import add_arguments, from_arguments
+from ds_llm.errors import UserError
+from ds_llm.sampling import SamplingParams, add_arguments, from_arguments
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -49,18 +50,23 @@ def main() -> None:
         parser.error("--output and --batch-size need --batch-file")
     if arguments.stream and arguments.prompt is None:
         parser.error("--stream needs --prompt (--interactive always streams)")
-    params, chat = from_arguments(arguments), arguments.chat or arguments.system is not None
+    try:
+        generate(arguments, from_arguments(arguments))
+    except KeyboardInterrupt:
+        raise UserError("interrupted", exit_code=130) from None
 
+
+def generate(arguments: argparse.Namespace, params: SamplingParams) -> None:
     from ds_llm.generation import Generator
     from ds_llm.prompts import complete_file, conversation, converse
 
     generator = Generator(arguments.model, arguments.tokenizer, dtype=arguments.dtype, attention=arguments.attention)
+    chat = arguments.chat or arguments.system is not None
     if arguments.interactive:
         converse(generator, params, chat, arguments.system)
     elif arguments.batch_file is not None:
-        size = 8 if arguments.batch_size is None else arguments.batch_size
-        options = {"batch_size": size, "chat": chat, "system": arguments.system}
-        complete_file(generator, arguments.batch_file, params, arguments.output, **options)
+        options = {} if arguments.batch_size is None else {"batch_size": arguments.batch_size}
+        complete_file(generator, arguments.batch_file, params, arguments.output, chat, arguments.system, **options)
     else:
         prompt = conversation(arguments.prompt, arguments.system) if chat else arguments.prompt
         if arguments.stream:

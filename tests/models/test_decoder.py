@@ -254,6 +254,21 @@ def test_dropout_acts_in_training_only(extra):
     assert torch.equal(plain(input_ids=ids).logits, plain(input_ids=ids).logits)
 
 
+@BOTH
+def test_trainer_of_transformers_trains_and_evaluates(tmp_path, extra):
+    from transformers import Trainer, TrainingArguments
+
+    rows = [{"input_ids": ids, "labels": ids} for ids in tokens(8, 12)]
+    arguments = TrainingArguments(
+        tmp_path, max_steps=4, learning_rate=1e-2, use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True
+    )
+    trainer = Trainer(make(scale=1.0, **extra), arguments, train_dataset=rows)
+    before = trainer.evaluate(rows)["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate(rows)["eval_loss"] < before
+    assert trainer.predict(rows).predictions.shape == (8, 12, VOCAB)
+
+
 def test_experts_take_no_part_in_padding():
     model = make(attention="eager", **MOE)
     ids, mask = tokens(2, 10), torch.ones(2, 10, dtype=torch.long)
