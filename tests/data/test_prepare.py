@@ -45,14 +45,16 @@ def test_from_raw_text_to_tokens(tmp_path, texts, capsys):
     clean = tmp_path / "clean.jsonl"
     run("tokenizer", clean, "--out", tmp_path / "tokenizer", "--field", "body", "--vocab-size", 300)
     assert "Vocabulary: 300 tokens" in capsys.readouterr().out
-    out = ["--out", tmp_path / "train.bin", "--tokenizer", tmp_path / "tokenizer", "--validation", 0.3]
+    out = ["--out", tmp_path / "clean.bin", "--tokenizer", tmp_path / "tokenizer", "--validation", 0.3]
     run("tokens", clean, *out, "--field", "body", "--workers", 1)
     text = capsys.readouterr().out
-    train, validation = (TokenFile(tmp_path / name) for name in ("train.bin", "train.val.bin"))
+    train, validation = (TokenFile(tmp_path / name) for name in ("clean.bin", "clean.val.bin"))
     assert train.meta["documents"] + validation.meta["documents"] == len(set(texts))
     assert f"{len(validation):,} tokens" in text and f"{len(train):,} in all" in text
     run("tokens", clean, *out, "--field", "body")
     assert "nothing to do" in capsys.readouterr().out
+    run("clean", tmp_path / "raw.jsonl", "--out", clean, "--field", "body")
+    assert "nothing to do" in capsys.readouterr().out  # outputs of one stem, clean.jsonl and clean.bin, do not meet
 
 
 def test_mistakes_are_one_line_and_an_exit_code(tmp_path):
