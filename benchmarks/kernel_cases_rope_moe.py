@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from ds_llm.kernels.moe_routing import load_balancing_loss, permute, route, unpermute
-from ds_llm.kernels.rope import apply_rope, rope_tables
 
 from benchmarks.kernels import KernelCase
+from ds_llm.kernels.moe_routing import load_balancing_loss, permute, route, unpermute
+from ds_llm.kernels.rope import apply_rope, rope_tables
 
 NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 

@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 
 import torch
-from ds_llm.kernels.sparse_update import PackedMask, compact, expand, masked_adamw_, masked_adamw_dense_
-from ds_llm.kernels.token_stats import linear_cross_entropy, linear_token_stats
 
 from benchmarks.kernels import KernelCase
+from ds_llm.kernels.sparse_update import PackedMask, compact, expand, masked_adamw_, masked_adamw_dense_
+from ds_llm.kernels.token_stats import linear_cross_entropy, linear_token_stats
 
 LEARNING = {"lr": 1e-3, "weight_decay": 0.01}
 

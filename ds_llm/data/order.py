@@ -1,8 +1,8 @@
 """The order of samples as a pure function of (seed, epoch, position): nothing to save, nothing to replay.
 
 Position p of a run (p = samples consumed so far) belongs to epoch p // n. Within an epoch the samples are sorted by a
-64-bit hash of (seed, epoch, sample), the SplitMix64 finaliser (Steele et al., 2014), so the order depends neither on the
-number of processes nor on any library's random generator.
+64-bit hash of (seed, epoch, sample), the SplitMix64 finaliser (Steele et al., 2014), so the order depends neither on
+the number of processes nor on any library's random generator.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from ds_llm.config import Config
 from ds_llm.data.tokens import TokenData
 from ds_llm.errors import ConfigError, UserError
 from ds_llm.modes import Job
+from ds_llm.progress import console
 
 
 @dataclass
@@ -86,7 +87,7 @@ def build(config: Config, data: Data) -> Job:
         if config.train.kernels:
             from ds_llm.models import accelerate
 
-            accelerate(model)
+            console.print(str(accelerate(model)), markup=False)
     attach_loss_head(model)
     if config.train.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

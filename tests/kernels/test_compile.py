@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from ds_llm.kernels import compile_check
 
 ROOT = Path(__file__).parents[2]

@@ -5,11 +5,12 @@ Without a GPU the kernels run in Triton's interpreter.
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from ds_llm.kernels import moe_permute, moe_routing
 from ds_llm.kernels.moe_routing import load_balancing_loss, permute, route, unpermute, z_loss
 from ds_llm.kernels.moe_sort import sort
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 pytestmark = pytest.mark.usefixtures("path", "poisoned")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from ds_llm.kernels import rope
-from ds_llm.kernels.rope import apply_rope, apply_rope_, rope_tables
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from ds_llm.kernels import rope
+from ds_llm.kernels.rope import apply_rope, apply_rope_, rope_tables
 
 pytestmark = pytest.mark.usefixtures("path", "poisoned")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from ds_llm.kernels.masked_adamw import (
     _adamw_dense_kernel,
     _masked_adamw,
@@ -26,8 +29,6 @@ from ds_llm.kernels.sparse_update import (
     sparse_compact,
     sparse_expand,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

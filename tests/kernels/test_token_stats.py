@@ -2,6 +2,10 @@
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from ds_llm.kernels.cross_entropy_rows import _cross_entropy_kernel, cross_entropy_rows, rows_triton
 from ds_llm.kernels.linear_cross_entropy import _per_token, _per_token_backward, _summed
 from ds_llm.kernels.token_stats import (
@@ -14,9 +18,6 @@ from ds_llm.kernels.token_stats import (
     token_stats_reference,
     token_stats_triton,
 )
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 
 # the interpreter is NumPy, which warns of 0 * inf in lanes that a mask then drops
 pytestmark = [
