@@ -1,5 +1,5 @@
 # make demo    set up, then train, score, generate and report on a small model
-# make test    set up, then run the tests
+# make test    set up, then run the tests and compile every kernel for sm_80 and sm_90
 # make setup   only the environment in .venv
 PYTHON ?= python3
 BIN := .venv/bin
@@ -30,6 +30,7 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+	$(BIN)/python -m ds_llm.kernels.compile_check
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
