@@ -209,7 +209,7 @@ def _lines(file: InputFile, start: Position, size: int) -> Iterator[Batch]:
         while data := stream.read(size):
             if not data.endswith(b"\n"):
                 data += stream.readline()
-            if not offset and data.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
+            if not offset and ".json" in file.path.suffixes[-2:] and data.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"[":
                 raise UserError(
                     f"{file.path}: a JSON array, but one JSON object per line is read; convert it, for example with: "
                     f"jq -c '.[]' {file.path} > {file.path.stem}.jsonl"

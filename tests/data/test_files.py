@@ -40,7 +40,8 @@ def test_folders_and_globs_are_sorted_and_each_file_comes_once(tmp_path):
 def test_inputs_that_cannot_be_read_are_user_errors(tmp_path):
     (tmp_path / "a.csv").write_text("x")
     (tmp_path / "empty").mkdir()
-    (tmp_path / "a.jsonl").write_text('\n[{"text": "x"}]')
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}')
+    (tmp_path / "a.json").write_text('\n[{"text": "x"}]')
     (tmp_path / "a.parquet").write_text("not Parquet")
     for name, message in (
         ("absent.jsonl", "no such file"),
@@ -55,7 +56,7 @@ def test_inputs_that_cannot_be_read_are_user_errors(tmp_path):
     with pytest.raises(UserError, match="both an input and the output"):
         find([tmp_path / "a.jsonl"], exclude=[tmp_path / "a.jsonl"])
     with pytest.raises(UserError, match="JSON array"):
-        list(read(find([tmp_path / "a.jsonl"]), Position()))
+        list(read(find([tmp_path / "a.json"]), Position()))
     with pytest.raises(UserError, match="damaged"):
         list(read(find([tmp_path / "a.parquet"]), Position()))
 
