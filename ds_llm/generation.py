@@ -16,7 +16,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from transformers.generation.logits_process import NoRepeatNGramLogitsProcessor, RepetitionPenaltyLogitsProcessor
 
 from ds_llm.errors import UserError
-from ds_llm.models.loading import ensure_padding, load_model, load_tokenizer, match_tokenizer
+from ds_llm.models.loading import ensure_padding, load_model, load_model_config, load_tokenizer, match_tokenizer
 from ds_llm.sampling import SamplingParams, one_answer
 
 __all__ = ["Completion", "Generator", "SamplingParams"]
@@ -54,6 +54,7 @@ class Generator:
     def __init__(self, model, tokenizer=None, *, dtype: str = "auto", attention: str = "auto", device=None):
         if isinstance(model, (str, os.PathLike)):
             device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+            load_model_config(model)  # a wrong name is told before anything is read
             tokenizer = model if tokenizer is None else tokenizer
             if isinstance(tokenizer, (str, os.PathLike)):
                 tokenizer = load_tokenizer(tokenizer)

@@ -11,13 +11,17 @@ import difflib
 import json
 import os
 import re
+import socket
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
 import transformers
+from huggingface_hub import constants
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -90,10 +94,21 @@ def _locate_folder(folder: Path) -> Source:
 
 
 def _adapter(hub_name: str) -> str | None:
+    _go_offline_without_network()
     try:
         return find_adapter_config_file(hub_name)
     except (OSError, ValueError):
         return None  # loading the configuration says what is wrong with the name
+
+
+def _go_offline_without_network() -> None:
+    """Take hub names from the cache alone where the hub's address does not resolve: every file would be retried."""
+    if constants.HF_HUB_OFFLINE or getproxies():
+        return
+    try:
+        socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443)
+    except OSError:
+        constants.HF_HUB_OFFLINE = True
 
 
 def _nearest(missing: Path) -> str:

@@ -226,7 +226,8 @@ def test_gguf_file_loads_as_plain_weights(tmp_path):
         load_model(tmp_path / "bad.gguf")
 
 
-def test_paths_that_are_not_models(run, tmp_path):
+def test_paths_that_are_not_models(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # no waiting for a network
     folder = run[0]
     (tmp_path / "file").write_text("")
     (tmp_path / "empty").mkdir()
