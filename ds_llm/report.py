@@ -63,7 +63,7 @@ def build(records: list[dict], output: Path) -> str:
         subtitle=_subtitle(records, start),
         status=_status(records, events, summary, start),
         tiles=_tiles(steps, evals, start),
-        plots=[{"title": plot.title, "svg": draw(plot)} for plot in plots(steps, evals)],
+        plots=[{"title": plot.title, "svg": draw(plot)} for plot in plots(steps, evals, start)],
         evaluations=_evaluations(evals),
         samples=[{"step": e["step"], "rows": e["samples"]} for e in reversed(evals) if e.get("samples")],
         events=[_event(e) for e in kept],
@@ -76,16 +76,31 @@ def build(records: list[dict], output: Path) -> str:
     )
 
 
-def plots(steps: list[dict], evals: list[dict]) -> list[Plot | HeatMap]:
-    """The figures for which these step and evaluation records have values, in the order of the page."""
+def plots(steps: list[dict], evals: list[dict], start: dict | None = None) -> list[Plot | HeatMap]:
+    """The figures for which these step and evaluation records have values, in the order of the page.
+
+    start: the record of the run's start, whose `loss_unit` labels the loss.
+    """
     skipped = [r["step"] for r in steps if r.get("skipped")]
-    found: list[Plot | HeatMap | None] = [_curve(steps, "loss", "Training loss", "nats per token", marks=skipped)]
+    unit = (start or {}).get("loss_unit", "nats per token")
+    found: list[Plot | HeatMap | None] = [_curve(steps, "loss", "Training loss", unit, marks=skipped)]
     if evals:
-        baseline = next((e["baseline_perplexity"] for e in evals if e.get("baseline_perplexity") is not None), None)
+        goal = _goal(evals)
+        baseline = next((e[f"baseline_{goal}"] for e in evals if e.get(f"baseline_{goal}") is not None), None)
         level = ("baseline", baseline) if baseline is not None else None
-        title = "Perplexity on the evaluation set"
-        found.append(_curve(evals, "perplexity", title, "perplexity", dots=True, level=level, log=True))
+        title = f"{goal.capitalize()} on the evaluation set"
+        unit = unit if goal == "loss" else goal
+        found.append(_curve(evals, goal, title, unit, dots=True, level=level, log=True))
+        title = "Preference accuracy on the evaluation set"
+        found.append(_curve(evals, "accuracy", title, "share of the pairs", dots=True))
     found += [
+        _curves(
+            steps,
+            {"reward_chosen": "chosen", "reward_rejected": "rejected", "margin": "margin"},
+            "Rewards and their margin",
+            "reward",
+        ),
+        _curve(steps, "accuracy", "Preference accuracy of the batch", "share of the pairs"),
         _curve(steps, "lr", "Learning rate", "learning rate", zero=True),
         _curve(steps, "grad_norm", "Gradient norm", "global L2 norm", log=True, marks=skipped),
         _curve(steps, "tokens_per_s", "Throughput", "tokens/s, all ranks", zero=True),
@@ -110,10 +125,23 @@ def plots(steps: list[dict], evals: list[dict]) -> list[Plot | HeatMap]:
     return [plot for plot in found if plot is not None]
 
 
+def _goal(evals: list[dict]) -> str:
+    """Name of the figure by which the evaluations are compared."""
+    return evals[-1].get("goal", "perplexity") if evals else "perplexity"
+
+
 def _curve(records: list[dict], name: str, title: str, unit: str, dots: bool = False, **style) -> Plot | None:
     """The plot of one field, or None where no record has a number in it."""
-    line = Line(name.replace("_", " "), *_series(records, name), dots)
-    return Plot(title, unit, [line], **style) if np.isfinite(line.values).any() else None
+    return _curves(records, {name: name.replace("_", " ")}, title, unit, dots, **style)
+
+
+def _curves(
+    records: list[dict], names: dict[str, str], title: str, unit: str, dots: bool = False, **style
+) -> Plot | None:
+    """The plot of the fields (name: label) in which any record has a number, or None without one."""
+    lines = [Line(label, *_series(records, name), dots) for name, label in names.items()]
+    lines = [line for line in lines if np.isfinite(line.values).any()]
+    return Plot(title, unit, lines, **style) if lines else None
 
 
 def _series(records: list[dict], name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -162,17 +190,21 @@ def _tiles(steps: list[dict], evals: list[dict], start: dict) -> list[dict]:
     def tile(name: str, value: str, note: str = "", tone: str = "") -> None:
         tiles.append({"name": name, "value": value, "note": note, "tone": tone})
 
-    trained = [e for e in evals if e["step"] > 0 and e.get("perplexity") is not None]
+    goal = _goal(evals)
+    trained = [e for e in evals if e["step"] > 0 and e.get(goal) is not None]
     if trained:
-        best = min(trained, key=lambda e: e["perplexity"])
-        baseline = best.get("baseline_perplexity")
+        best = min(trained, key=lambda e: e[goal])
+        baseline = best.get(f"baseline_{goal}")
         note, tone = f"at step {best['step']:,}", ""
         if baseline:
-            change = 100 * (best["perplexity"] / baseline - 1)
+            change = 100 * (best[goal] / baseline - 1)
             note, tone = f"{change:+.1f} % from {_number(baseline)}", "good" if change < 0 else "bad"
-        tile("Best perplexity", _number(best["perplexity"]), note, tone)
+        tile(f"Best {goal}", _number(best[goal]), note, tone)
     elif evals:
-        tile("Perplexity", _number(evals[-1].get("perplexity")), f"at step {evals[-1]['step']:,}")
+        tile(goal.capitalize(), _number(evals[-1].get(goal)), f"at step {evals[-1]['step']:,}")
+    if evals and evals[-1].get("accuracy") is not None:
+        note = f"{evals[0]['accuracy']:.1%} at first" if evals[0].get("accuracy") is not None else ""
+        tile("Held-out accuracy", f"{evals[-1]['accuracy']:.1%}", note)
     if not steps:
         return tiles
     last = steps[-1]
@@ -207,19 +239,21 @@ def _finite(records: list[dict], name: str) -> np.ndarray:
 
 def _evaluations(evals: list[dict]) -> dict:
     """Column heads, and rows of cells with a note; a column without any value is left out."""
-    finite = [e["perplexity"] for e in evals if e["step"] > 0 and e.get("perplexity") is not None]
+    goal = _goal(evals)
+    finite = [e[goal] for e in evals if e["step"] > 0 and e.get(goal) is not None]
     columns = {
         "step": [f"{e['step']:,}" for e in evals],
         "epoch": [f"{e['epoch']:.2f}" if e.get("epoch") is not None else "" for e in evals],
-        "perplexity": [_number(e.get("perplexity")) for e in evals],
+        goal: [_number(e.get(goal)) for e in evals],
         "against the baseline": [
             f"{e['trend_percent']:+.1f} %" if e.get("trend_percent") is not None and e["step"] else "" for e in evals
         ],
+        "accuracy": [f"{e['accuracy']:.1%}" if e.get("accuracy") is not None else "" for e in evals],
         "tokens": [f"{e['tokens']:,}" if e.get("tokens") is not None else "" for e in evals],
         "seconds": [f"{e['seconds']:.1f}" if e.get("seconds") is not None else "" for e in evals],
     }
     columns = {head: cells for head, cells in columns.items() if any(cells)}
-    best = [e["step"] > 0 and bool(finite) and e.get("perplexity") == min(finite) for e in evals]
+    best = [e["step"] > 0 and bool(finite) and e.get(goal) == min(finite) for e in evals]
     notes = ["best" if b else "before training" if e["step"] == 0 else "" for b, e in zip(best, evals, strict=True)]
     rows = zip(*columns.values(), strict=True)
     return {

@@ -65,18 +65,21 @@ class Console:
             console.print("  ".join(head + figures(r) + left), markup=False)
 
     def eval(self, r: dict) -> None:
+        goal = r.get("goal", "perplexity")
         parts = [
             f"evaluation  step {r['step']}",
             f"epoch {r.get('epoch', 0):.2f}",
-            f"perplexity {_number(r['perplexity'])}",
+            f"{goal} {_number(r[goal])}",
         ]
+        if r.get("accuracy") is not None:
+            parts.append(f"accuracy {r['accuracy']:.1%}")
         if r["step"] == 0:
             parts.append("the baseline")
-        elif r.get("baseline_perplexity") is not None and r.get("trend_percent") is not None:
-            parts.append(f"{r['trend_percent']:+.1f} % against the baseline {_number(r['baseline_perplexity'])}")
-        if r["step"] and r.get("best_perplexity") is not None:
-            best = r["perplexity"] is not None and r["perplexity"] <= r["best_perplexity"]
-            parts.append("best so far" if best else f"best {_number(r['best_perplexity'])}")
+        elif r.get(f"baseline_{goal}") is not None and r.get("trend_percent") is not None:
+            parts.append(f"{r['trend_percent']:+.1f} % against the baseline {_number(r[f'baseline_{goal}'])}")
+        if r["step"] and r.get(f"best_{goal}") is not None:
+            best = r[goal] is not None and r[goal] <= r[f"best_{goal}"]
+            parts.append("best so far" if best else f"best {_number(r[f'best_{goal}'])}")
         console.print("  ".join(parts), style="bold", markup=False)
         for sample in r.get("samples") or []:
             text = " ".join(sample["text"].split())
@@ -111,6 +114,8 @@ def figures(r: dict) -> list[str]:
     for name, label, form in (
         ("loss", "loss", lambda v: f"{v:.4f}"),
         ("ppl", "ppl", _number),
+        ("margin", "margin", lambda v: f"{v:+.3f}"),
+        ("accuracy", "acc", lambda v: f"{v:.1%}"),
         ("aux_loss", "aux", lambda v: f"{v:.4f}"),
         ("lr", "lr", lambda v: f"{v:.2e}"),
         ("grad_norm", "grad", lambda v: f"{v:.3f}"),
@@ -211,6 +216,7 @@ class Wandb:
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
         self._run.define_metric("eval/perplexity", step_metric="step", summary="min")
+        self._run.define_metric("eval/accuracy", step_metric="step", summary="max")
         if self._options.log_code:
             self._run.log_artifact(self._code(config))
 

@@ -32,6 +32,7 @@ class Tracker:
         check_wandb(config)
         self._sinks = []
         self._metrics = None
+        self._per_token = run_info.get("loss_unit", "nats per token") == "nats per token"
         if rank() != 0:
             return
         output = Path(output)
@@ -45,21 +46,21 @@ class Tracker:
         self._metrics.write("event", {"event": "start", "step": start_step, "total_steps": total_steps, **run_info})
 
     def step(self, metrics: dict) -> None:
-        """One optimizer step: `step` (from 1), `epoch`, `loss` (nats per token), `grad_norm`, `lr`, `tokens` and
-        `samples` (consumed so far, all ranks), what `Meter.step` returns, and where they apply `aux_loss`, `skipped`
-        (the reason) and `expert_load` [layers][experts], counts or shares of the routed tokens. `ppl` = exp(loss) is
-        added."""
+        """One optimizer step: `step` (from 1), `epoch`, `loss` (in `loss_unit` of `run_info`), `grad_norm`, `lr`,
+        `tokens` and `samples` (consumed so far, all ranks), what `Meter.step` returns, and where they apply `aux_loss`,
+        `skipped` (the reason), `expert_load` [layers][experts], counts or shares of the routed tokens, and figures of
+        the mode. `ppl` = exp(loss) is added to a loss per token."""
         if not self._metrics:
             return
-        if metrics.get("loss") is not None and "ppl" not in metrics:
+        if self._per_token and metrics.get("loss") is not None and "ppl" not in metrics:
             loss = float(metrics["loss"])
             metrics = {**metrics, "ppl": math.exp(loss) if loss < 700 else math.inf}
         self._send("step", metrics)
 
     def evaluation(self, metrics: dict) -> None:
-        """One evaluation: `step`, `epoch`, `perplexity`, `baseline_perplexity`, `trend_percent` (change against the
-        baseline, negative is better), `best_perplexity`, and optionally `tokens`, `windows`, `seconds`, and `samples`
-        [{"prompt", "text"}]."""
+        """One evaluation: `step`, `epoch`, `goal` (the figure that decides, lower is better; perplexity if not given),
+        that figure, `baseline_<goal>`, `trend_percent` (change against the baseline), `best_<goal>`, and optionally
+        further figures, `tokens`, `windows`, `seconds`, and `samples` [{"prompt", "text"}]."""
         self._send("eval", metrics)
 
     def event(self, kind: str, message: str, **fields) -> None:

@@ -16,7 +16,7 @@ from ds_llm.data.order import SampleOrder, hash64, micro_batch
 from ds_llm.engine import Engine
 from ds_llm.errors import UserError
 from ds_llm.interrupt import EXIT_CODE, Interrupt
-from ds_llm.modes import Job
+from ds_llm.modes import Job, count_tokens
 from ds_llm.progress import console
 from ds_llm.schedule import learning_rate
 from ds_llm.tracking import Meter, Tracker
@@ -60,6 +60,8 @@ class Trainer:
 
         Returns the exit code of the process: 0, or `EXIT_CODE` after an interruption.
         """
+        if self.job.prepare is not None:
+            self.job.prepare(self.engine)
         if resume:
             self._restore(*resume)
         self._record()
@@ -115,43 +117,47 @@ class Trainer:
         start = step * self.global_batch
         picks = (micro_batch(self.order, start, i, self.rank, self.world, c.train.batch_size) for i in range(count))
         batches = [self.job.samples.batch(pick) for pick in picks]
-        valid = sum(int((batch["labels"] != -100).sum()) for batch in batches)
-        valid, stop = engine.all_reduce([valid, float(self.interrupt.requested())])
+        valid, tokens = (sum(map(count, batches)) for count in (self.job.count, count_tokens))
+        valid, tokens, stop = engine.all_reduce([valid, tokens, float(self.interrupt.requested())])
         self.stopping = stop > 0
         # dropout of a step is a function of seed, step and rank, so that there is no generator state to save
         torch.manual_seed(int(hash64(np.array([step * self.world + self.rank]), c.train.seed, 0)[0] >> np.uint64(1)))
-        loss_sum, aux, report, counts = 0.0, 0.0, 0.0, None
+        loss_sum, aux, report, counts, extras = 0.0, 0.0, 0.0, None, torch.zeros(len(self.job.metrics))
         for i, batch in enumerate(batches):
             self.engine.begin_micro_step(last=i == count - 1)
-            summed, extra, aux_report, expert_counts = self.engine.forward(**batch)
+            summed, extra, aux_report, expert_counts, *sums = self.engine.forward(**batch)
             self.engine.backward(summed / max(valid, 1) + extra / (self.world * count))
             loss_sum += summed.detach().double()
             aux += extra.detach().double()
+            if sums:
+                extras = extras + sums[0].detach().double().cpu()
             if expert_counts is not None:
                 report += aux_report.detach().double()
                 counts = expert_counts.double() if counts is None else counts + expert_counts
-        figures = [float(loss_sum), float(aux), float(report)]
+        figures = [float(loss_sum), float(aux), float(report), *extras.tolist()]
         figures = engine.all_reduce(figures + (counts.flatten().tolist() if counts is not None else []))
+        extras = {name: value / max(valid, 1) for name, value in zip(self.job.metrics, figures[3:], strict=False)}
         loss, aux = figures[0] / max(valid, 1), figures[1] / (self.world * count)
         reason = self._veto(loss, aux, valid)
         result = self.engine.step(learning_rate(c.optim, step, self.total), veto=reason is not None)
         if reason is None and not result.applied:
             reason = "gradient overflow" if c.train.dtype == "fp16" else "non-finite gradient"
-        state["step"], state["tokens"] = step + 1, state["tokens"] + int(valid)
+        state["step"], state["tokens"] = step + 1, state["tokens"] + int(tokens)
         self._count(reason, loss)
         record = {
             "step": step + 1,
             "epoch": (step + 1) * self.global_batch / len(self.job.samples),
             "loss": loss,
+            **extras,
             "grad_norm": result.grad_norm,
             "lr": self.engine.lr(),
             "tokens": state["tokens"],
             "samples": (step + 1) * self.global_batch,
-            **self.meter.step(step + 1, valid),
+            **self.meter.step(step + 1, tokens),
         }
         if counts is not None:
             record["aux_loss"] = figures[2] / (self.world * count)
-            load = torch.tensor(figures[3:]).view(counts.shape)
+            load = torch.tensor(figures[3 + len(extras) :]).view(counts.shape)
             record["expert_load"] = (load / load.sum(-1, keepdim=True).clamp_min(1)).tolist()
         if c.train.dtype == "fp16":
             record["loss_scale"] = result.loss_scale
@@ -166,7 +172,7 @@ class Trainer:
     def _veto(self, loss: float, aux: float, valid: float) -> str | None:
         """Why this step must not change the weights, or None."""
         if not valid:
-            return "no supervised token in the batch"
+            return f"no supervised {self.job.unit} in the batch"
         if not math.isfinite(loss) or not math.isfinite(aux):
             return f"the loss is {loss if not math.isfinite(loss) else aux}"
         s, recent = self.config.stability, self.state["recent_losses"]
@@ -210,8 +216,8 @@ class Trainer:
         return consumed // size > (consumed - self.global_batch) // size
 
     def _evaluate(self) -> bool:
-        """Evaluate on all ranks; returns whether the perplexity is the best of the trained model so far."""
-        state, step = self.state, self.state["step"]
+        """Evaluate on all ranks; returns whether the job's goal is the best of the trained model so far."""
+        state, step, goal = self.state, self.state["step"], self.job.goal
         with self.tracker.pause(), self.engine.averaged_weights():
             self.engine.train(False)
             try:
@@ -219,7 +225,7 @@ class Trainer:
                 samples = self.job.sample(self.engine) if self.job.sample is not None else []
             finally:
                 self.engine.train()
-        found = figures["perplexity"]
+        found = figures[goal]
         if state["baseline"] is None:
             state["baseline"] = found
         improved = step > 0 and math.isfinite(found) and (state["best"] is None or found < state["best"])
@@ -233,9 +239,10 @@ class Trainer:
                 "step": step,
                 "epoch": step * self.global_batch / len(self.job.samples),
                 **figures,
-                "baseline_perplexity": state["baseline"],
+                "goal": goal,
+                f"baseline_{goal}": state["baseline"],
                 "trend_percent": 100 * (found / state["baseline"] - 1),
-                "best_perplexity": state["best"] if state["best"] is not None else found,
+                f"best_{goal}": state["best"] if state["best"] is not None else found,
                 **({"samples": samples} if samples else {}),
             }
         )
@@ -312,6 +319,7 @@ class Trainer:
             "samples": len(self.job.samples),
             "seq_len": self.job.seq_len,
             "global_batch": self.global_batch,
+            "loss_unit": f"nats per {self.job.unit}",
             "flops_per_token": hardware.training_flops_per_token(model, self.job.seq_len),
         }
 
@@ -329,14 +337,14 @@ class Trainer:
         if early:
             self.tracker.event(
                 "stop",
-                f"stopped early: no better perplexity in {state['evals_without_gain']} evaluations",
+                f"stopped early: no better {self.job.goal} in {state['evals_without_gain']} evaluations",
                 step=state["step"],
             )
         summary = {"steps": state["step"], "tokens": state["tokens"], "skipped_steps": state["skipped_steps"]}
         if state["best"] is not None:
             summary |= {
-                "baseline_perplexity": state["baseline"],
-                "best_perplexity": state["best"],
+                f"baseline_{self.job.goal}": state["baseline"],
+                f"best_{self.job.goal}": state["best"],
                 "best_step": state["best_step"],
             }
         if self.rank == 0 and (kept := checkpoint.steps(self.output)):

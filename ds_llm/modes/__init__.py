@@ -24,13 +24,21 @@ class Samples(Protocol):
     def batch(self, indices) -> dict[str, torch.Tensor]: ...
 
 
+def count_tokens(batch: dict[str, torch.Tensor]) -> int:
+    """Tokens of a micro-batch that carry loss."""
+    return int((batch["labels"] != -100).sum())
+
+
 @dataclass
 class Job:
     """What a mode hands to the trainer.
 
     `objective(**batch)` returns (summed loss, auxiliary loss, its report or None, expert counts or None) of a
-    micro-batch; the trainer normalises. `evaluate(engine)` returns the figures of an evaluation, `perplexity` among
-    them, `sample(engine)` a list of {"prompt", "text"}; every rank calls both, or they are None.
+    micro-batch, and where `metrics` names further figures their sums [len(metrics)]; the trainer divides the loss and
+    these sums by `count(batch)` over the global batch: how many of `unit` (token, pair) it holds. `evaluate(engine)`
+    returns the figures of an evaluation, `goal` among them, of which the lowest is the best; `sample(engine)` a list
+    of {"prompt", "text"}. `prepare(engine)` runs before training, while the engine still holds the start model. Every
+    rank calls these three, or they are None.
     """
 
     model: nn.Module
@@ -40,3 +48,8 @@ class Job:
     seq_len: int
     evaluate: Callable | None
     sample: Callable | None
+    prepare: Callable | None = None
+    count: Callable[[dict[str, torch.Tensor]], int] = count_tokens
+    unit: str = "token"
+    metrics: tuple[str, ...] = ()
+    goal: str = "perplexity"
