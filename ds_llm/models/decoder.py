@@ -264,6 +264,8 @@ class DecoderPreTrainedModel(PreTrainedModel):
 class DecoderModel(DecoderPreTrainedModel):
     """The decoder without its output head."""
 
+    takes_token_mask = True
+
     def __init__(self, config: DecoderConfig):
         super().__init__(config)
         # no padding_idx: where the padding token is also the end of text, its embedding must learn
@@ -282,9 +284,12 @@ class DecoderModel(DecoderPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        token_mask: Tensor | None = None,
         **kwargs,
     ) -> DecoderOutput:
         """input_ids [B, S] or inputs_embeds [B, S, H]; attention_mask [B, S + cached], 0 where padding.
+
+        token_mask [B, S] bool, False where a token takes no part in routing; none: where the attention mask is 0.
 
         position_ids [B, S] that restart at 0 within a row, without an attention mask and a cache, mean packed
         documents: attention does not cross a restart. Without position_ids, tokens follow those in the cache.
@@ -314,8 +319,7 @@ class DecoderModel(DecoderPreTrainedModel):
         else:
             positions = position_ids[0] if position_ids.shape[0] == 1 else position_ids
         rope = rope_tables(positions, self.config.head_dim, self.config.rope_parameters["rope_theta"])
-        token_mask = None
-        if self.config.use_moe and attention_mask is not None and attention_mask.dim() == 2:
+        if token_mask is None and self.config.use_moe and attention_mask is not None and attention_mask.dim() == 2:
             token_mask = attention_mask[:, -length:].bool()
 
         stats = []

@@ -176,16 +176,21 @@ def lm_loss(
     labels: Tensor,
     position_ids: Tensor | None = None,
     attention_mask: Tensor | None = None,
+    token_mask: Tensor | None = None,
 ) -> LMLoss:
     """Forward pass and loss of a causal language model whose head `attach_loss_head` has prepared.
 
     input_ids [B, S]; labels [B, S] ALREADY SHIFTED (labels[b, s] is what position s predicts, -100: nothing);
-    position_ids [B, S] restarting at 0 where a packed document starts. Mixture-of-experts models of transformers use
-    their own load-balancing loss and coefficient where they define one.
+    position_ids [B, S] restarting at 0 where a packed document starts. attention_mask [B, S], 0 where padding, is for
+    rows that are not packed; token_mask [B, S] bool, False where padding, for packed ones: it only keeps padding out of
+    the experts' statistics. Mixture-of-experts models of transformers use their own load-balancing loss and coefficient
+    where they define one.
     """
     body = backbone(model)
     config = body.config
     extra = {}
+    if token_mask is not None and getattr(body, "takes_token_mask", False):
+        extra["token_mask"] = token_mask
     balanced = _balancing_loss(model)
     if balanced is not None:
         extra["output_router_logits"] = True
@@ -199,7 +204,7 @@ def lm_loss(
     if getattr(out, "expert_counts", None) is not None:
         aux, report, counts = out.aux_loss, out.aux_report, out.expert_counts
     elif balanced is not None and out.router_logits:
-        aux, report, counts = balanced(out.router_logits, attention_mask)
+        aux, report, counts = balanced(out.router_logits, attention_mask if token_mask is None else token_mask.long())
     return LMLoss(loss_sum, aux, report, counts)
 
 
