@@ -45,14 +45,15 @@ class LMHead(nn.Linear):
         )
 
 
-def head_loss(head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
-    """Summed cross-entropy of already shifted labels through any output head (float32 scalar).
+def head_loss(head: nn.Module, hidden: Tensor, labels: Tensor, reduction: str = "sum") -> Tensor:
+    """Cross-entropy of already shifted labels through any output head, float32: summed, or with `reduction` "none" one
+    per label, flattened.
 
     An `LMHead` computes it in one go. A head that something wraps (a LoRA adapter on it, a trained copy) is called
     as it is on `CHUNK_TOKENS` tokens at a time, and again in the backward pass.
     """
     if isinstance(head, LMHead):
-        return head(hidden, labels)
+        return head(hidden, labels, reduction)
     inner = next((m for m in head.modules() if isinstance(m, LMHead)), None)
     scale, softcap = (inner.logit_scale, inner.softcap) if inner is not None else (1.0, None)
 
@@ -60,13 +61,12 @@ def head_loss(head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
         logits = head(rows).float() * scale
         if softcap is not None:
             logits = torch.tanh(logits / softcap) * softcap
-        return F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
+        return F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction=reduction)
 
-    total = hidden.new_zeros((), dtype=torch.float32)
     flat = hidden.reshape(-1, hidden.shape[-1])
-    for rows, targets in zip(flat.split(CHUNK_TOKENS), labels.reshape(-1).split(CHUNK_TOKENS), strict=True):
-        total = total + checkpoint(chunk_loss, rows, targets, use_reentrant=False)
-    return total
+    chunks = zip(flat.split(CHUNK_TOKENS), labels.reshape(-1).split(CHUNK_TOKENS), strict=True)
+    parts = [checkpoint(chunk_loss, rows, targets, use_reentrant=False) for rows, targets in chunks]
+    return torch.cat(parts) if reduction == "none" else torch.stack(parts).sum()
 
 
 def attach_loss_head(model: nn.Module) -> nn.Module:
@@ -157,7 +157,8 @@ def document_lengths(position_ids: Tensor) -> dict[str, Tensor | int]:
 
 
 class LMLoss(NamedTuple):
-    """Loss of a micro-batch. `loss_sum`: summed cross-entropy in nats over the valid labels, float32 scalar.
+    """Loss of a micro-batch. `loss_sum`: summed cross-entropy in nats over the valid labels, float32 scalar, or one sum
+    per row [B] where that was asked for.
 
     `aux_loss`: what the model's experts add to the loss, weighted and summed over layers (0 without experts).
     `aux_report`: the load-balancing loss without its weight, mean over layers. `expert_counts` [layers, E] int32: how
@@ -177,6 +178,7 @@ def lm_loss(
     position_ids: Tensor | None = None,
     attention_mask: Tensor | None = None,
     token_mask: Tensor | None = None,
+    per_row: bool = False,
 ) -> LMLoss:
     """Forward pass and loss of a causal language model whose head `attach_loss_head` has prepared.
 
@@ -184,7 +186,7 @@ def lm_loss(
     position_ids [B, S] restarting at 0 where a packed document starts. attention_mask [B, S], 0 where padding, is for
     rows that are not packed; token_mask [B, S] bool, False where padding, for packed ones: it only keeps padding out of
     the experts' statistics. Mixture-of-experts models of transformers use their own load-balancing loss and coefficient
-    where they define one.
+    where they define one. per_row: the loss as a sum per row [B].
     """
     body = backbone(model)
     config = body.config
@@ -199,7 +201,9 @@ def lm_loss(
         extra.update(document_lengths(position_ids))
     out = body(input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, use_cache=False, **extra)
     hidden = out.last_hidden_state
-    loss_sum = head_loss(model.get_output_embeddings(), hidden, labels)
+    loss_sum = head_loss(model.get_output_embeddings(), hidden, labels, "none" if per_row else "sum")
+    if per_row:
+        loss_sum = loss_sum.view(labels.shape).sum(-1)
     aux, report, counts = loss_sum.new_zeros(()), None, None
     if getattr(out, "expert_counts", None) is not None:
         aux, report, counts = out.aux_loss, out.aux_report, out.expert_counts

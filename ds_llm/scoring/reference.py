@@ -1,0 +1,170 @@
+"""Log-probabilities of preference pairs under the reference model: computed once, by all ranks, kept on disk.
+
+CACHE/reference-<key>/
+    key.json         what the key is the hash of: model, data, numbers of the forward pass
+    log_probs.npy    float32 [pairs, 2]: chosen, rejected; written when all are known
+    part-00001.npy   what a rank knows while the pass is under way, the unknown -inf
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ds_llm.cli import rank, world_size
+from ds_llm.data.order import SampleOrder
+from ds_llm.errors import UserError
+from ds_llm.progress import console, progress
+
+FILE, SAVE_SECONDS = "log_probs.npy", 30.0
+UNKNOWN = -math.inf
+HASH_BYTES = 64 << 20
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """sha256 (hex) of all whole weights and buffers of a model: their names, types, shapes and bytes."""
+    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+
+    def digest(item: tuple[str, Tensor]) -> bytes:
+        name, tensor = item
+        found = hashlib.sha256(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        flat = tensor.contiguous().view(-1).view(torch.uint8)
+        for piece in flat.split(HASH_BYTES):
+            found.update(piece.cpu().numpy())
+        return found.digest()
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # hashing releases the interpreter's lock
+        return hashlib.sha256(b"".join(pool.map(digest, sorted(state.items())))).hexdigest()
+
+
+def reference_log_probs(
+    forward: Callable[[dict[str, Tensor]], Tensor],
+    pairs,
+    *,
+    seed: int,
+    batch_size: int,
+    cache: Path,
+    key: dict,
+    title: str = "reference log-probabilities",
+) -> np.ndarray:
+    """Log-probabilities in nats, summed over each answer's tokens, of all pairs: float32 [pairs, 2].
+
+    forward: a micro-batch of `pairs.batch` -> [2, P] of chosen and rejected; under ZeRO-3 it is a collective, so every
+        rank calls it equally often.
+    seed, batch_size: those of the training. The first epoch's micro-batches are scored as they will be trained on, so
+        a policy that starts as the reference computes the same numbers.
+    key: what the numbers depend on, as JSON: the model's fingerprint, that of the data, the type computed in.
+
+    Every rank calls this and gets all values. What an interrupted pass has computed is used, at any world size, and
+    nothing is computed where all is known. The ranks exchange what they know once before the pass and once after it.
+    """
+    text = json.dumps(key, indent=1, sort_keys=True)
+    folder = Path(cache) / f"reference-{hashlib.sha256(text.encode()).hexdigest()[:32]}"
+    values = _exchange(_read(folder, len(pairs)))
+    order = SampleOrder(len(pairs), seed).permutation(0)
+    chunks = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    missing = [chunk for chunk in chunks if not _known(values[chunk]).all()]
+    _prepare_folder(folder, text)
+    part = folder / f"part-{rank():05d}.npy"
+    if missing:
+        values = _exchange(_pass(forward, pairs, values, missing, part, title))
+    else:
+        console.print(f"{title}: all {len(pairs):,} pairs found in {folder}", markup=False)
+    if unknown := int((~_known(values)).any(1).sum()):
+        raise UserError(
+            f"the reference model gives no finite log-probability for {unknown:,} of {len(pairs):,} pairs; is it "
+            "sound, and train.dtype not too narrow for it?"
+        )
+    # one rank of a node, as nodes need not share a file system
+    if os.environ.get("LOCAL_RANK", "0") == "0" and not _known(_load(folder / FILE, len(pairs))).all():
+        _write(folder / FILE, values)
+    if dist.is_initialized():
+        dist.barrier()
+    # every whole file is written: parts, also of an earlier pass on more ranks, have nothing to add
+    for leftover in folder.glob("part-*.npy") if rank() == 0 else [part]:
+        leftover.unlink(missing_ok=True)
+    return values
+
+
+def _pass(forward: Callable, pairs, values: np.ndarray, missing: list, part: Path, title: str) -> np.ndarray:
+    """The values with this rank's share of the missing chunks filled in, also kept in `part`."""
+    continued = f"{title} (continued)" if _known(values).any() else title
+    saved = time.monotonic()
+    with progress(continued, total=sum(map(len, missing)), unit="pairs") as task:
+        for start in range(0, len(missing), world_size()):
+            turn = missing[start : start + world_size()]
+            mine = turn[rank()] if rank() < len(turn) else turn[-1]  # a rank left over repeats one: equal calls
+            found = forward(pairs.batch(mine)).detach().float().T.cpu().numpy()
+            if rank() < len(turn):
+                values[mine] = np.where(np.isfinite(found), found, UNKNOWN)
+            task.advance(sum(map(len, turn)))
+            if time.monotonic() - saved > SAVE_SECONDS:
+                _write(part, values)
+                saved = time.monotonic()
+    _write(part, values)
+    return values
+
+
+def _known(values: np.ndarray) -> np.ndarray:
+    return values != UNKNOWN
+
+
+def _read(folder: Path, pairs: int) -> np.ndarray:
+    """All that the files of a folder know."""
+    values = _load(folder / FILE, pairs)
+    for path in sorted(folder.glob("part-*.npy")):
+        values = np.maximum(values, _load(path, pairs))
+    return values
+
+
+def _load(path: Path, pairs: int) -> np.ndarray:
+    """The values in a file; unknown where it is not there or not whole."""
+    unknown = np.full((pairs, 2), UNKNOWN, np.float32)
+    try:
+        found = np.load(path)
+    except (OSError, ValueError, EOFError):
+        return unknown
+    return found if found.shape == unknown.shape and found.dtype == unknown.dtype else unknown
+
+
+def _exchange(values: np.ndarray) -> np.ndarray:
+    """What any rank knows; a maximum is exact and -inf its neutral element."""
+    if not dist.is_initialized() or world_size() == 1:
+        return values
+    place = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else "cpu"
+    tensor = torch.from_numpy(values).to(place)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor.cpu().numpy()
+
+
+def _prepare_folder(folder: Path, key: str) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _replace(folder / "key.json", lambda file: file.write(key.encode()))
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror})", any_rank=True) from None
+
+
+def _write(path: Path, values: np.ndarray) -> None:
+    try:
+        _replace(path, lambda file: np.save(file, values))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})", any_rank=True) from None
+
+
+def _replace(path: Path, write: Callable) -> None:
+    scratch = path.with_name(f".{path.name}.{rank()}")
+    with open(scratch, "wb") as file:
+        write(file)
+    os.replace(scratch, path)
