@@ -16,10 +16,10 @@ port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); 
 deepspeed --quiet --master_port "$port" ${PROCESSES:-} launch/train.py --config ds_configs/recipes/demo.yaml
 
 say "Evaluate the exported model"
-python launch/evaluate.py perplexity --model runs/demo --data data/demo/val.bin --token-length 256
+python launch/evaluate.py perplexity --model runs/demo --data data/demo/val.bin --window 256
 
 say "Generate"
-python launch/generate.py --model runs/demo --prompt "ROMEO." --max-new-tokens 80 --seed 1
+python launch/generate.py --model runs/demo --prompt $'ROMEO.\n' --max-new-tokens 80 --seed 1
 
 say "Done"
 echo "report: $PWD/runs/demo/report.html"
