@@ -44,8 +44,14 @@ class Reject:
 
 def documents(batch: Batch, name: str) -> Iterator[Document | Reject]:
     """Every record of a batch in order; `name` is the field that holds the text."""
+    for item in records(batch, name):
+        yield item if isinstance(item, Reject) else _document(*item, name)
+
+
+def records(batch: Batch, name: str = "text") -> Iterator[tuple[int, dict] | Reject]:
+    """Every record of a batch in order as (number, row); a plain text is a row whose field `name` holds it."""
     if batch.kind == "parquet":
-        yield from _rows(batch, name)
+        yield from _rows(batch)
     elif batch.kind == "text":
         yield _text(batch, name)
     else:
@@ -54,10 +60,10 @@ def documents(batch: Batch, name: str) -> Iterator[Document | Reject]:
         if not lines[-1]:
             lines.pop()
         for number, line in enumerate(lines, batch.first):
-            yield _line(number, line, name)
+            yield _line(number, line)
 
 
-def _line(number: int, line: bytes, name: str) -> Document | Reject:
+def _line(number: int, line: bytes) -> tuple[int, dict] | Reject:
     if not line.strip():
         return Reject(number, "empty", "blank line")
     try:
@@ -68,23 +74,23 @@ def _line(number: int, line: bytes, name: str) -> Document | Reject:
         return Reject(number, "bad JSON", str(error))
     if not isinstance(row, dict):
         return Reject(number, "wrong type", f"the row is {_kind(row)}, not an object")
-    return _document(number, row, name)
+    return number, row
 
 
 def _no_constant(text: str) -> None:
     raise ValueError(f"{text} is not JSON")
 
 
-def _text(batch: Batch, name: str) -> Document | Reject:
+def _text(batch: Batch, name: str) -> tuple[int, dict] | Reject:
     data = batch.data.removeprefix(BOM)
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
         return Reject(data.count(b"\n", 0, error.start) + 1, "not UTF-8", f"byte {error.start + 1} of the file")
-    return _document(1, {name: text}, name)
+    return 1, {name: text}
 
 
-def _rows(batch: Batch, name: str) -> Iterator[Document | Reject]:
+def _rows(batch: Batch) -> Iterator[tuple[int, dict] | Reject]:
     import pyarrow as pa
 
     table = pa.ipc.open_stream(batch.data).read_all()
@@ -93,10 +99,7 @@ def _rows(batch: Batch, name: str) -> Iterator[Document | Reject]:
     except UnicodeDecodeError:  # some value of the batch is no text: find out which rows are sound
         rows = [_row_or_none(table, i) for i in range(table.num_rows)]
     for number, row in enumerate(rows, batch.first):
-        if row is None:
-            yield Reject(number, "not UTF-8", "a column holds bytes that are no text")
-        else:
-            yield _document(number, row, name)
+        yield (number, row) if row is not None else Reject(number, "not UTF-8", "a column holds bytes that are no text")
 
 
 def _row_or_none(table, i: int) -> dict | None:
