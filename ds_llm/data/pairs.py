@@ -18,10 +18,9 @@ import os
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import torch
 
 from ds_llm.data import conversations, files, rows
 from ds_llm.data.chat import Encoded, find_answers, tokenise
@@ -30,6 +29,9 @@ from ds_llm.data.files import Batch
 from ds_llm.data.workers import available_cpus, process
 from ds_llm.errors import UserError
 from ds_llm.progress import console
+
+if TYPE_CHECKING:
+    import torch
 
 IGNORE_INDEX = -100
 VERSION = 1
@@ -105,6 +107,8 @@ class Pairs:
     def batch(self, indices) -> dict[str, torch.Tensor]:
         """P pairs as 2P padded rows, chosen answers first: `input_ids`, `labels`, `attention_mask` [2P, S] int64 and
         `index` [P], the numbers of the pairs."""
+        import torch  # not at the top: the processes that encode have no use for it
+
         indices = np.asarray(indices, np.int64)
         pairs = [self.pair(int(i)) for i in indices]
         sequences = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
