@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import json
 import re
-from bisect import bisect_right
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
+
+import numpy as np
 
 from ds_llm.data.conversations import RowError
 from ds_llm.errors import UserError
@@ -268,12 +269,13 @@ def tokenise(tokenizer, text: str, spans: list[tuple[int, int]]) -> Encoded:
     if not tokenizer.is_fast:
         return _tokenise_stepwise(tokenizer, text, spans)
     out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    starts, trained, before = [start for start, _ in spans], [], 0
-    for low, high in out["offset_mapping"]:
-        low, before = min(low, before), max(high, before)  # offsets may leave out the white space before a token
-        k = bisect_right(starts, before - 1) - 1 if before > low else -1
-        trained.append(k >= 0 and low < spans[k][1])
-    return Encoded(out["input_ids"], trained)
+    offsets = np.array(out["offset_mapping"], np.int64).reshape(-1, 2)
+    high = np.maximum.accumulate(offsets[:, 1])
+    low = np.minimum(offsets[:, 0], np.append(0, high[:-1]))  # offsets may leave out the white space before a token
+    trained = np.zeros(len(offsets), bool)
+    for start, end in spans:
+        trained |= (low < end) & (high > start) & (high > low)
+    return Encoded(out["input_ids"], trained.tolist())
 
 
 def _tokenise_stepwise(tokenizer, text: str, spans: list[tuple[int, int]]) -> Encoded:
