@@ -70,11 +70,60 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
-    train: list[str] = key([], "Token files (.bin) to train on")
-    val: list[str] = key([], "Token files (.bin) to evaluate on; empty: no evaluation")
+    train: list[str] = key(
+        [],
+        "What to train on. pretrain: token files (.bin). sft: JSONL, JSON or Parquet files, folders or patterns, or "
+        "the hub name of a data set",
+    )
+    val: list[str] = key([], "What to evaluate on, of the same kind as data.train; empty: no evaluation")
     tokenizer: str | None = key(None, "Tokenizer folder; none: the one recorded beside the token file, else model.path")
-    seq_len: int | None = key(None, "Tokens of a training sample; none: model.max_seq_len", at_least=2)
-    isolate_documents: bool = key(True, "Restart positions and attention at document boundaries within a sample")
+    seq_len: int | None = key(
+        None, "Tokens of a training sample, and of the longest conversation; none: model.max_seq_len", at_least=2
+    )
+    isolate_documents: bool = key(
+        True, "pretrain: restart positions and attention at document boundaries within a sample; sft always does"
+    )
+    format: str = key(
+        "auto",
+        "sft: format of the rows; auto recognises it by their fields",
+        choices=("auto", "messages", "prompt_completion", "alpaca", "text"),
+    )
+    train_on: str = key(
+        "all", "sft: assistant turns that are learned; last: only a conversation's last one", choices=("all", "last")
+    )
+    truncate: str = key(
+        "right",
+        "sft: what happens to samples longer than data.seq_len; right: cut their end off",
+        choices=("right", "drop"),
+    )
+    weights: list[float] = key(
+        [], "sft: share of each data.train entry that is used, 0.5 half of it, 2 all of it twice; empty: all once"
+    )
+    packing: bool = key(
+        True, "sft: put several samples into a row of data.seq_len tokens; false: batches of samples of similar length"
+    )
+    tokens_per_batch: int | None = key(
+        None,
+        "sft without packing: tokens of a micro-batch, padding included; none: 4 x data.seq_len. train.batch_size "
+        "must be 1",
+        at_least=2,
+    )
+
+
+@dataclass
+class LoraConfig:
+    enabled: bool = key(False, "Train low-rank adapters and keep the model's own weights as they are")
+    r: int = key(16, "Rank", at_least=1)
+    alpha: float = key(32.0, "The adapters' product is scaled by alpha / r (rsLoRA: alpha / sqrt(r))", above=0)
+    dropout: float = key(0.0, "Dropout probability on the adapters' input", at_least=0, below=1)
+    targets: list[str] = key(
+        ["all-linear"],
+        "Layers that get an adapter: all-linear (all but the output head and expert stacks), or the ends of their "
+        "names, as [q_proj, v_proj]; experts.gate_up_proj names a fused expert tensor",
+    )
+    dora: bool = key(False, "DoRA: learn the norms of the weights' rows besides")
+    rslora: bool = key(False, "rsLoRA: scale by alpha / sqrt(r)")
+    init: str = key("default", "Initial weights of the first factor; the second is 0", choices=("default", "gaussian"))
 
 
 @dataclass
@@ -111,7 +160,9 @@ class TrainConfig:
 
 @dataclass
 class EmaConfig:
-    enabled: bool = key(False, "Keep an exponential moving average of the weights; it is evaluated and exported")
+    enabled: bool = key(
+        False, "Keep an exponential moving average of the trained weights; it is evaluated and exported"
+    )
     decay: float = key(0.999, "Share of the old average kept at each step", at_least=0, below=1)
 
 
@@ -119,13 +170,13 @@ class EmaConfig:
 class EvalConfig:
     before: bool = key(True, "Evaluate before the first step, as the baseline of the trend")
     every_steps: int = key(0, "Also evaluate every so many steps; 0: only at the end of each epoch", at_least=0)
-    batch_size: int | None = key(None, "Windows per forward pass; none: train.batch_size", at_least=1)
+    batch_size: int | None = key(None, "Rows per forward pass; none: train.batch_size", at_least=1)
     token_length: int | None = key(
-        None, "Window of the perplexity protocol; none: the training sequence length", at_least=2
+        None, "pretrain: window of the perplexity protocol; none: the training sequence length", at_least=2
     )
-    stride: int | None = key(None, "Step between windows; none: token_length (no overlap)", at_least=1)
-    max_windows: int = key(0, "Use only the first windows; 0: all", at_least=0)
-    prompts: list[str] = key([], "Prompts continued greedily at every evaluation and logged")
+    stride: int | None = key(None, "pretrain: step between windows; none: token_length (no overlap)", at_least=1)
+    max_windows: int = key(0, "Use only the first windows (sft: packs); 0: all", at_least=0)
+    prompts: list[str] = key([], "Prompts answered greedily at every evaluation and logged; sft: as a chat")
     max_new_tokens: int = key(64, "Tokens generated per prompt", at_least=1)
     early_stopping: bool = key(False, "Stop when the perplexity has not improved for `patience` evaluations")
     patience: int = key(5, "Evaluations without improvement before stopping", at_least=1)
@@ -176,7 +227,7 @@ class TrackingConfig:
 
 @dataclass
 class Config:
-    mode: str = key("pretrain", "What is trained", choices=("pretrain",))
+    mode: str = key("pretrain", "What is trained", choices=("pretrain", "sft"))
     output: str = key("runs/pretrain", "Folder of the run: checkpoints, metrics, report, exported model")
     resume: str = key(
         "auto", "auto: continue from the newest whole checkpoint; never: start anew; or a checkpoint folder"
@@ -189,6 +240,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

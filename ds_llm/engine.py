@@ -119,6 +119,9 @@ class Engine:
         exact = {n: b.detach().clone() for n, b in module.named_buffers() if b.dtype == torch.float32}
         if self.settings["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none":
             _announce_build("cpu_adam", "Adam")
+        self._frozen = {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
+        if self._frozen:
+            self._frozen |= {name for name, _ in module.named_buffers()}
         groups = _decay_groups(module, config.optim.weight_decay)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=module, model_parameters=groups, config=self.settings
@@ -274,28 +277,38 @@ class Engine:
 
     # -- weights and states -------------------------------------------------------------------------------------------
 
-    def gather(self, model: nn.Module) -> dict[str, torch.Tensor] | None:
-        """Whole weights of `model` on the CPU, on rank 0 (None elsewhere), one parameter at a time under ZeRO-3."""
+    def gather(self, model: nn.Module, trained_only: bool = False) -> dict[str, torch.Tensor] | None:
+        """Whole weights of `model` on the CPU, on rank 0 (None elsewhere), one parameter at a time under ZeRO-3.
+
+        trained_only: without frozen weights and buffers.
+        """
         state = {} if self.rank == 0 else None
         for name, param in model.named_parameters():
+            if trained_only and not param.requires_grad:
+                continue
             sharded = [param] if hasattr(param, "ds_id") else []
             with deepspeed.zero.GatheredParameters(sharded) if sharded else contextlib.nullcontext():
                 if self.rank == 0:
                     state[name] = param.detach().to("cpu", copy=True)
-        if self.rank == 0:
+        if self.rank == 0 and not trained_only:
             persistent = model.state_dict().keys()
             state.update({n: b.detach().cpu() for n, b in model.named_buffers() if n in persistent})
         return state
 
     def save(self, folder: Path) -> None:
-        """Write optimizer, master weights and average of all ranks into `folder`; every rank must call it."""
-        self._engine.save_checkpoint(str(folder), tag="deepspeed", save_latest=False)
+        """Write optimizer, master weights and average of all ranks into `folder`; every rank must call it.
+
+        Frozen weights are not written: they come from where the module was loaded from.
+        """
+        self._engine.save_checkpoint(
+            str(folder), tag="deepspeed", save_latest=False, exclude_frozen_parameters=bool(self._frozen)
+        )
         if self.ema is not None and (self.rank == 0 or self._ema_is_sharded()):
             torch.save({"average": self.ema, "updates": self.ema_updates}, folder / self._ema_file())
 
     def load(self, folder: Path) -> None:
         """Restore what `save` wrote, bit for bit, at the same world size and ZeRO stage."""
-        path, _ = self._engine.load_checkpoint(str(folder), tag="deepspeed")
+        path, _ = self._engine.load_checkpoint(str(folder), tag="deepspeed", custom_load_fn=self._load_trained)
         if path is None:
             raise UserError(f"{folder}: holds no DeepSpeed state; delete the folder to go on from an older checkpoint")
         if self.ema is not None:
@@ -303,6 +316,13 @@ class Engine:
             self.ema_updates = saved["updates"]
             for average, value in zip(self.ema, saved["average"], strict=True):
                 average.copy_(value)
+
+    def _load_trained(self, src: dict, dst: nn.Module) -> None:
+        found = dst.load_state_dict(src, strict=False)
+        missing = [name for name in found.missing_keys if name not in self._frozen]
+        if missing or found.unexpected_keys:
+            name = (missing or found.unexpected_keys)[0]
+            raise UserError(f"the checkpoint is not of this model: {name} is {'missing' if missing else 'unknown'}")
 
     def _ema_is_sharded(self) -> bool:
         return self.stage > 0
@@ -316,7 +336,7 @@ class Engine:
         per_weight = 4 * 3 + (4 if self.ema is not None else 0)
         if self.stage == 0 and self.rank != 0:
             return 0
-        weights = sum(getattr(p, "ds_numel", p.numel()) for p in self.module.parameters())
+        weights = sum(getattr(p, "ds_numel", p.numel()) for p in self.module.parameters() if p.requires_grad)
         # rank 0 writes the weights twice: in DeepSpeed's file and as the exported model
         return masters * per_weight + (2 * weights * 4 if self.rank == 0 else 0)
 

@@ -104,9 +104,9 @@ def training_flops_per_token(model: torch.nn.Module, seq_len: int) -> float:
 
     6 x (weights a token meets in matrix products) + 12 x layers x heads x head_dim x seq_len (attention scores and
     values), from Chowdhery et al. 2022 (PaLM), appendix B; the causal half is not deducted and recomputation does not
-    count, as there. Of an expert stack only `num_experts_per_tok` experts count. The embedding table counts once if it
-    is also the output head and not at all otherwise. Right under ZeRO-3 too, where a parameter carries its full shape
-    in `ds_shape`.
+    count, as there. Frozen weights, which get no gradient, count 4 x. Of an expert stack only `num_experts_per_tok`
+    experts count. The embedding table counts once if it is also the output head and not at all otherwise. Right under
+    ZeRO-3 too, where a parameter carries its full shape in `ds_shape`.
     """
     config = getattr(model.config, "text_config", model.config)
     experts = next(
@@ -116,16 +116,16 @@ def training_flops_per_token(model: torch.nn.Module, seq_len: int) -> float:
     embedding = getattr(model.get_input_embeddings(), "weight", None)
     head = model.get_output_embeddings()
     tied = head is not None and head.weight is embedding
-    weights = 0.0
+    products = 0.0
     for parameter in model.parameters():
         shape = getattr(parameter, "ds_shape", parameter.shape)
         if len(shape) < 2 or (parameter is embedding and not tied):
             continue
         share = active / experts if experts and len(shape) == 3 and shape[0] == experts else 1.0
-        weights += share * float(torch.Size(shape).numel())
+        products += (6.0 if parameter.requires_grad else 4.0) * share * float(torch.Size(shape).numel())
     heads = getattr(config, "num_attention_heads", 0)
     head_dim = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
-    return 6.0 * weights + 12.0 * getattr(config, "num_hidden_layers", 0) * heads * head_dim * seq_len
+    return products + 12.0 * getattr(config, "num_hidden_layers", 0) * heads * head_dim * seq_len
 
 
 def environment() -> dict:

@@ -16,6 +16,7 @@ from ds_llm.data.order import SampleOrder, hash64, micro_batch
 from ds_llm.engine import Engine
 from ds_llm.errors import UserError
 from ds_llm.interrupt import EXIT_CODE, Interrupt
+from ds_llm.models import adapters
 from ds_llm.modes import Job, count_tokens
 from ds_llm.progress import console
 from ds_llm.schedule import learning_rate
@@ -280,10 +281,14 @@ class Trainer:
 
     def _write(self, folder: Path) -> None:
         self.engine.save(folder)
+        adapter = adapters.is_adapter(self.job.model)
         with self.engine.averaged_weights():
-            weights = self.engine.gather(self.job.model)
+            weights = self.engine.gather(self.job.model, trained_only=adapter)
         if self.rank == 0:
-            self.job.model.save_pretrained(folder / "model", state_dict=weights)
+            if adapter:
+                adapters.save_adapter(self.job.model, weights, folder / "model")
+            else:
+                self.job.model.save_pretrained(folder / "model", state_dict=weights)
             self.job.tokenizer.save_pretrained(folder / "model")
 
     def _restore(self, path: Path, saved: dict) -> None:
@@ -300,9 +305,11 @@ class Trainer:
 
     def _info(self) -> dict:
         model, c = self.job.model, self.config
-        parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+        sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
+        parameters, trained = sum(n for n, _ in sizes), sum(n for n, learns in sizes if learns)
+        share = f" ({trained / 1e6:.2f}M trained)" if trained < parameters else ""
         console.print(
-            f"{type(model).__name__}, {parameters / 1e6:.1f}M parameters, {c.train.dtype}, ZeRO-{c.zero}, "
+            f"{type(model).__name__}, {parameters / 1e6:.1f}M parameters{share}, {c.train.dtype}, ZeRO-{c.zero}, "
             f"{self.world} {'process' if self.world == 1 else 'processes'} on {engine.device().type}",
             markup=False,
         )
@@ -313,6 +320,7 @@ class Trainer:
         )
         return {
             "parameters": parameters,
+            "trained_parameters": trained,
             "world_size": self.world,
             "zero": c.zero,
             "dtype": c.train.dtype,

@@ -132,7 +132,7 @@ def load_model_config(path: str | os.PathLike):
     if source.adapter:
         return load_model_config(source.base())
     if source.gguf:
-        _need("gguf", "accelerate", what=f"{path}: reading a GGUF file")
+        need("gguf", "accelerate", what=f"{path}: reading a GGUF file")
     try:
         config = AutoConfig.from_pretrained(source.name, **({"gguf_file": source.gguf} if source.gguf else {}))
     except Exception as error:  # from JSON errors to strict-configuration errors: all are about the user's files
@@ -180,7 +180,7 @@ def load_tokenizer(path: str | os.PathLike):
         if source.adapter and not any((Path(source.name) / name).is_file() for name in TOKENIZER_FILES):
             return load_tokenizer(source.base())
     if source.gguf:
-        _need("gguf", what=f"{path}: reading a GGUF file")
+        need("gguf", what=f"{path}: reading a GGUF file")
         try:
             tokenizer = AutoTokenizer.from_pretrained(source.name, gguf_file=source.gguf)
         except Exception as error:
@@ -310,7 +310,7 @@ def _check_weights(name: str, found: dict) -> None:
 
 
 def _load_adapter(source: Source, dtype: str, attention: str, compute_dtype: str | None) -> torch.nn.Module:
-    _need("peft", what=f"{source.name}: loading an adapter")
+    need("peft", what=f"{source.name}: loading an adapter")
     from peft import PeftConfig, PeftModel
 
     settings = PeftConfig.from_pretrained(source.name)
@@ -334,7 +334,7 @@ def match_tokenizer(model: torch.nn.Module, tokenizer) -> None:
         config.pad_token_id = tokenizer.pad_token_id
 
 
-def _need(*packages: str, what: str) -> None:
+def need(*packages: str, what: str) -> None:
     from importlib.util import find_spec
 
     missing = [name for name in packages if find_spec(name) is None]

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from ds_llm.config import Config
 from ds_llm.data.tokens import TokenData
 from ds_llm.errors import ConfigError, UserError
+from ds_llm.models import adapters
 from ds_llm.modes import Job
-from ds_llm.progress import console
 
 
 @dataclass
@@ -62,6 +62,7 @@ def check(config: Config) -> Data:
         "files": [file.meta["sha256"] for file in train.files],
         "seq_len": seq_len,
         "isolate_documents": config.data.isolate_documents,
+        **adapters.check(config),
     }
     return Data(train, val, tokenizer, seq_len, fingerprint)
 
@@ -70,7 +71,7 @@ def build(config: Config, data: Data) -> Job:
     """Make or load the model and join it with the data."""
     from ds_llm.models.decoder import DecoderConfig, DecoderForCausalLM
     from ds_llm.models.head import attach_loss_head
-    from ds_llm.models.loading import attention_kernel, load_model, match_tokenizer
+    from ds_llm.models.loading import attention_kernel
 
     torch.manual_seed(config.train.seed)
     if config.model.path is None:
@@ -79,18 +80,11 @@ def build(config: Config, data: Data) -> Job:
         decoder = DecoderConfig.from_model_config(config.model, size, **tokens)
         decoder._attn_implementation = attention_kernel(config.model.attention, config.train.dtype)
         model = DecoderForCausalLM(decoder)
+        attach_loss_head(model)
+        if config.train.activation_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
     else:
-        model = load_model(
-            config.model.path, dtype="fp32", attention=config.model.attention, compute_dtype=config.train.dtype
-        )
-        match_tokenizer(model, data.tokenizer)
-        if config.train.kernels:
-            from ds_llm.models import accelerate
-
-            console.print(str(accelerate(model)), markup=False)
-    attach_loss_head(model)
-    if config.train.activation_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model = adapters.start_model(config, data.tokenizer)
     objective = LanguageModeling(model)
     evaluate = _evaluation(config, data) if data.val is not None else None
     sample = _sampling(config, data, model) if config.eval.prompts else None
@@ -145,9 +139,10 @@ def _sampling(config: Config, data: Data, model: nn.Module):
     from ds_llm.generation import Generator, SamplingParams
 
     greedy = SamplingParams(max_new_tokens=config.eval.max_new_tokens, temperature=0.0)
+    plain = adapters.without_wrapper(model)
 
     def sample(engine) -> list[dict]:
-        texts = Generator(model, data.tokenizer).batch_generate(config.eval.prompts, greedy)
+        texts = Generator(plain, data.tokenizer).batch_generate(config.eval.prompts, greedy)
         return [{"prompt": p, "text": t} for p, t in zip(config.eval.prompts, texts, strict=True)]
 
     return sample

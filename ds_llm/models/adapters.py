@@ -1,0 +1,186 @@
+"""The model a fine-tuning run starts from, with trainable low-rank adapters (peft) where the run asks for them.
+
+LoRA: Hu et al. 2021 (arXiv:2106.09685); rsLoRA scales by alpha / sqrt(r): Kalajdzievski 2023 (arXiv:2312.03732); DoRA
+trains the norms of the weights' rows besides: Liu et al. 2024 (arXiv:2402.09353).
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ds_llm.config import Config, LoraConfig
+from ds_llm.errors import ConfigError, UserError
+from ds_llm.progress import console
+
+EDGE_BYTES = 1 << 20  # read at both ends of a weight file to recognise it
+
+
+def start_model(config: Config, tokenizer) -> nn.Module:
+    """The model at `model.path`, ready for training: kernels, loss head, adapters, recomputation as configured.
+
+    Frozen weights need no fp32 copy: with adapters the base is loaded in `train.dtype`.
+    """
+    from ds_llm.models.head import attach_loss_head
+    from ds_llm.models.loading import load_model, match_tokenizer
+
+    lora = config.lora
+    model = load_model(
+        config.model.path,
+        dtype=config.train.dtype if lora.enabled else "fp32",
+        attention=config.model.attention,
+        compute_dtype=config.train.dtype,
+    )
+    match_tokenizer(model, tokenizer)
+    if config.train.kernels:
+        from ds_llm.models import accelerate
+
+        console.print(str(accelerate(model)), markup=False)
+    attach_loss_head(model)
+    if config.train.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if lora.enabled:
+        torch.manual_seed(config.train.seed)
+        model = add_adapter(model, lora, config.model.path)
+    return model
+
+
+def check(config: Config) -> dict[str, str]:
+    """Refuse adapters that cannot work, before the model is loaded; returns what identifies their base model.
+
+    The base's weights are not part of a checkpoint, so a continued run must find the same ones again.
+    """
+    lora = config.lora
+    if not lora.enabled:
+        return {}
+    from transformers import AutoModelForCausalLM
+
+    from ds_llm.models.loading import load_model_config, need
+
+    need("peft", what="lora.enabled")
+    if config.model.path is None:
+        raise ConfigError("lora.enabled: adapters need a trained model; name it, for example model.path=runs/pretrain")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(load_model_config(config.model.path))
+    _, parameters = resolve_targets(model, lora.targets)
+    if parameters and (lora.dora or lora.dropout):
+        raise ConfigError(
+            f"lora.targets: {parameters[0]} is a fused expert tensor; peft adapts it without DoRA and dropout only: "
+            "set lora.dora=false lora.dropout=0"
+        )
+    return {"base_model": identity(config.model.path)}
+
+
+def resolve_targets(model: nn.Module, targets: list[str]) -> tuple[list[str] | str, list[str]]:
+    """(names of linear layers, or "all-linear"; names of fused expert parameters) that `targets` mean.
+
+    A name is the end of a layer's name (`q_proj`, `layers.0.mlp.up_proj`) or of a 3-D parameter's
+    (`experts.down_proj`). Raises `ConfigError` for one that nothing in the model has.
+    """
+    if list(targets) == ["all-linear"]:
+        return "all-linear", []
+    layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    stacks = [name for name, p in model.named_parameters() if p.dim() == 3]
+    modules, parameters = [], []
+    for target in targets:
+        if any(_ends(name, target) for name in layers):
+            modules.append(target)
+        elif any(_ends(name, target) for name in stacks):
+            parameters.append(target)
+        else:
+            known = sorted({name.rsplit(".", 1)[-1] for name in layers})
+            known += sorted({".".join(name.split(".")[-2:]) for name in stacks})
+            close = difflib.get_close_matches(target, [*known, "all-linear"], n=1)
+            hint = f"did you mean '{close[0]}'?" if close else f"it has {', '.join(known)}"
+            raise ConfigError(f"lora.targets: no linear layer of the model is called '{target}'; {hint}")
+    return modules, parameters
+
+
+def _ends(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")
+
+
+def add_adapter(model: nn.Module, lora: LoraConfig, base: str) -> nn.Module:
+    """A peft model in which only new adapters are trainable, named after the model at `base`."""
+    import peft
+
+    modules, parameters = resolve_targets(model, lora.targets)
+    settings = peft.LoraConfig(
+        task_type=peft.TaskType.CAUSAL_LM,
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=modules,
+        target_parameters=parameters or None,
+        use_dora=lora.dora,
+        use_rslora=lora.rslora,
+        init_lora_weights=True if lora.init == "default" else lora.init,
+    )
+    settings.base_model_name_or_path = base_name(base)
+    try:
+        wrapped = peft.get_peft_model(model, settings, autocast_adapter_dtype=False)
+    except ValueError as error:
+        raise UserError(f"lora: peft cannot adapt this model: {str(error).splitlines()[0]}") from None
+    wrapped.peft_config["default"].base_model_name_or_path = base_name(base)
+    return wrapped
+
+
+def base_name(path: str) -> str:
+    """The name under which an adapter finds its base again from any folder: a hub name, or an absolute path."""
+    from ds_llm.models.loading import locate
+
+    source = locate(path)
+    name = Path(source.name)
+    if not name.is_dir():
+        return source.name
+    return str(name.resolve() / source.gguf) if source.gguf else str(name.resolve())
+
+
+def identity(path: str) -> str:
+    """SHA-256 over the weight files' names, sizes, and first and last megabyte; a hub name stands for itself."""
+    from ds_llm.models.loading import locate
+
+    source = locate(path)
+    folder = Path(source.name)
+    if not folder.is_dir():
+        return source.name
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    files = [folder / source.gguf] if source.gguf else files
+    digest = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}\n".encode())
+        with open(file, "rb") as content:
+            digest.update(content.read(EDGE_BYTES))
+            content.seek(max(size - EDGE_BYTES, 0))
+            digest.update(content.read(EDGE_BYTES))
+    if source.adapter:
+        digest.update(identity(source.base()).encode())
+    return digest.hexdigest()
+
+
+def is_adapter(model: nn.Module) -> bool:
+    """Whether `model` is a peft model, of which only adapters are trained and saved."""
+    return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+
+
+def without_wrapper(model: nn.Module) -> nn.Module:
+    """The transformers model inside a peft model, with its adapters active; any other model itself."""
+    return model.get_base_model() if is_adapter(model) else model
+
+
+def save_adapter(model: nn.Module, weights: dict[str, torch.Tensor], folder: Path) -> None:
+    """Write a peft folder: adapter_model.safetensors from the gathered `weights`, and adapter_config.json.
+
+    Raises `UserError` where a weight is missing or empty: a sharded model saved without gathering gives such files.
+    """
+    expected = [name for name, p in model.named_parameters() if p.requires_grad]
+    bad = [name for name in expected if name not in weights or not weights[name].numel()]
+    if bad or not expected:
+        raise UserError(f"{folder}: the adapter was not gathered whole, first {bad[0] if bad else 'all of it'}")
+    model.save_pretrained(folder, state_dict=weights, save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # peft's empty form of a model card

@@ -1,0 +1,193 @@
+"""Supervised fine-tuning: the loss counts on what the assistant says, on any format of conversations or prompts."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ds_llm import engine as processes
+from ds_llm.config import Config
+from ds_llm.data.corpora import cache_folder
+from ds_llm.data.packing import GroupedSamples, PackedSamples
+from ds_llm.errors import ConfigError, UserError
+from ds_llm.models import adapters
+from ds_llm.modes import Job
+from ds_llm.progress import console, progress
+
+
+@dataclass
+class Data:
+    """Prepared and checked inputs of a run."""
+
+    train: PackedSamples | GroupedSamples
+    val: PackedSamples | None
+    tokenizer: object
+    seq_len: int
+    fingerprint: dict
+
+
+def check(config: Config) -> Data:
+    """Tokenise and mask the samples (once: they are cached) and pack them; finds every mistake before a model is built.
+
+    Samples are stored in the folder `supervised` of the cache, see `ds_llm.data.corpora.cache_folder`.
+    """
+    from ds_llm.models.loading import load_model_config, load_tokenizer
+
+    data = config.data
+    if config.model.path is None:
+        raise ConfigError("model.path: sft fine-tunes a model; name it, for example model.path=runs/pretrain")
+    if not data.train:
+        raise ConfigError("data.train: name the samples to train on, for example data.train=data/train.jsonl")
+    for name in ("token_length", "stride"):
+        if getattr(config.eval, name) is not None:
+            raise ConfigError(f"eval.{name}: is for pretrain; sft evaluates whole samples")
+    if not data.packing and config.train.batch_size != 1:
+        raise ConfigError(
+            f"train.batch_size: {config.train.batch_size} must be 1 with data.packing=false, where a sample is a batch "
+            "of up to data.tokens_per_batch tokens"
+        )
+    if data.packing and data.tokens_per_batch is not None:
+        raise ConfigError("data.tokens_per_batch: is for data.packing=false; a packed batch has train.batch_size rows")
+    limit = getattr(load_model_config(config.model.path).get_text_config(), "max_position_embeddings", None)
+    seq_len = data.seq_len or min(limit or config.model.max_seq_len, config.model.max_seq_len)
+    if limit and seq_len > limit:
+        raise UserError(f"data.seq_len: {seq_len} tokens are more than the model's {limit} positions")
+    budget = data.tokens_per_batch or 4 * seq_len
+    if budget < seq_len:
+        raise ConfigError(f"data.tokens_per_batch: {budget} is less than data.seq_len={seq_len}")
+    identity = adapters.check(config)
+    tokenizer = load_tokenizer(data.tokenizer or config.model.path)
+    _check_prompts(config, tokenizer, limit)
+    documents = _prepare(config, data.train, tokenizer, seq_len, "train", data.weights)
+    if data.packing:
+        train = PackedSamples(documents, seq_len, tokenizer.pad_token_id)
+        console.print(f"{len(documents):,} samples in {len(train):,} packs, {train.fill:.1%} full", markup=False)
+    else:
+        train = GroupedSamples(documents, budget, tokenizer.pad_token_id)
+        console.print(
+            f"{len(documents):,} samples in {len(train):,} batches of similar length, {train.fill:.1%} full",
+            markup=False,
+        )
+    val = None
+    if data.val:
+        val = PackedSamples(_prepare(config, data.val, tokenizer, seq_len, "val"), seq_len, tokenizer.pad_token_id)
+    fingerprint = {
+        "samples": documents.fingerprint,
+        "seq_len": seq_len,
+        "packing": data.packing,
+        "tokens_per_batch": budget,
+        **identity,
+    }
+    return Data(train, val, tokenizer, seq_len, fingerprint)
+
+
+def _prepare(config: Config, sources: list[str], tokenizer, seq_len: int, what: str, weights=()):
+    from ds_llm.data.supervised import prepare
+
+    documents = prepare(
+        list(sources),
+        tokenizer,
+        max_length=seq_len,
+        format=config.data.format,
+        train_on=config.data.train_on,
+        truncate=config.data.truncate,
+        weights=list(weights) or None,
+        seed=config.train.seed,
+        cache=cache_folder() / "supervised",
+    )
+    console.print(f"{what}: {documents.report}", markup=False)
+    return documents
+
+
+def _check_prompts(config: Config, tokenizer, limit: int | None) -> None:
+    for prompt in config.eval.prompts:
+        message = as_prompt(prompt, tokenizer)
+        if isinstance(message, str):
+            length = len(tokenizer(message)["input_ids"])
+        else:
+            text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+            length = len(tokenizer(text, add_special_tokens=False)["input_ids"])
+        if limit and length >= limit:
+            raise ConfigError(f"eval.prompts: {prompt[:40]!r}... has {length} tokens, the model {limit} positions")
+
+
+def as_prompt(text: str, tokenizer) -> str | list[dict]:
+    """A user's message for the chat template, or the text itself where the tokenizer has none."""
+    return [{"role": "user", "content": text}] if tokenizer.chat_template else text
+
+
+def build(config: Config, data: Data) -> Job:
+    """Load the model, with adapters where asked, and join it with the data."""
+    model = adapters.start_model(config, data.tokenizer)
+    evaluate = _evaluation(config, data.val) if data.val is not None else None
+    sample = _sampling(config, data, model) if config.eval.prompts else None
+    return Job(model, Supervised(model), data.tokenizer, data.train, data.seq_len, evaluate, sample)
+
+
+class Supervised(nn.Module):
+    """Next-token prediction on the labelled tokens of packed or padded rows."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, **batch: Tensor):
+        """(loss_sum, aux_loss, aux_report, expert_counts) of a micro-batch, see `ds_llm.models.head.lm_loss`."""
+        from ds_llm.models.head import lm_loss
+
+        return tuple(lm_loss(self.model, **batch))
+
+
+def _evaluation(config: Config, val: PackedSamples):
+    rows = config.eval.batch_size or config.train.batch_size
+    count = min(len(val), config.eval.max_windows or len(val))
+    batches = [range(first, min(first + rows, count)) for first in range(0, count, rows)]
+
+    @torch.no_grad()
+    def evaluate(engine) -> dict:
+        """Loss per supervised token of the held-out samples, with the masks of training.
+
+        Batches do not depend on the number of processes; every process runs equally many, so none waits for another.
+        """
+        start = time.perf_counter()
+        sums = [0.0] * len(batches)
+        tokens = 0
+        with progress("evaluating", total=len(batches), unit="batches") as task:
+            for first in range(0, len(batches), engine.world_size):
+                mine = first + engine.rank
+                batch = val.batch(batches[min(mine, len(batches) - 1)])
+                loss = float(engine.forward(**batch)[0])
+                if mine < len(batches):
+                    sums[mine], tokens = loss, tokens + int((batch["labels"] != -100).sum())
+                task.advance(min(engine.world_size, len(batches) - first))
+        *sums, tokens = processes.all_reduce([*sums, tokens])
+        if not tokens:
+            raise UserError("data.val: no supervised token in the samples evaluated")
+        loss = math.fsum(sums) / tokens
+        return {
+            "perplexity": math.exp(loss) if loss < 700 else math.inf,
+            "loss": loss,
+            "tokens": int(tokens),
+            "windows": count,
+            "seconds": time.perf_counter() - start,
+        }
+
+    return evaluate
+
+
+def _sampling(config: Config, data: Data, model: nn.Module):
+    from ds_llm.generation import Generator, SamplingParams
+
+    greedy = SamplingParams(max_new_tokens=config.eval.max_new_tokens, temperature=0.0)
+    plain = adapters.without_wrapper(model)
+    prompts = [as_prompt(text, data.tokenizer) for text in config.eval.prompts]
+
+    def sample(engine) -> list[dict]:
+        texts = Generator(plain, data.tokenizer).batch_generate(prompts, greedy)
+        return [{"prompt": p, "text": t} for p, t in zip(config.eval.prompts, texts, strict=True)]
+
+    return sample
