@@ -24,11 +24,12 @@ TRAIN_ON = ("all", "last")
 REASONS = {
     "refused by the chat template": "the template raises an error for these messages",
     "no answer": "no message of the assistant",
-    "tools not in the template": "tools or tool calls that the chat template would leave out",
+    "not in the template": "tools, tool calls or reasoning that the chat template would leave out",
     "control token": "a text spells a token that begins or ends a turn",
     "answer not found": "which part of the rendered text the assistant says cannot be determined",
     "no end of turn": "the template puts no end-of-turn token behind an answer",
 }
+REASONING = ("reasoning_content", "thinking", "reasoning")  # what messages and templates call it
 _MARK = "\ue000\ue001\ue002"  # private-use characters: neither a template nor a text holds them in a row
 
 
@@ -46,11 +47,11 @@ class Encoded:
 
 @dataclass(frozen=True, slots=True)
 class _Template:
-    """A chat template: its text, what it puts before an answer, the tokens that end a turn, all special tokens."""
+    """A chat template: its text, what it puts before an answer, what ends a turn ("" if nothing), special tokens."""
 
     text: str
     header: str
-    enders: frozenset[str]
+    ender: str
     special: re.Pattern
 
 
@@ -94,10 +95,10 @@ def check_template(tokenizer) -> None:
         raise UserError(f"{tokenizer.name_or_path or 'the tokenizer'}: chat template of no use here: {error}") from None
 
 
-def render(tokenizer, messages: list[dict], tools: list[dict] | None = None, prompt: bool = False) -> str:
-    """The conversation as text; with `prompt` also the header of the answer to come. `Unmaskable` when refused."""
+def render(tokenizer, messages: list[dict], tools: list[dict] | None = None, **options) -> str:
+    """The conversation as text by `apply_chat_template` and its options. `Unmaskable` when the template refuses it."""
     try:
-        return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=prompt)
+        return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **options)
     except Exception as error:  # whatever a template raises speaks of the messages
         raise Unmaskable("refused by the chat template", str(error).strip() or type(error).__name__) from None
 
@@ -129,17 +130,23 @@ def find_answers(tokenizer, messages: list[dict], tools: list[dict] | None = Non
 def _template(tokenizer, text: str) -> _Template:
     """What a plain question and answer show of the template."""
     question = {"role": "user", "content": _MARK}
-    without, header = render(tokenizer, [question]), render(tokenizer, [question], prompt=True)
+    without = render(tokenizer, [question], chat_template=text)
+    header = render(tokenizer, [question], chat_template=text, add_generation_prompt=True)
     header = header[_common(without, header) :]
-    tail = render(tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": _MARK}])
+    answer = {"role": "assistant", "content": _MARK}
+    tail = render(tokenizer, [{"role": "user", "content": "a"}, answer], chat_template=text)
     if tail.count(_MARK) != 1:
         raise Unmaskable("answer not found", "the template does not show an answer once, as it is")
     tail = tail.partition(_MARK)[2]
     tokens = tokenizer.added_tokens_decoder.values()
     special = {token.content for token in tokens if token.special} | set(tokenizer.all_special_tokens)
-    ender = _any_of(special).search(tail) or _any_of({token.content for token in tokens}).search(tail)
-    enders = {ender[0]} if ender else set()
-    return _Template(text, header, frozenset(enders), _any_of(special | enders))
+    first = _any_of(special).search(tail) or _any_of({token.content for token in tokens}).search(tail)
+    if first is None:
+        return _Template(text, header, "", _any_of(special))
+    pattern, end = _any_of({*special, first[0]}), first.end()
+    while follows := pattern.match(tail, end):  # some turns end with two tokens
+        end = follows.end()
+    return _Template(text, header, tail[first.start() : end], pattern)
 
 
 def _any_of(tokens: set[str]) -> re.Pattern:
@@ -157,11 +164,13 @@ def _common(a: str, b: str) -> int:
 
 
 def _check_contents(template: _Template, messages: list[dict], tools: list[dict] | None) -> None:
-    calls = any(message.get("tool_calls") for message in messages)
-    for used, name in ((tools, "tools"), (calls, "tool_calls")):
-        if used and name not in template.text:
-            raise Unmaskable("tools not in the template", f"the template does not mention {name}")
-    control = template.enders.union(template.special.findall(template.header))
+    used = {"tools"} if tools else set()
+    used |= {"tool_calls" for message in messages if message.get("tool_calls")}
+    used |= {"reasoning" for message in messages if any(message.get(name) for name in REASONING)}
+    for name in sorted(used):
+        if not any(word in template.text for word in (REASONING if name == "reasoning" else (name,))):
+            raise Unmaskable("not in the template", f"the template does not mention {name}")
+    control = {*template.special.findall(template.header), *template.special.findall(template.ender)}
     for number, message in enumerate(messages, 1):
         content = json.dumps(message, ensure_ascii=False, default=str)
         for token in control:
@@ -183,33 +192,63 @@ def _marked_spans(tokenizer, template: _Template, messages, tools) -> list[tuple
         return_assistant_tokens_mask=True,
         **tokenizer.special_tokens_map,
     )
-    header = template.header
-    return [(a + len(header) if header and texts[0].startswith(header, a) else a, b) for a, b in spans[0]]
+    return [(_after(texts[0], template.header, start), end) for start, end in spans[0]]
+
+
+def _after(text: str, header: str, start: int) -> int:
+    """`start`, or where the header ends that it is the beginning or the middle of."""
+    at = text.rfind(header, max(0, start - len(header)), start + len(header)) if header else -1
+    return start if at < 0 else at + len(header)
 
 
 def _whole_turn(template: _Template, text: str, start: int, end: int, i: int) -> tuple[int, int]:
-    """A span that the template marks, cut behind its end-of-turn token, or extended through the one that follows."""
+    """A span that the template marks, cut behind its end-of-turn token, or extended through the one that follows.
+
+    Where not even a plain answer ends with a token, the span is what it was marked to be.
+    """
     inside = list(template.special.finditer(text, start, end))
     if inside and not text[inside[-1].end() : end].strip():
         return start, inside[-1].end()
+    if not template.ender:
+        return start, end
     following = template.special.search(text, end)
-    if following and following[0] in template.enders and not text[end : following.start()].strip():
-        return start, following.end()
+    if following and not text[end : following.start()].strip() and text.startswith(template.ender, following.start()):
+        return start, following.start() + len(template.ender)
     raise Unmaskable("no end of turn", f"after message {i + 1}")
 
 
 def _locate(tokenizer, template: _Template, messages, tools, text: str, i: int, done: int) -> tuple[int, int]:
     """[start, end) in `text` of what the assistant says in message i; the answer before it ends at `done`."""
+    problem = Unmaskable("answer not found", f"message {i + 1} does not show in the rendered text")
     for changed in _changes(messages[i]):
         try:
             other = render(tokenizer, [*messages[:i], changed, *messages[i + 1 :]], tools)
-        except Unmaskable:
-            continue
-        if _MARK in other:
-            break
-    else:
-        raise Unmaskable("answer not found", f"message {i + 1} does not show in the rendered text")
-    content, end = _difference(template, text, other)
+            if _MARK not in other:
+                continue
+            content, end = _difference(template, text, other)
+            start = _behind_header(tokenizer, template, messages, tools, text, i, done, content)
+            if start < done:
+                raise Unmaskable("answer not found", f"message {i + 1} changes what is rendered before it")
+            return start, _turn_end(tokenizer, template, messages, tools, text, i, end)
+        except Unmaskable as error:
+            problem = error
+    raise problem
+
+
+def _changes(message: dict) -> list[dict]:
+    """The message with a marker in place of what it says: as plain text, or in the arguments of its tool calls."""
+    plain = {"role": message["role"], "content": _MARK}
+    if not message.get("tool_calls"):
+        return [plain]
+    calls = [
+        {**call, "function": {**call.get("function", {}), "arguments": {_MARK: _MARK}}}
+        for call in message["tool_calls"]
+    ]
+    return [plain, {**plain, "tool_calls": calls}, {**message, "tool_calls": calls}]
+
+
+def _behind_header(tokenizer, template: _Template, messages, tools, text, i: int, done: int, content: int) -> int:
+    """Where the answer whose content begins at `content` begins: there, or sooner, where its header ends."""
     start = text.rfind(template.header, done, content) if template.header else -1
     start = content if start < 0 else start + len(template.header)
     if start < content and i and messages[i - 1]["role"] != "assistant":
@@ -217,27 +256,8 @@ def _locate(tokenizer, template: _Template, messages, tools, text: str, i: int, 
         marked = {**messages[i - 1], "content": _MARK}
         other = render(tokenizer, [*messages[: i - 1], marked, *messages[i:]], tools)
         if _MARK in other and _difference(template, text, other)[1] > start:
-            start = content
-    if start < done:
-        raise Unmaskable("answer not found", f"message {i + 1} changes what is rendered before it")
-    ender = template.special.search(text, end)
-    if ender is None:
-        raise Unmaskable("no end of turn", f"after message {i + 1}")
-    if not _ends_turn(tokenizer, template, messages, tools, i, text[end : ender.start()], ender[0]):
-        raise Unmaskable("no end of turn", f"message {i + 1} is followed by {text[end : ender.end()]!r}"[:200])
-    return start, ender.end()
-
-
-def _changes(message: dict) -> list[dict]:
-    """The message with a marker in place of what it says: as plain text, or inside its tool calls."""
-    plain = {"role": message["role"], "content": _MARK}
-    if not message.get("tool_calls"):
-        return [plain]
-    calls = [
-        {**call, "function": {**call.get("function", {}), "name": _MARK, "arguments": {_MARK: _MARK}}}
-        for call in message["tool_calls"]
-    ]
-    return [plain, {**plain, "tool_calls": calls}, {**message, "tool_calls": calls}]
+            return content
+    return start
 
 
 def _difference(template: _Template, text: str, other: str) -> tuple[int, int]:
@@ -251,17 +271,21 @@ def _difference(template: _Template, text: str, other: str) -> tuple[int, int]:
     return min(start, end), end
 
 
-def _ends_turn(tokenizer, template: _Template, messages, tools, i: int, gap: str, ender: str) -> bool:
-    """Whether the token `ender`, found `gap` behind the content of message i, belongs to that message."""
-    if not gap.strip() and ender in template.enders:
-        return True
+def _turn_end(tokenizer, template: _Template, messages, tools, text: str, i: int, end: int) -> int:
+    """End of the end-of-turn token behind message i, whose content ends at `end`."""
+    found = template.special.search(text, end)
+    if found is None:
+        raise Unmaskable("no end of turn", f"after message {i + 1}")
+    gap, ender = text[end : found.start()], found[0]
+    if template.ender and not gap.strip() and text.startswith(template.ender, found.start()):
+        return found.start() + len(template.ender)
+    # another token than behind a plain answer: it must end the conversation when that ends here, ...
     if render(tokenizer, messages[: i + 1], tools).rstrip().endswith(gap + ender):
-        return True
-    if gap.strip() or not i:
-        return False
-    # a template may end the last turn by a token of its own; then the message before ends with this one as well
-    tail = render(tokenizer, [*messages[: i - 1], {**messages[i - 1], "content": _MARK}], tools)
-    return tail.rpartition(_MARK)[2].lstrip().startswith(ender)
+        return found.end()
+    # ... or, where the last turn ends with a token of its own, end the message before as well
+    if i and not gap.strip() and render(tokenizer, messages[:i], tools).rstrip().endswith(ender):
+        return found.end()
+    raise Unmaskable("no end of turn", f"message {i + 1} is followed by {text[end : found.end()]!r}"[:200])
 
 
 def tokenise(tokenizer, text: str, spans: list[tuple[int, int]]) -> Encoded:
