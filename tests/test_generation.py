@@ -78,10 +78,10 @@ def words(number: int, longest: int = 20) -> list[str]:
 )
 def test_batches_equal_single_prompts(family, options):
     generator = make(family, pad=None if family == "dense" else "<|pad|>")  # without one, padding is the end of text
-    prompts = words(5)
+    prompts = words(8)
     single = [generator.generate(prompt, GREEDY, **options) for prompt in prompts]
     assert generator.batch_generate(prompts, GREEDY, batch_size=3, **options) == single
-    assert len(set(single)) > 2
+    assert len(set(single)) > 1
 
 
 def test_batches_equal_single_prompts_at_the_end_of_the_context(generator):
