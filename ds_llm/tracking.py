@@ -148,7 +148,7 @@ class Meter:
         self._last = time.perf_counter()
 
     def step(self, step: int, tokens: float) -> dict:
-        """End the optimizer step number `step` that trained on `tokens` tokens over all ranks.
+        """End the optimizer step number `step` that processed `tokens` tokens over all ranks.
 
         Returns `step_time` (s, this step), `tokens_per_s` (all ranks), `eta` (s), `memory_gb` (10^9 bytes, this rank)
         and, where the peak is known, `mfu` (share, 0 to 1).

@@ -17,7 +17,7 @@ from ds_llm.engine import Engine
 from ds_llm.errors import UserError
 from ds_llm.interrupt import EXIT_CODE, Interrupt
 from ds_llm.models import adapters
-from ds_llm.modes import Job, count_tokens
+from ds_llm.modes import Job, count_processed, count_tokens
 from ds_llm.progress import console
 from ds_llm.schedule import learning_rate
 from ds_llm.tracking import Meter, Tracker
@@ -118,8 +118,8 @@ class Trainer:
         start = step * self.global_batch
         picks = (micro_batch(self.order, start, i, self.rank, self.world, c.train.batch_size) for i in range(count))
         batches = [self.job.samples.batch(pick) for pick in picks]
-        valid, tokens = (sum(map(count, batches)) for count in (self.job.count, count_tokens))
-        valid, tokens, stop = engine.all_reduce([valid, tokens, float(self.interrupt.requested())])
+        sums = [sum(map(counter, batches)) for counter in (self.job.count, count_tokens, count_processed)]
+        valid, tokens, processed, stop = engine.all_reduce([*sums, float(self.interrupt.requested())])
         self.stopping = stop > 0
         # dropout of a step is a function of seed, step and rank, so that there is no generator state to save
         torch.manual_seed(int(hash64(np.array([step * self.world + self.rank]), c.train.seed, 0)[0] >> np.uint64(1)))
@@ -154,7 +154,7 @@ class Trainer:
             "lr": self.engine.lr(),
             "tokens": state["tokens"],
             "samples": (step + 1) * self.global_batch,
-            **self.meter.step(step + 1, tokens),
+            **self.meter.step(step + 1, processed),
         }
         if counts is not None:
             record["aux_loss"] = figures[2] / (self.world * count)

@@ -29,6 +29,12 @@ def count_tokens(batch: dict[str, torch.Tensor]) -> int:
     return int((batch["labels"] != -100).sum())
 
 
+def count_processed(batch: dict[str, torch.Tensor]) -> int:
+    """Tokens of a micro-batch that are no padding, whether they carry loss or not."""
+    mask = batch.get("attention_mask", batch.get("token_mask"))
+    return batch["labels"].numel() if mask is None else int(mask.sum())
+
+
 @dataclass
 class Job:
     """What a mode hands to the trainer.
