@@ -3,7 +3,6 @@
 Usage: engine_worker.py RESULTS.json SCRATCH_FOLDER
 """
 
-import itertools
 import json
 import shutil
 import sys
@@ -46,11 +45,11 @@ def batches() -> list[dict]:
     return made
 
 
-def reference(data: list[dict]):
+def reference(data: list[dict], name: str):
     """Plain torch, fp32, one process, no accumulation: weights, averages, losses and gradient norms."""
     plain = model()
     groups = [[p for p in plain.parameters() if (p.dim() >= 2) == matrix] for matrix in (True, False)]
-    optimizer = torch.optim.AdamW(
+    optimizer = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[name](
         [{"params": groups[0], "weight_decay": 0.1}, {"params": groups[1], "weight_decay": 0.0}],
         lr=LR,
         betas=(0.9, 0.95),
@@ -95,11 +94,11 @@ def largest(found: dict, expected) -> float:
     return max((found[name].float() - value.detach()).abs().max().item() for name, value in expected)
 
 
-def case(dtype: str, stage: int, accumulation: int, data, plain, scratch: Path) -> dict:
+def case(dtype: str, stage: int, accumulation: int, name: str, data, plain, scratch: Path) -> dict:
     world = dist.get_world_size()
     size = BATCH // world // accumulation
     keys = [f"zero={stage}", f"train.dtype={dtype}", f"train.batch_size={size}", f"optim.lr={LR}"]
-    keys += [f"train.accumulation_steps={accumulation}", "ema.enabled=true", "ema.decay=0.99"]
+    keys += [f"train.accumulation_steps={accumulation}", "ema.enabled=true", "ema.decay=0.99", f"optim.name={name}"]
     config = configuration.load(None, keys)
     trained = model()
     engine = engines.Engine(LanguageModeling(trained), config)
@@ -137,6 +136,7 @@ def case(dtype: str, stage: int, accumulation: int, data, plain, scratch: Path) 
             "resumed_bitwise": after[0] == after[1]
             and all(torch.equal(a[n], b[n]) for a, b in (ends[:2], ends[2:]) for n in a),
             "experts_used_by_rank": per_rank,
+            "average_share": sum(a.numel() for a in engine.ema) / sum(p.numel() for p in weights.values()),
             "saved_bytes": sum(f.stat().st_size for f in scratch.rglob("*") if f.is_file()),
         }
     needed = engines.all_reduce([engine.state_bytes()])[0]
@@ -148,18 +148,20 @@ def case(dtype: str, stage: int, accumulation: int, data, plain, scratch: Path) 
 def main(results: Path, scratch: Path) -> None:
     engines.init_distributed()
     data = batches()
-    plain = reference(data)
+    plain = {name: reference(data, name) for name in ("adamw", "adam")}
     found = {}
-    one = dist.get_world_size() == 1
-    cases = itertools.product(("fp32",) if one else ("fp32", "bf16", "fp16"), (0, 1, 2, 3), (4,) if one else (1, 2))
-    for dtype, stage, accumulation in cases:
-        if dtype != "fp32" and accumulation == 1:
-            continue
+    if dist.get_world_size() == 1:
+        cases = [("fp32", stage, 4, "adamw") for stage in range(4)]
+    else:
+        cases = [("fp32", stage, accumulation, "adamw") for stage in range(4) for accumulation in (1, 2)]
+        cases += [(dtype, stage, 2, "adamw") for dtype in ("bf16", "fp16") for stage in range(4)]
+        cases += [("fp32", 2, 1, "adam")]
+    for dtype, stage, accumulation, name in cases:
         try:
-            outcome = case(dtype, stage, accumulation, data, plain, scratch)
+            outcome = case(dtype, stage, accumulation, name, data, plain[name], scratch)
         except Exception:  # reported per case; a rank alone in a collective runs into the job's time limit
             outcome = {"error": traceback.format_exc()[-1500:]}
-        found[f"{dtype}-{stage}-{accumulation}"] = outcome
+        found[f"{dtype}-{stage}-{accumulation}-{name}"] = outcome
         if dist.get_rank() == 0:
             results.write_text(json.dumps(found))
 

@@ -7,9 +7,10 @@ import pytest
 from jobs import start
 
 WORKER = Path(__file__).with_name("engine_worker.py")
-CASES = [(2, "fp32", stage, acc) for stage in range(4) for acc in (1, 2)]
-CASES += [(2, dtype, stage, 2) for dtype in ("bf16", "fp16") for stage in range(4)]
-CASES += [(1, "fp32", stage, 4) for stage in range(4)]
+CASES = [(2, "fp32", stage, acc, "adamw") for stage in range(4) for acc in (1, 2)]
+CASES += [(2, dtype, stage, 2, "adamw") for dtype in ("bf16", "fp16") for stage in range(4)]
+CASES += [(1, "fp32", stage, 4, "adamw") for stage in range(4)]
+CASES += [(2, "fp32", 2, 1, "adam")]
 TOLERANCE = {"fp32": (2e-6, 2e-4, 1e-5), "bf16": (3e-2, 0.1, 2e-2), "fp16": (5e-3, 0.1, 8e-3)}
 
 
@@ -28,9 +29,9 @@ def found(tmp_path_factory) -> dict:
     return reports
 
 
-@pytest.mark.parametrize("world, dtype, stage, accumulation", CASES)
-def test_matches_plain_torch(found, world, dtype, stage, accumulation):
-    case = found[world][f"{dtype}-{stage}-{accumulation}"]
+@pytest.mark.parametrize("world, dtype, stage, accumulation, optimizer", CASES)
+def test_matches_plain_torch(found, world, dtype, stage, accumulation, optimizer):
+    case = found[world][f"{dtype}-{stage}-{accumulation}-{optimizer}"]
     assert "error" not in case, case["error"]
     loss, norm, weight = TOLERANCE[dtype]
     assert case["loss_error"] < loss
@@ -41,6 +42,7 @@ def test_matches_plain_torch(found, world, dtype, stage, accumulation):
         assert case["average_error"] < weight
     assert case["average_differs"] and case["swapped_back"]
     assert case["resumed_bitwise"]
+    assert case["average_share"] == pytest.approx(1 / world if stage else 1, abs=0.02)  # one part per rank, not a copy
     assert case["needed_bytes"] > 0.5 * case["saved_bytes"]
 
 
