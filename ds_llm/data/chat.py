@@ -249,13 +249,13 @@ def _changes(message: dict) -> list[dict]:
 
 def _behind_header(tokenizer, template: _Template, messages, tools, text, i: int, done: int, content: int) -> int:
     """Where the answer whose content begins at `content` begins: there, or sooner, where its header ends."""
-    start = text.rfind(template.header, done, content) if template.header else -1
-    start = content if start < 0 else start + len(template.header)
+    at = text.rfind(template.header, done, content) if template.header else -1
+    start = content if at < 0 else at + len(template.header)
     if start < content and i and messages[i - 1]["role"] != "assistant":
         # the header is not next to the content: make sure that it is no part of the message before
         marked = {**messages[i - 1], "content": _MARK}
         other = render(tokenizer, [*messages[: i - 1], marked, *messages[i:]], tools)
-        if _MARK in other and _difference(template, text, other)[1] > start:
+        if _MARK in other and _difference(template, text, other)[1] > at:
             return content
     return start
 
