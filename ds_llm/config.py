@@ -73,7 +73,7 @@ class DataConfig:
     train: list[str] = key(
         [],
         "What to train on. pretrain: token files (.bin). sft: JSONL, JSON or Parquet files, folders or patterns, or "
-        "the hub name of a data set",
+        "the hub name of a data set; dpo: such files with preference pairs",
     )
     val: list[str] = key([], "What to evaluate on, of the same kind as data.train; empty: no evaluation")
     tokenizer: str | None = key(None, "Tokenizer folder; none: the one recorded beside the token file, else model.path")
@@ -93,7 +93,7 @@ class DataConfig:
     )
     truncate: str = key(
         "right",
-        "sft: what happens to samples longer than data.seq_len; right: cut their end off",
+        "sft, dpo: what happens to samples longer than data.seq_len; right: cut their end off",
         choices=("right", "drop"),
     )
     weights: list[float] = key(
@@ -124,6 +124,31 @@ class LoraConfig:
     dora: bool = key(False, "DoRA: learn the norms of the weights' rows besides")
     rslora: bool = key(False, "rsLoRA: scale by alpha / sqrt(r)")
     init: str = key("default", "Initial weights of the first factor; the second is 0", choices=("default", "gaussian"))
+
+
+@dataclass
+class DpoConfig:
+    loss: str = key("sigmoid", "Preference loss", choices=("sigmoid", "hinge", "ipo", "simpo", "orpo"))
+    beta: float = key(
+        0.1, "Strength of the tie to the reference; simpo: scale of the reward; orpo: weight of the odds ratio", above=0
+    )
+    label_smoothing: float = key(
+        0.0, "Assumed share of pairs whose preference is wrong; sigmoid and simpo", at_least=0, below=0.5
+    )
+    reduction: str = key(
+        "auto",
+        "An answer's log-probability is the sum or the mean over its tokens; auto: sum for sigmoid and hinge, mean for "
+        "the others",
+        choices=("auto", "sum", "mean"),
+    )
+    sft_weight: float | None = key(
+        None,
+        "Weight of the chosen answers' mean loss per token, added to the preference loss; none: 1 for orpo, which "
+        "contains it, else 0",
+        at_least=0,
+    )
+    simpo_gamma: float = key(0.5, "Margin that simpo asks for between the rewards", at_least=0)
+    reference: str | None = key(None, "Folder or hub name of the reference model; none: the start model, model.path")
 
 
 @dataclass
@@ -175,8 +200,8 @@ class EvalConfig:
         None, "pretrain: window of the perplexity protocol; none: the training sequence length", at_least=2
     )
     stride: int | None = key(None, "pretrain: step between windows; none: token_length (no overlap)", at_least=1)
-    max_windows: int = key(0, "Use only the first windows (sft: packs); 0: all", at_least=0)
-    prompts: list[str] = key([], "Prompts answered greedily at every evaluation and logged; sft: as a chat")
+    max_windows: int = key(0, "Use only the first windows (sft: packs, dpo: pairs); 0: all", at_least=0)
+    prompts: list[str] = key([], "Prompts answered greedily at every evaluation and logged; sft, dpo: as a chat")
     max_new_tokens: int = key(64, "Tokens generated per prompt", at_least=1)
     early_stopping: bool = key(False, "Stop when the perplexity has not improved for `patience` evaluations")
     patience: int = key(5, "Evaluations without improvement before stopping", at_least=1)
@@ -227,7 +252,7 @@ class TrackingConfig:
 
 @dataclass
 class Config:
-    mode: str = key("pretrain", "What is trained", choices=("pretrain", "sft"))
+    mode: str = key("pretrain", "What is trained", choices=("pretrain", "sft", "dpo"))
     output: str = key("runs/pretrain", "Folder of the run: checkpoints, metrics, report, exported model")
     resume: str = key(
         "auto", "auto: continue from the newest whole checkpoint; never: start anew; or a checkpoint folder"
@@ -241,6 +266,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
+    dpo: DpoConfig = field(default_factory=DpoConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -8,7 +8,7 @@ import io
 import os
 import socket
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -112,23 +112,19 @@ class Engine:
         self.settings = build_deepspeed_config(config, self.world_size)
         self.stage = self.settings["zero_optimization"]["stage"]
         if self.stage == 3:
-            blocks = {type(m) for m in module.modules() if type(m).__name__ in MOE_BLOCKS}
-            if blocks:
-                set_z3_leaf_modules(module, list(blocks), raise_if_not_found=False)
-        # Casting the module to bf16 or fp16 would round the rotary frequencies, and with them every position.
-        exact = {n: b.detach().clone() for n, b in module.named_buffers() if b.dtype == torch.float32}
+            _keep_experts_whole(module)
+        exact = _exact_buffers(module)
         if self.settings["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none":
             _announce_build("cpu_adam", "Adam")
         self._frozen = {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
         if self._frozen:
+            module.register_state_dict_post_hook(self._drop_frozen)
             self._frozen |= {name for name, _ in module.named_buffers()}
         groups = _decay_groups(module, config.optim.weight_decay)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=module, model_parameters=groups, config=self.settings
         )
-        for name, value in exact.items():
-            owner, _, leaf = name.rpartition(".")
-            module.get_submodule(owner)._buffers[leaf] = value.to(device())
+        _restore_buffers(module, exact)
         self.module = module
         self.has_own_schedule = "scheduler" in self.settings
         self.ema: list[torch.Tensor] | None = None
@@ -317,6 +313,11 @@ class Engine:
             for average, value in zip(self.ema, saved["average"], strict=True):
                 average.copy_(value)
 
+    def _drop_frozen(self, module: nn.Module, state: dict, prefix: str, metadata: dict) -> None:
+        # DeepSpeed leaves out frozen parameters under their first name only, not those that are tied
+        for name in self._frozen:
+            state.pop(prefix + name, None)
+
     def _load_trained(self, src: dict, dst: nn.Module) -> None:
         found = dst.load_state_dict(src, strict=False)
         missing = [name for name in found.missing_keys if name not in self._frozen]
@@ -344,6 +345,58 @@ class Engine:
         """Release the engine's hooks and buffers."""
         self._engine.destroy()
         gc.collect()
+
+
+@contextlib.contextmanager
+def inference(module: nn.Module, config: Config) -> Iterator[Callable]:
+    """The forward pass of a frozen module in `train.dtype`, without gradients, while the block runs.
+
+    Under ZeRO-3 the weights are sharded over the ranks, which must then all call it equally often; else every rank
+    holds all of them. The module is of no use afterwards.
+    """
+    module.requires_grad_(False).eval()
+    settings = build_deepspeed_config(config, dist.get_world_size())
+    if settings["zero_optimization"]["stage"] < 3:
+        module.to(device())
+        run, release = module, lambda: None
+    else:
+        _keep_experts_whole(module)
+        exact = _exact_buffers(module)
+        zero = {k: v for k, v in settings["zero_optimization"].items() if k != "offload_optimizer"}
+        names = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "bf16", "fp16", "steps_per_print")
+        chosen = {name: settings[name] for name in names if name in settings}
+        run, *_ = deepspeed.initialize(model=module, config=chosen | {"zero_optimization": zero})
+        _restore_buffers(module, exact)
+        run.eval()
+        release = run.destroy
+
+    @torch.no_grad()
+    def forward(**batch):
+        return run(**{k: v.to(device()) if torch.is_tensor(v) else v for k, v in batch.items()})
+
+    try:
+        yield forward
+    finally:
+        release()
+
+
+def _keep_experts_whole(module: nn.Module) -> None:
+    """Have ZeRO-3 gather the blocks of `MOE_BLOCKS` as one."""
+    blocks = {type(m) for m in module.modules() if type(m).__name__ in MOE_BLOCKS}
+    if blocks:
+        set_z3_leaf_modules(module, list(blocks), raise_if_not_found=False)
+
+
+def _exact_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of the fp32 buffers: casting a module to bf16 or fp16 would round the rotary frequencies, and with them
+    every position."""
+    return {n: b.detach().clone() for n, b in module.named_buffers() if b.dtype == torch.float32}
+
+
+def _restore_buffers(module: nn.Module, exact: dict[str, torch.Tensor]) -> None:
+    for name, value in exact.items():
+        owner, _, leaf = name.rpartition(".")
+        module.get_submodule(owner)._buffers[leaf] = value.to(device())
 
 
 def _decay_groups(module: nn.Module, weight_decay: float) -> list[dict]:
