@@ -118,8 +118,8 @@ class Engine:
             _announce_build("cpu_adam", "Adam")
         self._frozen = {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
         if self._frozen:
-            module.register_state_dict_post_hook(self._drop_frozen)
-            self._frozen |= {name for name, _ in module.named_buffers()}
+            _leave_out(module, self._frozen)
+            self._frozen = self._frozen | {name for name, _ in module.named_buffers()}
         groups = _decay_groups(module, config.optim.weight_decay)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=module, model_parameters=groups, config=self.settings
@@ -313,11 +313,6 @@ class Engine:
             for average, value in zip(self.ema, saved["average"], strict=True):
                 average.copy_(value)
 
-    def _drop_frozen(self, module: nn.Module, state: dict, prefix: str, metadata: dict) -> None:
-        # DeepSpeed leaves out frozen parameters under their first name only, not those that are tied
-        for name in self._frozen:
-            state.pop(prefix + name, None)
-
     def _load_trained(self, src: dict, dst: nn.Module) -> None:
         found = dst.load_state_dict(src, strict=False)
         missing = [name for name in found.missing_keys if name not in self._frozen]
@@ -405,3 +400,14 @@ def _decay_groups(module: nn.Module, weight_decay: float) -> list[dict]:
     vectors = [p for _, p in trained if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return [g for g in groups if g["params"]]
+
+
+def _leave_out(module: nn.Module, names: Iterable[str]) -> None:
+    """Keep parameters out of the module's state; DeepSpeed leaves frozen ones out under their first name only, not
+    under those they are tied to."""
+
+    def drop(_, state: dict, prefix: str, __) -> None:
+        for name in names:
+            state.pop(prefix + name, None)
+
+    module.register_state_dict_post_hook(drop)
