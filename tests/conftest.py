@@ -14,4 +14,5 @@ if not torch.cuda.is_available():
     if "triton" in sys.modules and not sys.modules["triton"].knobs.runtime.interpret:
         raise RuntimeError("a pytest plugin imported triton before tests/conftest.py: run with TRITON_INTERPRET=1")
 
+from chats import chats  # noqa: F401 (fixture)
 from jobs import corpus, tiny  # noqa: F401 (fixtures)

