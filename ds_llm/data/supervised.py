@@ -17,7 +17,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +43,7 @@ REASONS = {
     "cut off": "nothing to train within the first max_length tokens",
     "nothing to train": "too short to predict a token",
 }
+FORMAT_ROWS = 100  # rows that tell the format of a source
 PARALLEL_BYTES = 32 << 20  # less is done sooner in this process than worker processes start
 MOST_WORKERS = 16  # each takes about 0.5 GB of memory
 
@@ -123,8 +126,8 @@ def prepare(
 
     sources: files, folders, globs, or data sets of the hub (see `ds_llm.data.sources`). tokenizer: of transformers.
     max_length: tokens of a sample at most; longer ones are cut behind that ("right"), or dropped (truncate "drop").
-    format: one for all sources, or "auto" to take each source's from its first row. train_on: "all" answers, or the
-    "last" one of each conversation. weights: one per source; weight w draws round(w * its samples) samples, by
+    format: one for all sources, or "auto" for what most of each source's first rows have. train_on: "all" answers, or
+    the "last" one of each conversation. weights: one per source; weight w draws round(w * its samples) samples, by
     repetition and, for the fraction, a choice made by `seed`.
 
     Rows that give no sample are counted and listed. `UserError` when nothing at all would be trained. Call it before
@@ -158,16 +161,15 @@ def prepare(
 
 
 def find_format(source: Source, formats: Sequence[str]) -> str:
-    """The format of a source's first row that has one. `UserError` when that is none of `formats`."""
-    seen = None
-    for row in source.rows():
-        name = conversations.detect(row)
-        if name in formats:
-            return name
-        if name:
-            raise UserError(f"{source.name}: rows of the format {name}, which is not for this use; set the format")
-        seen = seen or row
-    fields = "it holds no row" if seen is None else f"the fields of the first row are {', '.join(map(str, seen))}"
+    """The format of most of a source's first rows. `UserError` when that is none of `formats`."""
+    first = list(islice(source.rows(), FORMAT_ROWS))
+    names = Counter(filter(None, map(conversations.detect, first)))
+    name = names.most_common(1)[0][0] if names else None
+    if name in formats:
+        return name
+    if name:
+        raise UserError(f"{source.name}: rows of the format {name}, which is not for this use; set the format")
+    fields = f"the fields of the first row are {', '.join(map(str, first[0]))}" if first else "it holds no row"
     expected = ", ".join(" and ".join(conversations.FIELDS[name]) for name in formats)
     raise UserError(f"{source.name}: format not recognised ({fields}); a row needs {expected}")
 
