@@ -4,10 +4,15 @@ A row has `chosen` and `rejected`, each a list of messages or a text, with or wi
 (`ds_llm.data.conversations.to_pair`). Two texts without a prompt are taken as they are, without a chat template: what
 both begin with, up to a white space, is the prompt.
 
-    CACHE/pairs-<key>/
-        ids.npy, trained.npy   flat [tokens]: the sequences chosen 0, rejected 0, chosen 1, ...
-        bounds.npy             int64 [2 pairs + 1]: sequence i is [bounds[i], bounds[i + 1])
-        report.json            counts, reasons and the fingerprint of the arrays; written last
+Made once per data, tokenizer and options, in a folder of the cache:
+
+| file | content |
+| --- | --- |
+| ids.bin | int32 tokens of the sequences chosen 0, rejected 0, chosen 1, ... one after the other |
+| trained.bin | one byte per token: 1 when it belongs to an answer |
+| bounds.npy | int64 [2 pairs + 1]: sequence i is `ids[bounds[i]:bounds[i + 1]]` |
+| report.json | counts, and the sha256 of the three |
+| rejects.jsonl | the rows that gave no pair: `{"file", "line", "reason", "detail"}` |
 """
 
 from __future__ import annotations
@@ -15,29 +20,32 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from ds_llm.data import conversations, files, rows
+from ds_llm.data import conversations, rows, statistics
 from ds_llm.data.chat import Encoded, find_answers, tokenise
 from ds_llm.data.conversations import RowError
 from ds_llm.data.files import Batch
-from ds_llm.data.workers import available_cpus, process
+from ds_llm.data.resume import dump, write_atomically
+from ds_llm.data.sources import Source, build_once, digests, resolve
+from ds_llm.data.workers import available_cpus, ordered
 from ds_llm.errors import UserError
-from ds_llm.progress import console
+from ds_llm.progress import console, progress
 
 if TYPE_CHECKING:
     import torch
 
+VERSION = 1  # of the stored form: raise it when the same input gives other bytes
 IGNORE_INDEX = -100
-VERSION = 1
 NAMED = 5  # places named per reason
+REJECTS = "rejects.jsonl"
 BYTES_PER_WORKER = 8 << 20  # less is not worth starting one
-BATCH_BYTES = 1 << 18
+MOST_WORKERS = 16  # each takes about 0.5 GB of memory
 
 
 class Pair(NamedTuple):
@@ -66,15 +74,22 @@ class Report:
             entry[1].append(place)
 
     def describe(self) -> str:
-        """The counts in one line, and one more per reason for which rows were dropped."""
+        """The counts in one line."""
         lost = sum(count for count, _ in self.dropped.values())
-        lines = [
+        return (
             f"{self.pairs:,} pairs of {self.rows:,} rows; {self.tokens:,} tokens, {self.answer_tokens:,} of them in "
             f"answers, longest sequence {self.longest:,}; {self.truncated:,} pairs truncated, {lost:,} rows dropped"
-        ]
+            + (f": {self.reasons()}" if lost else "")
+        )
+
+    def reasons(self) -> str:
+        """Why rows were dropped, the most frequent reason first, with the first places."""
+        if not self.rows:
+            return "the input holds no rows"
+        parts = []
         for reason, (count, places) in sorted(self.dropped.items(), key=lambda item: -item[1][0]):
-            lines.append(f"  dropped {count:,}: {reason} ({', '.join(places)}{', …' if count > len(places) else ''})")
-        return "\n".join(lines)
+            parts.append(f"{count:,} {reason} ({', '.join(places)}{', …' if count > len(places) else ''})")
+        return "; ".join(parts)
 
 
 class Pairs:
@@ -86,8 +101,7 @@ class Pairs:
         stored = json.loads((folder / "report.json").read_text())
         self.fingerprint = stored.pop("fingerprint")
         self.report = Report(**stored)
-        mode = "r" if self.report.pairs else None  # nothing cannot be mapped
-        self._ids, self._trained = (np.load(folder / f"{name}.npy", mmap_mode=mode) for name in ("ids", "trained"))
+        self._ids, self._trained = _open(folder / "ids.bin", np.int32), _open(folder / "trained.bin", np.bool_)
         self._bounds = np.load(folder / "bounds.npy")
         self.lengths = np.diff(self._bounds).reshape(-1, 2)
 
@@ -123,66 +137,73 @@ class Pairs:
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
+def _open(path: Path, dtype) -> np.ndarray:
+    return np.memmap(path, dtype, "r") if path.stat().st_size else np.empty(0, dtype)
+
+
 def prepare_pairs(
-    sources: list[str], tokenizer, *, max_length: int, truncate: str = "right", cache: Path, name: str = "pairs"
+    sources: Sequence[str | os.PathLike],
+    tokenizer,
+    *,
+    max_length: int,
+    truncate: str = "right",
+    cache: str | os.PathLike,
+    name: str = "pairs",
 ) -> Pairs:
-    """Read, encode and store the pairs of local files, folders or globs, or open them where that was done before.
+    """The pairs of files, folders, globs or data sets of the hub, made once and kept under `cache`.
 
     max_length: tokens of the longest sequence. A longer one is cut at its end if that leaves a token of the answer
-    (truncate "right"); the pair is dropped otherwise, or always with "drop". One process of a machine builds, the
-    others wait for it, so this is called before processes meet. Raises `UserError` when no pair is left.
+    (truncate "right"); the pair is dropped otherwise, or always with "drop". Call it before the process group opens:
+    one process builds, the others wait for it. Raises `UserError` when no pair is left.
     """
-    from filelock import FileLock
+    from ds_llm.data.tokens import tokenizer_hash
 
-    sources = files.find(sources)
-    texts = json.dumps(
-        {
-            "version": VERSION,
-            "files": [source.identity() for source in sources],
-            "tokenizer": _tokenizer_identity(tokenizer),
-            "max_length": max_length,
-            "truncate": truncate,
-        },
-        sort_keys=True,
-    )
-    folder = Path(cache) / f"pairs-{hashlib.sha256(texts.encode()).hexdigest()[:32]}"
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock"):
-            if not (folder / "report.json").is_file():
-                _build(folder, sources, tokenizer, max_length, truncate, name)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror})", any_rank=True) from None
+    found, cache = resolve(sources), Path(cache)
+    identity = {
+        "version": VERSION,
+        "contents": digests(found, cache),
+        "tokenizer": tokenizer_hash(tokenizer),
+        "template": tokenizer.chat_template,
+        "special": {key: str(token) for key, token in tokenizer.special_tokens_map.items()},
+        "max_length": max_length,
+        "truncate": truncate,
+    }
+    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    arguments = (tokenizer, max_length, truncate)
+    folder = build_once(cache, f"pairs-{key}", lambda out: _build(out, found, arguments, f"encoding {name}"))
     pairs = Pairs(folder, tokenizer.pad_token_id)
     console.print(f"{name}: {pairs.report.describe()}", markup=False)
+    if pairs.report.dropped:
+        console.print(f"dropped rows with file, line and reason: {folder / REJECTS}", markup=False)
     if not len(pairs):
-        names = ", ".join(str(source.path) for source in sources)
-        raise UserError(f"{names}: no preference pair left to use; the counts above say why")
+        raise UserError(f"{', '.join(map(str, sources))}: no preference pair to train on; {pairs.report.reasons()}")
     return pairs
 
 
-def _tokenizer_identity(tokenizer) -> list:
-    from ds_llm.data.tokens import tokenizer_hash
+def _build(out: Path, sources: list[Source], arguments: tuple, title: str) -> None:
+    report, state, bounds, digest, origins = Report(), {"dropped": {}}, [0], hashlib.sha256(), []
+    size = sum(source.size for source in sources)
+    workers = min(available_cpus(), MOST_WORKERS, 1 + size // BYTES_PER_WORKER)
 
-    return [tokenizer_hash(tokenizer), tokenizer.chat_template, tokenizer.special_tokens_map, tokenizer.pad_token_id]
+    def batches():
+        for source in sources:
+            for file, batch in source.batches():
+                origins.append(file)
+                yield batch
 
-
-def _build(folder: Path, sources, tokenizer, max_length: int, truncate: str, name: str) -> None:
-    scratch = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir()
-    report, bounds, digest = Report(), [0], hashlib.sha256()
-    workers = min(available_cpus(), 1 + sum(source.size for source in sources) // BYTES_PER_WORKER)
-    arguments = (tokenizer, max_length, truncate)
-    title = f"{name}: encoding"
-    with open(scratch / "ids", "wb") as ids_file, open(scratch / "trained", "wb") as trained_file:
-        for path, results in process(title, sources, {}, _encoder, arguments, workers, BATCH_BYTES):
-            for number, result in results:
-                report.rows += 1
-                if isinstance(result, str):
-                    report.drop(result, f"{path}:{number}")
-                    continue
-                sequences, cut = result
+    with (
+        open(out / "ids.bin", "wb") as ids_file,
+        open(out / "trained.bin", "wb") as trained_file,
+        open(out / REJECTS, "wb") as rejects_file,
+        progress(title, size / 1e6, "MB") as task,
+    ):
+        for position, (batch, results) in enumerate(ordered(_encoder, arguments, batches(), workers)):
+            report.rows += len(results)
+            rejects = [result for result in results if isinstance(result, rows.Reject)]
+            statistics.write_rejects(rejects_file, origins[position], rejects, state)
+            for reject in rejects:
+                report.drop(reject.reason, f"{Path(origins[position]).name}:{reject.number}")
+            for sequences, cut in (result for result in results if not isinstance(result, rows.Reject)):
                 report.truncated += cut
                 for ids, trained in sequences:
                     ids_file.write(ids.tobytes())
@@ -191,34 +212,26 @@ def _build(folder: Path, sources, tokenizer, max_length: int, truncate: str, nam
                     bounds.append(bounds[-1] + len(ids))
                     report.answer_tokens += int(trained[1:].sum())
                     report.longest = max(report.longest, len(ids))
+            task.advance(batch.disk / 1e6)
     report.pairs, report.tokens = len(bounds) // 2, bounds[-1]
-    for array, dtype in (("ids", np.int32), ("trained", np.bool_)):
-        flat = np.memmap(scratch / array, dtype, "r") if bounds[-1] else np.empty(0, dtype)
-        np.save(scratch / f"{array}.npy", flat)
-        del flat
-        (scratch / array).unlink()
-    np.save(scratch / "bounds.npy", np.array(bounds, np.int64))
+    np.save(out / "bounds.npy", np.array(bounds, np.int64))
     digest.update(np.array(bounds, np.int64).tobytes())
-    stored = asdict(report) | {"fingerprint": digest.hexdigest()}
-    (scratch / "report.json").write_text(json.dumps(stored, indent=1))
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(scratch, folder)
+    write_atomically(out / "report.json", dump(asdict(report) | {"fingerprint": digest.hexdigest()}))
 
 
-def _encoder(tokenizer, max_length: int, truncate: str):
-    """The worker's function: batch -> [(line, reason of a drop | (two sequences, whether one was cut))]."""
+def _encoder(tokenizer, max_length: int, truncate: str) -> Callable:
+    """The worker's function: batch -> per row a Reject, or (two sequences, whether one was cut)."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
 
     def encode_batch(batch: Batch) -> list:
         results = []
         for item in rows.records(batch):
-            if isinstance(item, rows.Reject):
-                results.append((item.number, item.reason))
-                continue
-            number, row = item
-            try:
-                results.append((number, _encode_row(row, tokenizer, max_length, truncate)))
-            except RowError as error:
-                results.append((number, error.reason))
+            if not isinstance(item, rows.Reject):
+                try:
+                    item = _encode_row(item[1], tokenizer, max_length, truncate)
+                except RowError as error:
+                    item = rows.Reject(item[0], error.reason, error.detail)
+            results.append(item)
         return results
 
     return encode_batch
@@ -226,19 +239,19 @@ def _encoder(tokenizer, max_length: int, truncate: str):
 
 def _encode_row(row: dict, tokenizer, max_length: int, truncate: str):
     """Two (ids int32 [n], trained bool [n]) and whether one was cut; raises `RowError`."""
-    sides, cut = encode_pair(row, tokenizer), False
-    sequences = []
-    for side in sides:
-        ids, trained = np.array(side.input_ids, np.int32), np.array(side.trained)
-        if len(ids) > max_length:
+    sequences, cut = [], False
+    for side in encode_pair(row, tokenizer):
+        ids, trained = np.array(side.input_ids, np.int32), np.array(side.trained, bool)
+        length = len(ids)
+        if length > max_length:
             if truncate == "drop":
-                raise RowError("too long", f"{len(ids)} tokens")
+                raise RowError("too long", f"{length:,} tokens")
             ids, trained, cut = ids[:max_length], trained[:max_length], True
         if not trained[1:].any():
-            raise RowError("no answer within data.seq_len" if cut else "no answer token")
+            raise RowError("cut off" if length > max_length else "nothing to train", f"{length:,} tokens")
         sequences.append((ids, trained))
     if np.array_equal(sequences[0][0], sequences[1][0]):
-        raise RowError("same answers" + (" once truncated" if cut else ""))
+        raise RowError("same answers", "the first data.seq_len tokens" if cut else "their tokens")
     return sequences, cut
 
 

@@ -93,8 +93,8 @@ BAD = [
     (4, "missing field", {"text": "no pair"}),
     (5, "same answers", {"prompt": "a", "chosen": "b", "rejected": "b"}),
     (7, "no answer", {"prompt": "a", "chosen": [said("b")], "rejected": [user("b")]}),
-    (8, "same answers once truncated", {"prompt": "a", "chosen": "x" * 60 + "1", "rejected": "x" * 60 + "2"}),
-    (9, "no answer within data.seq_len", {"prompt": "p" * 60, "chosen": "x", "rejected": "y"}),
+    (8, "same answers", {"prompt": "a", "chosen": "x" * 60 + "1", "rejected": "x" * 60 + "2"}),
+    (9, "cut off", {"prompt": "p" * 60, "chosen": "x", "rejected": "y"}),
 ]
 
 
@@ -109,17 +109,19 @@ def test_counts_what_is_dropped_with_its_line(tokenizer, tmp_path, capsys):
     for line, reason, _ in BAD:
         entry = expected.setdefault(reason, [0, []])
         entry[0] += 1
-        entry[1].append(f"{source[0]}:{line}")
+        entry[1].append(f"pairs.jsonl:{line}")
     assert report.dropped == expected
     out = capsys.readouterr().out
     assert "3 pairs of 9 rows" in out
-    assert f"dropped 1: bad JSON ({source[0]}:3)" in out
+    assert "1 bad JSON (pairs.jsonl:3)" in out and "2 same answers (pairs.jsonl:5, pairs.jsonl:8)" in out
+    rejects = [json.loads(line) for line in (pairs.folder / "rejects.jsonl").read_text().splitlines()]
+    assert [(r["file"], r["line"], r["reason"]) for r in rejects] == [(source[0], n, reason) for n, reason, _ in BAD]
     assert report.tokens == pairs.lengths.sum() and report.longest == pairs.lengths.max() == 50
     learned = sum((labels != -100).sum() for i in range(3) for _, labels in pairs.pair(i))
     assert report.answer_tokens == learned
     dropped = prepare_pairs(source, tokenizer, max_length=50, truncate="drop", cache=tmp_path / "cache")
     assert len(dropped) == 2 and dropped.report.dropped["too long"][0] == 3
-    with pytest.raises(UserError, match="no preference pair left"):
+    with pytest.raises(UserError, match="no preference pair to train on; 5 too long"):
         prepare_pairs(source, tokenizer, max_length=8, truncate="drop", cache=tmp_path / "cache")
 
 
@@ -167,7 +169,7 @@ def test_several_workers_give_the_same(tokenizer, tmp_path, monkeypatch):
     source = write(tmp_path / "pairs.jsonl", rows)
     one = prepare_pairs(source, tokenizer, max_length=64, cache=tmp_path / "one")
     monkeypatch.setattr("ds_llm.data.pairs.BYTES_PER_WORKER", 1)
-    monkeypatch.setattr("ds_llm.data.pairs.BATCH_BYTES", 2000)
+    monkeypatch.setattr("ds_llm.data.files.read.__defaults__", (2000,))
     monkeypatch.setattr("ds_llm.data.pairs.available_cpus", lambda: 2)
     two = prepare_pairs(source, tokenizer, max_length=64, cache=tmp_path / "two")
     assert len(one) == 300 and one.fingerprint == two.fingerprint

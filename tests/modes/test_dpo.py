@@ -211,7 +211,7 @@ def test_refuses_what_cannot_work(overrides, world, tmp_path):
         ("data.format=alpaca", "data.format: is for sft", ConfigError),
         ("eval.stride=4", "eval.stride: is for pretrain", ConfigError),
         ("dpo.label_smoothing=0.6", "must be less than 0.5", ConfigError),
-        (f"data.train={world / 'text.jsonl'}", "no preference pair left", UserError),
+        (f"data.train={world / 'text.jsonl'}", "no preference pair to train on; 240 missing field", UserError),
         ("data.seq_len=1000", "more than the model's 64 positions", UserError),
     ):
         with pytest.raises(kind, match=message):
