@@ -1,10 +1,11 @@
 #!/usr/bin/env python
-"""Prepare data for training: fetch, clean, train a tokenizer, tokenise.
+"""Prepare data for training: fetch, clean, train a tokenizer, tokenise; show what a recipe trains on.
 
   prepare.py fetch shakespeare --out data
   prepare.py clean data/train.jsonl --out data/clean.jsonl
   prepare.py tokenizer data/clean.jsonl --out data/tokenizer
   prepare.py tokens data/clean.jsonl --tokenizer data/tokenizer --out data/train.bin
+  prepare.py show --config ds_configs/recipes/sft.yaml
 
 Interrupted at any point, the same command continues; finished, it does nothing. See docs/data.md.
 """

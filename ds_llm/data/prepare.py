@@ -42,6 +42,16 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     )
     _workers(tokens)
 
+    show = commands.add_parser(
+        "show",
+        help="show what a recipe trains on",
+        description="Show samples of a recipe for sft or dpo, with the trained tokens in colour, and count them.",
+    )
+    show.add_argument("--config", metavar="YAML", help="the recipe that launch/train.py takes")
+    show.add_argument("--samples", type=_count, default=3, metavar="N", help="how many to show (default 3)")
+    show.add_argument("overrides", nargs="*", metavar="key=value", help="for example data.train_on=last")
+    show.set_defaults(command=run_show)
+
 
 def _command(commands, function, name: str, help: str) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
@@ -127,3 +137,10 @@ def run_tokens(arguments: argparse.Namespace) -> None:
         console.print(
             f"{validation_path(out)}: {held_out['count']:,} documents, {held_out['total']:,} tokens", markup=False
         )
+
+
+def run_show(arguments: argparse.Namespace) -> None:
+    from ds_llm import config
+    from ds_llm.data.show import show_run
+
+    show_run(config.load(arguments.config, arguments.overrides), arguments.samples)
