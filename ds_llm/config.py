@@ -124,6 +124,11 @@ class LoraConfig:
     dora: bool = key(False, "DoRA: learn the norms of the weights' rows besides")
     rslora: bool = key(False, "rsLoRA: scale by alpha / sqrt(r)")
     init: str = key("default", "Initial weights of the first factor; the second is 0", choices=("default", "gaussian"))
+    quantize: str = key(
+        "none",
+        "QLoRA: hold the frozen linear layers in 4 bits (NormalFloat), by bitsandbytes; not with zero=3",
+        choices=("none", "nf4"),
+    )
 
 
 @dataclass

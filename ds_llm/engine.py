@@ -403,11 +403,15 @@ def _decay_groups(module: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def _leave_out(module: nn.Module, names: Iterable[str]) -> None:
-    """Keep parameters out of the module's state; DeepSpeed leaves frozen ones out under their first name only, not
-    under those they are tied to."""
+    """Keep parameters out of the module's state, and what bitsandbytes stores beside them (`weight.absmax`, ...).
+
+    DeepSpeed leaves frozen ones out under their first name only, not under those they are tied to.
+    """
 
     def drop(_, state: dict, prefix: str, __) -> None:
-        for name in names:
-            state.pop(prefix + name, None)
+        for key in list(state):
+            parts = key.removeprefix(prefix).split(".")
+            if any(".".join(parts[: i + 1]) in names for i in range(len(parts))):
+                del state[key]
 
     module.register_state_dict_post_hook(drop)

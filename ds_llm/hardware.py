@@ -99,6 +99,12 @@ def share_cores() -> None:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))
 
 
+def whole_shape(parameter: torch.nn.Parameter) -> torch.Size:
+    """Shape of a weight, whether it is sharded (DeepSpeed ZeRO-3) or packed into 4 bits (bitsandbytes)."""
+    packed = getattr(parameter, "quant_state", None)
+    return torch.Size(packed.shape if packed is not None else getattr(parameter, "ds_shape", parameter.shape))
+
+
 def training_flops_per_token(model: torch.nn.Module, seq_len: int) -> float:
     """FLOPs that the forward and backward pass of one token cost, as used for MFU.
 
@@ -118,11 +124,11 @@ def training_flops_per_token(model: torch.nn.Module, seq_len: int) -> float:
     tied = head is not None and head.weight is embedding
     products = 0.0
     for parameter in model.parameters():
-        shape = getattr(parameter, "ds_shape", parameter.shape)
+        shape = whole_shape(parameter)
         if len(shape) < 2 or (parameter is embedding and not tied):
             continue
         share = active / experts if experts and len(shape) == 3 and shape[0] == experts else 1.0
-        products += (6.0 if parameter.requires_grad else 4.0) * share * float(torch.Size(shape).numel())
+        products += (6.0 if parameter.requires_grad else 4.0) * share * float(shape.numel())
     heads = getattr(config, "num_attention_heads", 0)
     head_dim = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
     return products + 12.0 * getattr(config, "num_hidden_layers", 0) * heads * head_dim * seq_len

@@ -305,7 +305,7 @@ class Trainer:
 
     def _info(self) -> dict:
         model, c = self.job.model, self.config
-        sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
+        sizes = [(hardware.whole_shape(p).numel(), p.requires_grad) for p in model.parameters()]
         parameters, trained = sum(n for n, _ in sizes), sum(n for n, learns in sizes if learns)
         share = f" ({trained / 1e6:.2f}M trained)" if trained < parameters else ""
         console.print(

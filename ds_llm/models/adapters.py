@@ -1,7 +1,8 @@
 """The model a fine-tuning run starts from, with trainable low-rank adapters (peft) where the run asks for them.
 
 LoRA: Hu et al. 2021 (arXiv:2106.09685); rsLoRA scales by alpha / sqrt(r): Kalajdzievski 2023 (arXiv:2312.03732); DoRA
-trains the norms of the weights' rows besides: Liu et al. 2024 (arXiv:2402.09353).
+trains the norms of the weights' rows besides: Liu et al. 2024 (arXiv:2402.09353). QLoRA holds the frozen weights in 4
+bits: Dettmers et al. 2023 (arXiv:2305.14314).
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ def start_model(config: Config, tokenizer) -> nn.Module:
         dtype=config.train.dtype if lora.enabled else "fp32",
         attention=config.model.attention,
         compute_dtype=config.train.dtype,
+        quantize=lora.quantize if lora.enabled else "none",
     )
     match_tokenizer(model, tokenizer)
     if config.train.kernels:
@@ -56,12 +58,18 @@ def check(config: Config) -> dict[str, str]:
     """
     lora = config.lora
     if not lora.enabled:
+        if lora.quantize != "none":
+            raise ConfigError(f"lora.quantize: {lora.quantize} weights cannot be trained; set lora.enabled=true")
         return {}
     from transformers import AutoModelForCausalLM
 
     from ds_llm.models.loading import load_model_config, need
 
     need("peft", what="lora.enabled")
+    if lora.quantize != "none":
+        need("bitsandbytes", "accelerate", what=f"lora.quantize={lora.quantize}")
+        if config.zero == 3:
+            raise ConfigError(f"lora.quantize: {lora.quantize} weights cannot be sharded; use zero=2")
     if config.model.path is None:
         raise ConfigError("lora.enabled: adapters need a trained model; name it, for example model.path=runs/pretrain")
     with torch.device("meta"):

@@ -226,16 +226,20 @@ def load_model(
     attention: str = "auto",
     compute_dtype: str | None = None,
     merge: bool = True,
+    quantize: str = "none",
 ) -> torch.nn.Module:
     """A causal language model with its weights, on the CPU, in evaluation mode.
 
     dtype: fp32, bf16, fp16, or auto for the one it was saved in. attention: see `attention_kernel`; compute_dtype: the
     type it will compute in where that is not the one it is loaded in. A peft adapter is merged into its base, or, with
-    merge=False, kept apart: the model is then a peft model. Raises `UserError` where anything in the files is missing,
-    damaged or does not fit: no weight is ever left at random.
+    merge=False, kept apart: the model is then a peft model. quantize "nf4" holds the linear layers but the output head
+    in 4 bits, on the process's GPU where there is one (needs bitsandbytes). Raises `UserError` where anything in the
+    files is missing, damaged or does not fit: no weight is ever left at random.
     """
     source = locate(path)
     if source.adapter:
+        if quantize != "none":
+            raise UserError(f"{source.name}: is an adapter; merge it first (launch/export.py) to quantise the result")
         return _load_adapter(source, dtype, attention, compute_dtype, merge)
     config = load_model_config(path)
     if dtype == "auto":
@@ -245,6 +249,15 @@ def load_model(
         raise UserError(f"dtype '{dtype}': must be auto, {', '.join(TORCH_DTYPES)}")
     kernel = _supported(config, attention, attention_kernel(attention, compute_dtype or dtype))
     extra = {"config": config}
+    if quantize == "nf4":
+        extra["quantization_config"] = transformers.BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=TORCH_DTYPES[compute_dtype or dtype],
+        )
+        if torch.cuda.is_available():
+            extra["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
     if source.gguf:
         extra = {"gguf_file": source.gguf}
         if hasattr(transformers, "GgufConfig"):  # releases that have it may keep weights packed, untrainable

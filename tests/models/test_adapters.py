@@ -12,7 +12,7 @@ from ds_llm import config
 from ds_llm.errors import ConfigError, UserError
 from ds_llm.models import adapters
 from ds_llm.models.head import lm_loss
-from ds_llm.models.loading import load_model
+from ds_llm.models.loading import load_model, load_tokenizer
 
 
 @pytest.mark.parametrize(
@@ -106,3 +106,38 @@ def test_a_changed_base_model_is_recognised(chats, tmp_path):
     content[-1] ^= 1
     file.write_bytes(content)
     assert adapters.identity(folder) != adapters.identity(chats / "llama")
+
+
+def test_quantised_base_is_frozen_and_close(chats, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = load_tokenizer(chats / "llama")
+    size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **size)).save_pretrained(tmp_path / "wide")
+    tokenizer.save_pretrained(tmp_path / "wide")
+    model = adapted(tmp_path, "wide", "lora.quantize=nf4")
+    packed = [n for n, p in model.named_parameters() if p.dtype == torch.uint8]
+    assert len(packed) == 14 and all(n.endswith("base_layer.weight") for n in packed)
+    ids = torch.randint(3, 200, (2, 20))
+    with torch.no_grad():
+        exact = load_model(tmp_path / "wide", "fp32")(input_ids=ids).logits
+        found = model(input_ids=ids).logits
+    assert 0 < (found - exact).norm() < 0.2 * exact.norm()
+    lm_loss(model, ids, ids.roll(-1, 1)).loss_sum.backward()
+    assert {n for n, p in model.named_parameters() if p.grad is not None} == {
+        n for n, p in model.named_parameters() if "lora_" in n
+    }
+
+
+@pytest.mark.parametrize(
+    "overrides, text",
+    [
+        (["lora.enabled=false"], "cannot be trained; set lora.enabled=true"),
+        (["zero=3"], "use zero=2"),
+    ],
+)
+def test_impossible_quantisation_is_refused(chats, monkeypatch, overrides, text):
+    monkeypatch.setattr("ds_llm.models.loading.need", lambda *packages, what: None)
+    with pytest.raises(ConfigError, match=text):
+        adapted(chats, "llama", "lora.quantize=nf4", *overrides)
