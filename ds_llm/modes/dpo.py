@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ds_llm import engine as processes
 from ds_llm.config import Config
 from ds_llm.data.corpora import cache_folder
+from ds_llm.data.order import SampleOrder
 from ds_llm.data.pairs import Pairs, prepare_pairs
 from ds_llm.errors import ConfigError, UserError
 from ds_llm.models import adapters
@@ -135,13 +136,14 @@ def build(config: Config, data: Data) -> Job:
 
         def prepare(engine) -> None:
             with _reference(config, data, engine, model, start) as (forward, fingerprint):
-                for name, samples in (("train", data.train), ("val", data.val)):
+                parts = (("train", data.train, config.train.batch_size), ("val", data.val, _eval_batch(config)))
+                for name, samples, batch_size in parts:
                     if samples is not None:
                         samples.reference = reference_log_probs(
                             forward,
                             samples.pairs,
                             seed=config.train.seed,
-                            batch_size=config.train.batch_size,
+                            batch_size=batch_size,
                             cache=cache_folder() / "pairs",
                             key={
                                 "model": fingerprint,
@@ -228,11 +230,16 @@ def _reference(config: Config, data: Data, engine, model: nn.Module, start: str 
         yield lambda batch: forward(**batch, log_probs=True), fingerprint
 
 
+def _eval_batch(config: Config) -> int:
+    return config.eval.batch_size or config.train.batch_size
+
+
 def _evaluation(config: Config, data: Data):
-    val = data.val
-    size = config.eval.batch_size or config.train.batch_size
+    val, size = data.val, _eval_batch(config)
     count = min(len(val), config.eval.max_windows or len(val))
-    batches = [range(first, min(first + size, count)) for first in range(0, count, size)]
+    # the batches that the reference was given, so that a policy equal to it gets equal numbers
+    order = SampleOrder(len(val), config.train.seed).permutation(0)
+    batches = [order[first : min(first + size, count)] for first in range(0, count, size)]
 
     @torch.no_grad()
     def evaluate(engine) -> dict:
