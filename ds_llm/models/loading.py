@@ -279,6 +279,11 @@ def load_model(
             raise
         raise UserError(f"{source.name}: a weight file is damaged or incomplete ({_reason(error)})") from None
     _check_weights(source.name, found)
+    if quantize == "nf4":
+        for module in model.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                # an evaluation would repack the weights for a product through which no gradient flows any more
+                module.support_avx512bf16_for_cpu = False
     if source.gguf:
         # its weights are plain by now; save_pretrained and training refuse a model with these marks
         model.config.__dict__.pop("quantization_config", None)
