@@ -53,6 +53,7 @@ class _Template:
     header: str
     ender: str
     special: re.Pattern
+    longest: int  # characters of a special token
 
 
 def encode(tokenizer, messages: list[dict], tools: list[dict] | None = None, *, train_on: str = "all") -> Encoded:
@@ -60,13 +61,16 @@ def encode(tokenizer, messages: list[dict], tools: list[dict] | None = None, *, 
 
     messages: dicts with `role` and `content` (text), in assistant messages also `tool_calls`; tools: JSON schemas. An
     answer is trained from behind its header through its end-of-turn token; a white space behind that is not. train_on:
-    every answer ("all") or only the last one ("last"). A token that straddles the beginning of an answer is trained.
+    every answer ("all") or only the last one ("last"), in either case without those of `weight` 0. A token that
+    straddles the beginning of an answer is trained.
 
     The ids are those of `tokenizer.apply_chat_template(messages, tools=tools)`. Raises `Unmaskable` when an answer's
     place cannot be determined, `UserError` when the tokenizer has no chat template.
     """
     text, spans = find_answers(tokenizer, messages, tools)
-    return tokenise(tokenizer, text, spans if train_on == "all" else spans[-1:])
+    answers = [message for message in messages if message["role"] == "assistant"]
+    wanted = [span for span, answer in zip(spans, answers, strict=True) if answer.get("weight", 1)]
+    return tokenise(tokenizer, text, wanted if train_on == "all" else [span for span in wanted if span == spans[-1]])
 
 
 def encode_text(tokenizer, text: str) -> Encoded:
@@ -135,18 +139,21 @@ def _template(tokenizer, text: str) -> _Template:
     header = header[_common(without, header) :]
     answer = {"role": "assistant", "content": _MARK}
     tail = render(tokenizer, [{"role": "user", "content": "a"}, answer], chat_template=text)
+    if _MARK in header:
+        raise Unmaskable("answer not found", "the template renders the same messages differently each time")
     if tail.count(_MARK) != 1:
         raise Unmaskable("answer not found", "the template does not show an answer once, as it is")
     tail = tail.partition(_MARK)[2]
     tokens = tokenizer.added_tokens_decoder.values()
     special = {token.content for token in tokens if token.special} | set(tokenizer.all_special_tokens)
+    longest = max(map(len, special), default=0)
     first = _any_of(special).search(tail) or _any_of({token.content for token in tokens}).search(tail)
     if first is None:
-        return _Template(text, header, "", _any_of(special))
+        return _Template(text, header, "", _any_of(special), longest)
     pattern, end = _any_of({*special, first[0]}), first.end()
     while follows := pattern.match(tail, end):  # some turns end with two tokens
         end = follows.end()
-    return _Template(text, header, tail[first.start() : end], pattern)
+    return _Template(text, header, tail[first.start() : end], pattern, max(longest, len(first[0])))
 
 
 def _any_of(tokens: set[str]) -> re.Pattern:
@@ -168,7 +175,8 @@ def _check_contents(template: _Template, messages: list[dict], tools: list[dict]
     used |= {"tool_calls" for message in messages if message.get("tool_calls")}
     used |= {"reasoning" for message in messages if any(message.get(name) for name in REASONING)}
     for name in sorted(used):
-        if not any(word in template.text for word in (REASONING if name == "reasoning" else (name,))):
+        words = "|".join(REASONING) if name == "reasoning" else name
+        if not re.search(rf"\b({words})\b", template.text):
             raise Unmaskable("not in the template", f"the template does not mention {name}")
     control = {*template.special.findall(template.header), *template.special.findall(template.ender)}
     for number, message in enumerate(messages, 1):
@@ -225,7 +233,7 @@ def _locate(tokenizer, template: _Template, messages, tools, text: str, i: int, 
             other = render(tokenizer, [*messages[:i], changed, *messages[i + 1 :]], tools)
             if _MARK not in other:
                 continue
-            content, end = _difference(template, text, other)
+            content, end = _difference(template, text, other, f"message {i + 1}")
             start = _behind_header(tokenizer, template, messages, tools, text, i, done, content)
             if start < done:
                 raise Unmaskable("answer not found", f"message {i + 1} changes what is rendered before it")
@@ -255,15 +263,24 @@ def _behind_header(tokenizer, template: _Template, messages, tools, text, i: int
         # the header is not next to the content: make sure that it is no part of the message before
         marked = {**messages[i - 1], "content": _MARK}
         other = render(tokenizer, [*messages[: i - 1], marked, *messages[i:]], tools)
-        if _MARK in other and _difference(template, text, other)[1] > at:
+        if _MARK in other and _difference(template, text, other, f"message {i}")[1] > at:
             return content
     return start
 
 
-def _difference(template: _Template, text: str, other: str) -> tuple[int, int]:
-    """[start, end) of the part of `text` that differs in `other`, cutting no special token in two."""
-    start, end = _common(text, other), len(text) - _common(text[::-1], other[::-1])
-    for match in template.special.finditer(text):
+def _difference(template: _Template, text: str, other: str, name: str) -> tuple[int, int]:
+    """[start, end) of the part of `text` that differs in `other`, where a marker is in one message only.
+
+    Special tokens are not cut in two. `Unmaskable` when more than that message differs, such as the time of day.
+    """
+    start, rest = _common(text, other), _common(text[::-1], other[::-1])
+    before, _, after = other[start : len(other) - rest].partition(_MARK)
+    after = after.rpartition(_MARK)[2]
+    began = template.header in before if template.header else template.special.search(before)
+    if began or (template.ender and template.ender in after):
+        raise Unmaskable("answer not found", f"more than {name} changes when it does")
+    end = len(text) - rest
+    for match in template.special.finditer(text, max(0, start - template.longest), end + template.longest):
         if match.start() < start < match.end():
             start = match.start()
         if match.start() < end < match.end():

@@ -158,6 +158,8 @@ def _message(value, where: str) -> dict:
         raise Malformed("unknown role", f"{where}: {role!r}"[:200])
     message = {"role": ROLES[role], "content": _content(content, where)}
     rest = {key: v for key, v in value.items() if v is not None and key not in ("role", "content", "from", "value")}
+    if rest.get("weight", 1) not in (0, 1):
+        raise Malformed("wrong type", f"{where}: weight is {str(rest['weight'])[:50]}, not 0 or 1")
     if role == "function_call":
         message = {"role": "assistant", "content": "", "tool_calls": _parse(message["content"], where)}
     if calls := rest.pop("tool_calls", None):

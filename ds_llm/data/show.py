@@ -6,7 +6,8 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
-from ds_llm.data.supervised import IGNORE, REASONS
+from ds_llm.data.supervised import REASONS
+from ds_llm.data.tokens import IGNORE
 from ds_llm.errors import UserError
 from ds_llm.progress import console
 

@@ -27,12 +27,12 @@ import numpy as np
 from ds_llm.data import chat, conversations, rows, statistics
 from ds_llm.data.resume import dump, write_atomically
 from ds_llm.data.sources import Source, build_once, digests, resolve
+from ds_llm.data.tokens import IGNORE, tokenizer_hash
 from ds_llm.data.workers import available_cpus, ordered
 from ds_llm.errors import UserError
 from ds_llm.progress import progress
 
 VERSION = 1  # of the stored form: raise it when the same input gives other bytes
-IGNORE = -100  # label of a position that predicts nothing
 FORMATS = ("messages", "prompt_completion", "alpaca", "text")
 TRUNCATE = ("right", "drop")
 REASONS = {
@@ -41,7 +41,7 @@ REASONS = {
     **chat.REASONS,
     "too long": "more than max_length tokens, with truncate drop",
     "cut off": "nothing to train within the first max_length tokens",
-    "nothing to train": "too short to predict a token",
+    "nothing to train": "no answer with weight, or too short to predict a token",
 }
 FORMAT_ROWS = 100  # rows that tell the format of a source
 PARALLEL_BYTES = 32 << 20  # less is done sooner in this process than worker processes start
@@ -175,8 +175,6 @@ def find_format(source: Source, formats: Sequence[str]) -> str:
 
 
 def _key(contents: list[str], formats: list[str], tokenizer, options: dict) -> str:
-    from ds_llm.data.tokens import tokenizer_hash
-
     identity = {
         "version": VERSION,
         "contents": contents,

@@ -277,6 +277,15 @@ def test_a_header_that_the_user_spells_is_not_the_answers(tokenizer_of):
     assert said(tokenizer, found) == ["yes<｜end▁of▁sentence｜>", "no<｜end▁of▁sentence｜>"]
 
 
+def test_answers_without_weight_are_not_trained(tokenizer_of):
+    tokenizer = tokenizer_of("smollm2")
+    messages = [user("q"), assistant("a", weight=0), user("r"), assistant("a", weight=1), user("s"), assistant("b")]
+    found = encode(tokenizer, messages)
+    assert said(tokenizer, found) == ["a<|im_end|>", "b<|im_end|>"] and found.trained.index(True) > 15
+    assert said(tokenizer, encode(tokenizer, messages, train_on="last")) == ["b<|im_end|>"]
+    assert not any(encode(tokenizer, messages[:2], train_on="last").trained)
+
+
 def test_a_turn_that_ends_with_two_tokens(tokenizer_of):
     template = (
         "{% for m in messages %}{{ '<|start|>' + m['role'] + '<|message|>' + m['content'] + '<|end|><|return|>' }}"
@@ -288,6 +297,9 @@ def test_a_turn_that_ends_with_two_tokens(tokenizer_of):
 
 
 CHATML = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+PROMPT = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+CLOCK = "{{ strftime_now('%H:%M:%S.%f') }}"  # another text at each rendering
+LATER = "{% if messages | length > 2 %}" + CLOCK + "{% endif %}"
 QA = [user("q"), assistant("a"), user("r"), assistant("b")]
 
 
@@ -307,6 +319,10 @@ QA = [user("q"), assistant("a"), user("r"), assistant("b")]
         ("smollm2", CHATML.replace("m['content']", "'...'"), QA, None, "answer not found"),
         ("smollm2", CHATML.replace("m['content']", "m['content'] * 2"), QA, None, "answer not found"),
         ("smollm2", "{{ messages[-1]['content'] }}" + CHATML, QA, None, "answer not found"),
+        ("smollm2", CLOCK + CHATML + PROMPT, QA[:2], None, "answer not found"),
+        ("smollm2", CHATML + CLOCK + PROMPT, QA, None, "answer not found"),
+        ("smollm2", LATER + CHATML + PROMPT, QA, None, "answer not found"),
+        ("smollm2", LATER + CHATML, QA, None, "answer not found"),
     ],
 )
 def test_refusals(tokenizer_of, name, template, messages, tools, reason):

@@ -129,6 +129,7 @@ def test_rows_become_messages(row, messages, tools):
             "messages",
             "wrong type",
         ),
+        ({"messages": [user("q"), assistant("a", weight=0.5)]}, "messages", "wrong type"),
         ({"messages": QA, "tools": "{"}, "messages", "wrong type"),
         ({"messages": QA, "tools": {"a": 1}}, "messages", "wrong type"),
         ({"messages": QA, "system": 5}, "messages", "wrong type"),

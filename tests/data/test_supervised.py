@@ -8,8 +8,9 @@ import pytest
 
 from ds_llm.data import chat, conversations, supervised
 from ds_llm.data.sources import build_once, digests, resolve
-from ds_llm.data.supervised import IGNORE, prepare
+from ds_llm.data.supervised import prepare
 from ds_llm.data.tokenizer import load_tokenizer
+from ds_llm.data.tokens import IGNORE
 from ds_llm.errors import UserError
 
 from .conftest import random_text, write_jsonl
