@@ -136,9 +136,11 @@ def shakespeare(out: str | os.PathLike) -> dict[str, Path]:
 
 
 def shakespeare_chat(out: str | os.PathLike) -> dict[str, Path]:
-    """Dialogues of the plays as conversations, `train.jsonl` and `val.jsonl` (two whole plays) in folder `out`.
+    """Dialogues of the plays as conversations and as pairs in folder `out`; two whole plays are the held-out part.
 
-    Rows `{"messages"}`: up to four speeches that follow each other, the first one's speaker as the user.
+    `train.jsonl` and `val.jsonl`, rows `{"messages"}`: up to four speeches that follow each other, the first one's
+    speaker as the user. `train_pairs.jsonl` and `val_pairs.jsonl`, rows `{"prompt", "chosen", "rejected"}`: a speech, the
+    reply to it and the reply to another one; nobody compared the two.
     """
     with tempfile.TemporaryDirectory() as scratch:
         works = {part: path.read_text().splitlines() for part, path in shakespeare(scratch).items()}
@@ -148,6 +150,12 @@ def shakespeare_chat(out: str | os.PathLike) -> dict[str, Path]:
         rows[part] = [
             {"messages": [{"role": r, "content": c} for r, c in zip(("user", "assistant") * 2, talk, strict=False)]}
             for talk in talks
+        ]
+        others = talks[len(talks) // 2 :] + talks[: len(talks) // 2]
+        rows[f"{part}_pairs"] = [
+            {"prompt": talk[0], "chosen": talk[1], "rejected": other[1]}
+            for talk, other in zip(talks, others, strict=True)
+            if talk[1] != other[1]
         ]
     return {part: _write(Path(out) / f"{part}.jsonl", content) for part, content in rows.items()}
 
