@@ -139,8 +139,8 @@ def shakespeare_chat(out: str | os.PathLike) -> dict[str, Path]:
     """Dialogues of the plays as conversations and as pairs in folder `out`; two whole plays are the held-out part.
 
     `train.jsonl` and `val.jsonl`, rows `{"messages"}`: up to four speeches that follow each other, the first one's
-    speaker as the user. `train_pairs.jsonl` and `val_pairs.jsonl`, rows `{"prompt", "chosen", "rejected"}`: a speech, the
-    reply to it and the reply to another one; nobody compared the two.
+    speaker as the user. `train_pairs.jsonl` and `val_pairs.jsonl`, rows `{"prompt", "chosen", "rejected"}`: a speech,
+    the reply to it and the reply to another one; nobody compared the two.
     """
     with tempfile.TemporaryDirectory() as scratch:
         works = {part: path.read_text().splitlines() for part, path in shakespeare(scratch).items()}
