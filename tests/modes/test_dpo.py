@@ -159,33 +159,43 @@ def by_hand(world, loss: str, reference: str | None, steps: int, batch: int, lr:
     return found, model.state_dict()
 
 
-CASES = [("sigmoid", None, 2), ("sigmoid", "other", 3), ("orpo", None, 2)]
+def same(output, expected, weights) -> None:
+    """The steps and the exported model of a run are those worked out by hand."""
+    from safetensors.torch import load_file
+
+    found = of_kind(metrics.read(output / "metrics.jsonl"), "step")
+    for record, (value, margin, norm) in zip(found, expected, strict=True):
+        assert record["loss"] == pytest.approx(value, rel=1e-5)
+        assert record["margin"] == pytest.approx(margin, abs=1e-5)
+        assert record["grad_norm"] == pytest.approx(norm, rel=2e-3)
+    for name, tensor in load_file(output / "model" / "model.safetensors").items():
+        assert torch.allclose(tensor.double(), weights[name], atol=2e-4), name
+
+
+def steps(overrides, output, **options) -> list[str]:
+    """Arguments of 3 steps on 16 pairs each."""
+    options = {"train.max_steps": 3, "optim.schedule": "constant", "optim.warmup_steps": 0, "output": output} | options
+    return [*overrides, *(f"{k}={v}" for k, v in options.items())]
 
 
 def test_two_processes_equal_plain_torch(overrides, world, tmp_path):
-    """ZeRO-2 and ZeRO-3 with accumulation, with the start model, another one and none as the reference."""
-    steps, lr, jobs = 3, 1e-3, []
-    for number, (loss, reference, stage) in enumerate(CASES):
-        more = [f"zero={stage}", f"dpo.loss={loss}", f"train.max_steps={steps}", "train.accumulation_steps=2"]
-        more += ["optim.schedule=constant", "optim.warmup_steps=0", f"output={tmp_path / str(number)}"]
-        more += [f"dpo.reference={world / reference}"] if reference else []
-        env = {"DS_LLM_CACHE": str(tmp_path / "cache")}
-        jobs.append(start(("deepspeed", "torchrun", "torchrun")[number], [*overrides, *more], **env))
-    for number, (loss, reference, _) in enumerate(CASES):
-        out, err = jobs[number].communicate(timeout=240)
-        assert jobs[number].returncode == 0, out[-3000:] + err[-3000:]
+    """ZeRO-2 with the start model as the reference, ZeRO-3 with another one, both with accumulation."""
+    jobs = {}
+    for launcher, stage, reference in (("deepspeed", 2, None), ("torchrun", 3, "other")):
+        more = {"dpo.reference": world / reference} if reference else {}
+        arguments = steps(overrides, tmp_path / launcher, zero=stage, **{"train.accumulation_steps": 2}, **more)
+        jobs[launcher] = reference, start(launcher, arguments, DS_LLM_CACHE=str(tmp_path / "cache"))
+    for launcher, (reference, job) in jobs.items():
+        out, err = job.communicate(timeout=240)
+        assert job.returncode == 0, out[-3000:] + err[-3000:]
         assert err.strip() == "", err
-        expected, weights = by_hand(world, loss, reference, steps, batch=16, lr=lr)
-        found = of_kind(metrics.read(tmp_path / str(number) / "metrics.jsonl"), "step")
-        for record, (value, margin, norm) in zip(found, expected, strict=True):
-            assert record["loss"] == pytest.approx(value, rel=1e-5)
-            assert record["margin"] == pytest.approx(margin, abs=1e-5)
-            assert record["grad_norm"] == pytest.approx(norm, rel=2e-3)
-        from safetensors.torch import load_file
+        same(tmp_path / launcher, *by_hand(world, "sigmoid", reference, steps=3, batch=16, lr=1e-3))
 
-        saved = load_file(tmp_path / str(number) / "model" / "model.safetensors")
-        for name, tensor in saved.items():
-            assert torch.allclose(tensor.double(), weights[name], atol=2e-4), name
+
+def test_reference_free_equals_plain_torch(overrides, world, tmp_path):
+    assert run(*steps(overrides, tmp_path / "run", **{"dpo.loss": "orpo", "train.batch_size": 16}))
+    same(tmp_path / "run", *by_hand(world, "orpo", None, steps=3, batch=16, lr=1e-3))
+    assert not list((tmp_path / "cache").glob("*/reference-*"))
 
 
 def test_resumes_bitwise_without_scoring_again(overrides, tmp_path, capsys):
