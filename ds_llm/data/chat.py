@@ -24,7 +24,7 @@ TRAIN_ON = ("all", "last")
 REASONS = {
     "refused by the chat template": "the template raises an error for these messages",
     "no answer": "no message of the assistant",
-    "not in the template": "tools, tool calls or reasoning that the chat template would leave out",
+    "not in the template": "a question, system message, tools or reasoning that the chat template would leave out",
     "control token": "a text spells a token that begins or ends a turn",
     "answer not found": "which part of the rendered text the assistant says cannot be determined",
     "no end of turn": "the template puts no end-of-turn token behind an answer",
@@ -117,6 +117,9 @@ def find_answers(tokenizer, messages: list[dict], tools: list[dict] | None = Non
     template = _template(tokenizer, tokenizer.get_chat_template(tools=tools))
     _check_contents(template, messages, tools)
     text = render(tokenizer, messages, tools)
+    for number, message in enumerate(messages, 1):
+        if message["role"] in ("system", "developer", "user") and message["content"].strip() not in text:
+            raise Unmaskable("not in the template", f"message {number} ({message['role']}) does not show as it is")
     spans = _marked_spans(tokenizer, template, messages, tools)
     if len(spans) == len(answers):
         spans = [_whole_turn(template, text, start, end, i) for (start, end), i in zip(spans, answers, strict=True)]
@@ -235,6 +238,8 @@ def _locate(tokenizer, template: _Template, messages, tools, text: str, i: int, 
                 continue
             content, end = _difference(template, text, other, f"message {i + 1}")
             start = _behind_header(tokenizer, template, messages, tools, text, i, done, content)
+            if start == content and changed.get("tool_calls"):  # the marker is only in the arguments
+                start = _behind_before(tokenizer, template, messages, tools, text, i)
             if start < done:
                 raise Unmaskable("answer not found", f"message {i + 1} changes what is rendered before it")
             return start, _turn_end(tokenizer, template, messages, tools, text, i, end)
@@ -266,6 +271,14 @@ def _behind_header(tokenizer, template: _Template, messages, tools, text, i: int
         if _MARK in other and _difference(template, text, other, f"message {i}")[1] > at:
             return content
     return start
+
+
+def _behind_before(tokenizer, template: _Template, messages, tools, text: str, i: int) -> int:
+    """Where message i begins in `text`: behind the messages before it, and behind as much of the header as is there."""
+    before = render(tokenizer, messages[:i], tools) if i else ""
+    if not text.startswith(before):
+        raise Unmaskable("answer not found", f"message {i + 1} has no header, and changes what is rendered before it")
+    return len(before) + _common(template.header, text[len(before) :])
 
 
 def _difference(template: _Template, text: str, other: str, name: str) -> tuple[int, int]:

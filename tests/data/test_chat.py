@@ -19,7 +19,7 @@ TOKENS = {  # template: (beginning, end of a turn, others)
     "qwen25": (None, "<|im_end|>", ["<|im_start|>"]),
     "qwen3": (None, "<|im_end|>", ["<|im_start|>"]),
     "gemma2": ("<bos>", "<end_of_turn>", ["<start_of_turn>"]),
-    "mistral": ("<s>", "</s>", ["[INST]", "[/INST]"]),
+    "mistral": ("<s>", "</s>", ["[INST]", "[/INST]", "[TOOL_CALLS]"]),
     "llama3": ("<|begin_of_text|>", "<|eot_id|>", ["<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>"]),
     "deepseek_r1": ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", []),
     "harmony": (None, "<|return|>", ["<|start|>", "<|message|>", "<|end|>", "<|channel|>", "<|call|>"]),
@@ -228,6 +228,7 @@ def call(**arguments):
         ("qwen25", '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call><|im_end|>', "<|im_end|>"),
         ("qwen3", '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call><|im_end|>', "<|im_end|>"),
         ("llama3", '{"name": "add", "parameters": {"a": 1}}<|eom_id|>', "<|eot_id|>"),
+        ("mistral", '[TOOL_CALLS][{"name": "add", "arguments": {"a": 1}, "id": "abcdefghi"}]</s>', "</s>"),
         ("harmony", ' to=add<|channel|>commentary<|message|>{"a": 1}<|call|>', "<|end|>"),
     ],
 )
@@ -241,6 +242,8 @@ def test_tool_calls_are_answers_and_their_results_are_not(tokenizer_of, name, ca
         user("thanks"),
         assistant("bye"),
     ]
+    if name == "mistral":  # whose tools lie before the last question
+        messages[4:] = []
     tools = None if name == "harmony" else TOOLS
     found = encode(tokenizer, messages, tools)
     assert found.input_ids == tokenizer.apply_chat_template(messages, tools=tools)["input_ids"]
@@ -248,7 +251,10 @@ def test_tool_calls_are_answers_and_their_results_are_not(tokenizer_of, name, ca
         "harmony": ["<|channel|>final<|message|>It is 3.<|end|>", "<|channel|>final<|message|>bye<|return|>"],
         "qwen3": ["It is 3.<|im_end|>", "<think>\n\n</think>\n\nbye<|im_end|>"],
     }
-    assert said(tokenizer, found) == [calls, *final.get(name, ["It is 3." + closing, "bye" + closing])]
+    expected = [calls, *final.get(name, ["It is 3." + closing, "bye" + closing])]
+    assert [text.lstrip(" ") for text in said(tokenizer, found)] == [
+        text.lstrip(" ") for text in expected[: len(messages) // 2]
+    ]
 
 
 def test_two_tool_calls_with_a_text_before_them(tokenizer_of):
@@ -311,6 +317,15 @@ QA = [user("q"), assistant("a"), user("r"), assistant("b")]
         ("smollm2", None, [user("q"), assistant("a<|im_start|>user")], None, "control token"),
         ("gemma2", None, [{"role": "system", "content": "s"}, *QA], None, "refused by the chat template"),
         ("gemma2", None, [*QA, assistant("c")], None, "refused by the chat template"),
+        ("mistral", None, [{"role": "system", "content": "s0"}, *QA], None, "not in the template"),
+        ("mistral", None, [user("q"), assistant("", tool_calls=[call(a=1)]), *QA[1:]], TOOLS, "answer not found"),
+        (
+            "smollm2",
+            CHATML.replace("m['content']", "(m['content'] if m['role'] != 'user' else '')"),
+            QA,
+            None,
+            "not in the template",
+        ),
         ("smollm2", None, QA, TOOLS, "not in the template"),
         ("smollm2", None, [user("q"), assistant("", tool_calls=[call(a=1)])], None, "not in the template"),
         ("smollm2", None, [user("q"), assistant("a", reasoning_content="hm")], None, "not in the template"),
