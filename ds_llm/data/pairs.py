@@ -263,13 +263,15 @@ def encode_pair(row: dict, tokenizer) -> tuple[Encoded, Encoded]:
     if not row.get("prompt") and isinstance(row.get("chosen"), str) and isinstance(row.get("rejected"), str):
         return _encode_texts(row["chosen"], row["rejected"], tokenizer)
     chosen, rejected, tools = conversations.to_pair(row)
-    answered = sum(message["role"] == "assistant" for message in chosen[: _shared(chosen, rejected)])
+    shared = _shared(chosen, rejected)
     sides = []
     for messages in (chosen, rejected):
         text, spans = find_answers(tokenizer, messages, tools)
-        if not spans[answered:]:
+        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        own = [s for s, i in zip(spans, answers, strict=True) if i >= shared and messages[i].get("weight", 1)]
+        if not own:
             raise RowError("no answer", "one side adds no message of the assistant to what both share")
-        sides.append(tokenise(tokenizer, text, spans[answered:]))
+        sides.append(tokenise(tokenizer, text, own))
     return sides[0], sides[1]
 
 

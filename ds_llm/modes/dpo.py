@@ -39,7 +39,8 @@ class Data:
 class Samples:
     """Preference pairs with their log-probabilities under the reference model, once those are known.
 
-    `reference` is float32 [pairs, 2] in nats, chosen and rejected, or None for losses without a reference.
+    `reference` is float32 [pairs, 2] in nats, chosen and rejected, of the pairs that the run uses, or None for losses
+    without a reference.
     """
 
     def __init__(self, pairs: Pairs):
@@ -136,21 +137,27 @@ def build(config: Config, data: Data) -> Job:
 
         def prepare(engine) -> None:
             with _reference(config, data, engine, model, start) as (forward, fingerprint):
-                parts = (("train", data.train, config.train.batch_size), ("val", data.val, _eval_batch(config)))
-                for name, samples, batch_size in parts:
+                t = config.train
+                batch = t.batch_size * t.accumulation_steps * engine.world_size
+                steps = t.max_steps or math.ceil(t.epochs * len(data.train) / batch)
+                for name, samples, batch_size, needed in (
+                    ("train", data.train, t.batch_size, steps * batch),
+                    ("val", data.val, _eval_batch(config), config.eval.max_windows or None),
+                ):
                     if samples is not None:
                         samples.reference = reference_log_probs(
                             forward,
                             samples.pairs,
-                            seed=config.train.seed,
+                            seed=t.seed,
                             batch_size=batch_size,
+                            needed=needed,
                             cache=cache_folder() / "pairs",
                             key={
                                 "model": fingerprint,
                                 "pairs": samples.pairs.fingerprint,
-                                "dtype": config.train.dtype,
+                                "dtype": t.dtype,
                                 "attention": config.model.attention,
-                                "kernels": config.train.kernels,
+                                "kernels": t.kernels,
                             },
                             title=f"reference log-probabilities of {name}",
                         )

@@ -2,7 +2,7 @@
 
 CACHE/reference-<key>/
     key.json         what the key is the hash of: model, data, numbers of the forward pass
-    log_probs.npy    float32 [pairs, 2]: chosen, rejected; written when all are known
+    log_probs.npy    float32 [pairs, 2]: chosen, rejected; -inf for pairs that no run has needed yet
     part-00001.npy   what a rank knows while the pass is under way, the unknown -inf
 """
 
@@ -56,38 +56,41 @@ def reference_log_probs(
     batch_size: int,
     cache: Path,
     key: dict,
+    needed: int | None = None,
     title: str = "reference log-probabilities",
 ) -> np.ndarray:
-    """Log-probabilities in nats, summed over each answer's tokens, of all pairs: float32 [pairs, 2].
+    """Log-probabilities in nats, summed over each answer's tokens: float32 [pairs, 2], -inf where not needed.
 
     forward: a micro-batch of `pairs.batch` -> [2, P] of chosen and rejected; under ZeRO-3 it is a collective, so every
         rank calls it equally often.
     seed, batch_size: those of the training. The first epoch's micro-batches are scored as they will be trained on, so
         a policy that starts as the reference computes the same numbers.
+    needed: only the pairs at so many positions of the first epoch, for a run that ends before it; None: all.
     key: what the numbers depend on, as JSON: the model's fingerprint, that of the data, the type computed in.
 
-    Every rank calls this and gets all values. What an interrupted pass has computed is used, at any world size, and
-    nothing is computed where all is known. The ranks exchange what they know once before the pass and once after it.
+    Every rank calls this and gets the same values. What an interrupted pass has computed is used, at any world size,
+    and nothing is computed where all is known. The ranks exchange what they know once before the pass and once after.
     """
     text = json.dumps(key, indent=1, sort_keys=True)
     folder = Path(cache) / f"reference-{hashlib.sha256(text.encode()).hexdigest()[:32]}"
     values = _exchange(_read(folder, len(pairs)))
     order = SampleOrder(len(pairs), seed).permutation(0)
-    chunks = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    last = len(order) if needed is None else min(needed, len(order))
+    chunks = [order[i : i + batch_size] for i in range(0, last, batch_size)]
     missing = [chunk for chunk in chunks if not _known(values[chunk]).all()]
     _prepare_folder(folder, text)
     part = folder / f"part-{rank():05d}.npy"
     if missing:
         values = _exchange(_pass(forward, pairs, values, missing, part, title))
     else:
-        console.print(f"{title}: all {len(pairs):,} pairs found in {folder}", markup=False)
-    if unknown := int((~_known(values)).any(1).sum()):
+        console.print(f"{title}: all {sum(map(len, chunks)):,} pairs found in {folder}", markup=False)
+    if unknown := int((~_known(values[np.concatenate(chunks)])).any(1).sum()):
         raise UserError(
             f"the reference model gives no finite log-probability for {unknown:,} of {len(pairs):,} pairs; is it "
             "sound, and train.dtype not too narrow for it?"
         )
     # one rank of a node, as nodes need not share a file system
-    if os.environ.get("LOCAL_RANK", "0") == "0" and not _known(_load(folder / FILE, len(pairs))).all():
+    if os.environ.get("LOCAL_RANK", "0") == "0" and not np.array_equal(_load(folder / FILE, len(pairs)), values):
         _write(folder / FILE, values)
     if dist.is_initialized():
         dist.barrier()

@@ -9,6 +9,7 @@ import torch
 from jobs import environment
 from torch import nn
 
+from ds_llm.data.order import SampleOrder
 from ds_llm.errors import UserError
 from ds_llm.scoring.reference import FILE, model_fingerprint, reference_log_probs
 
@@ -34,9 +35,10 @@ def expected(count: int) -> np.ndarray:
     return np.stack([-np.arange(count), -np.arange(count) - 0.5], 1).astype(np.float32)
 
 
-def run(folder, forward=by_number, count=23, batch_size=4, **key) -> np.ndarray:
+def run(folder, forward=by_number, count=23, batch_size=4, needed=None, **key) -> np.ndarray:
+    key = {"model": "m"} | key
     return reference_log_probs(
-        forward, Numbers(count), seed=1, batch_size=batch_size, cache=folder, key={"model": "m"} | key
+        forward, Numbers(count), seed=1, batch_size=batch_size, cache=folder, key=key, needed=needed
     )
 
 
@@ -55,6 +57,20 @@ def test_scores_every_pair_once_and_then_never_again(tmp_path):
     folders = list(tmp_path.glob("reference-*"))
     assert {json.loads((f / "key.json").read_text())["model"] for f in folders} == {"m", "another"}
     assert all({p.name for p in f.iterdir()} == {"key.json", FILE} for f in folders)
+
+
+def test_scores_only_what_a_run_needs(tmp_path):
+    order, seen = SampleOrder(23, 1).permutation(0), []
+
+    def counted(batch):
+        seen.extend(batch["index"].tolist())
+        return by_number(batch)
+
+    for needed, known in ((6, 8), (8, 8), (11, 12), (None, 23)):  # whole batches of 4
+        values = run(tmp_path, counted, needed=needed)
+        assert seen == order[:known].tolist()
+        assert np.array_equal(values[order[:known]], expected(23)[order[:known]])
+        assert (values[order[known:]] == -np.inf).all()
 
 
 def test_continues_what_was_interrupted(tmp_path, monkeypatch):
@@ -140,8 +156,6 @@ def test_two_ranks_share_the_work(tmp_path):
     (file,) = begun.glob(f"*/{FILE}")
     values = np.load(file)
     file.unlink()
-    from ds_llm.data.order import SampleOrder
-
     values[SampleOrder(23, 1).permutation(0)[4:]] = -np.inf
     np.save(file.with_name("part-00007.npy"), values)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
