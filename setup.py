@@ -8,6 +8,8 @@ INSTALL = [
     "transformers>=5.17",  # models, tokenizer loading, generation
     "tokenizers>=0.22",  # BPE training and parallel encoding
     "safetensors>=0.6",  # model files without pickle
+    "peft>=0.17",  # low-rank adapters
+    "datasets>=3",  # data sets by hub name
     "omegaconf>=2.3",  # typed configuration, YAML and key=value overrides
     "rich>=13",  # progress, tables, readable terminal output
     "numpy>=1.26",  # token files
@@ -33,8 +35,6 @@ EXTRAS["test"] = [
     "pytest>=8",
     "pytest-timeout>=2.3",  # a hang fails instead of stopping the suite
     "hypothesis>=6.100",  # fresh random shapes
-    "datasets>=3",  # the preparation benchmark compares with datasets.map
-    "peft>=0.17",  # the decoder is checked to work with it
     "ruff>=0.6",
 ]
 
