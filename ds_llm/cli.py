@@ -25,7 +25,6 @@ def quiet() -> None:
     """Silence the libraries' own start-up messages unless DS_LLM_VERBOSE=1; call before importing them."""
     if os.environ.get("DS_LLM_VERBOSE") == "1":
         return
-    os.environ.setdefault("DS_LOG_LEVEL", "warning")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
