@@ -61,8 +61,10 @@ class Trainer:
 
         Returns the exit code of the process: 0, or `EXIT_CODE` after an interruption.
         """
-        if self.job.prepare is not None:
-            self.job.prepare(self.engine)
+        if self.job.prepare is not None and not self.job.prepare(self.engine, self._asked_to_stop):
+            reason = self.interrupt.reason or "another process was asked to stop"
+            console.print(f"stopped by {reason} before the first step; the same command continues", markup=False)
+            return EXIT_CODE
         if resume:
             self._restore(*resume)
         self._record()
@@ -83,6 +85,10 @@ class Trainer:
         finally:
             self.tracker.close(code)
         return code
+
+    def _asked_to_stop(self) -> bool:
+        """Whether any process was asked to stop; collective."""
+        return engine.all_reduce([float(self.interrupt.requested())])[0] > 0
 
     def _loop(self, info: dict) -> int:
         flops = info["flops_per_token"]
@@ -382,6 +388,7 @@ def train(config: Config) -> int:
     output = Path(config.output)
     with run_folder.lock(output) if rank() == 0 else contextlib.nullcontext():
         engine.init_distributed()
+        engine.check_settings(config)
         resume, notes = run_folder.resume_point(config, output), []
         if resume:
             path, saved = resume

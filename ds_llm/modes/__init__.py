@@ -43,8 +43,9 @@ class Job:
     micro-batch, and where `metrics` names further figures their sums [len(metrics)]; the trainer divides the loss and
     these sums by `count(batch)` over the global batch: how many of `unit` (token, pair) it holds. `evaluate(engine)`
     returns the figures of an evaluation, `goal` among them, of which the lowest is the best; `sample(engine)` a list
-    of {"prompt", "text"}. `prepare(engine)` runs before training, while the engine still holds the start model. Every
-    rank calls these three, or they are None.
+    of {"prompt", "text"}. `prepare(engine, stop)` runs before training, while the engine still holds the start model;
+    it calls the collective `stop()` now and then and returns False where that says to end. Every rank calls all three,
+    or they are None.
     """
 
     model: nn.Module

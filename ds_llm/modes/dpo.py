@@ -135,7 +135,7 @@ def build(config: Config, data: Data) -> Job:
         # hashed here, where the weights are whole
         start = model_fingerprint(model) if config.dpo.reference is None else None
 
-        def prepare(engine) -> None:
+        def prepare(engine, stop) -> bool:
             with _reference(config, data, engine, model, start) as (forward, fingerprint):
                 t = config.train
                 batch = t.batch_size * t.accumulation_steps * engine.world_size
@@ -151,6 +151,7 @@ def build(config: Config, data: Data) -> Job:
                             seed=t.seed,
                             batch_size=batch_size,
                             needed=needed,
+                            stop=stop,
                             cache=cache_folder() / "pairs",
                             key={
                                 "model": fingerprint,
@@ -161,6 +162,9 @@ def build(config: Config, data: Data) -> Job:
                             },
                             title=f"reference log-probabilities of {name}",
                         )
+                        if samples.reference is None:
+                            return False
+            return True
 
     return Job(
         model,

@@ -28,6 +28,7 @@ from ds_llm.errors import UserError
 from ds_llm.progress import console, progress
 
 FILE, SAVE_SECONDS = "log_probs.npy", 30.0
+STOP_TURNS = 8  # forward passes between two looks for a request to stop
 UNKNOWN = -math.inf
 HASH_BYTES = 64 << 20
 
@@ -57,8 +58,9 @@ def reference_log_probs(
     cache: Path,
     key: dict,
     needed: int | None = None,
+    stop: Callable[[], bool] = lambda: False,
     title: str = "reference log-probabilities",
-) -> np.ndarray:
+) -> np.ndarray | None:
     """Log-probabilities in nats, summed over each answer's tokens: float32 [pairs, 2], -inf where not needed.
 
     forward: a micro-batch of `pairs.batch` -> [2, P] of chosen and rejected; under ZeRO-3 it is a collective, so every
@@ -66,6 +68,7 @@ def reference_log_probs(
     seed, batch_size: those of the training. The first epoch's micro-batches are scored as they will be trained on, so
         a policy that starts as the reference computes the same numbers.
     needed: only the pairs at so many positions of the first epoch, for a run that ends before it; None: all.
+    stop: a collective that says whether any rank was asked to stop; then what is known is kept and None returned.
     key: what the numbers depend on, as JSON: the model's fingerprint, that of the data, the type computed in.
 
     Every rank calls this and gets the same values. What an interrupted pass has computed is used, at any world size,
@@ -81,7 +84,9 @@ def reference_log_probs(
     _prepare_folder(folder, text)
     part = folder / f"part-{rank():05d}.npy"
     if missing:
-        values = _exchange(_pass(forward, pairs, values, missing, part, title))
+        if not _pass(forward, pairs, values, missing, part, stop, title):
+            return None
+        values = _exchange(values)
     else:
         console.print(f"{title}: all {sum(map(len, chunks)):,} pairs found in {folder}", markup=False)
     if unknown := int((~_known(values[np.concatenate(chunks)])).any(1).sum()):
@@ -100,10 +105,10 @@ def reference_log_probs(
     return values
 
 
-def _pass(forward: Callable, pairs, values: np.ndarray, missing: list, part: Path, title: str) -> np.ndarray:
-    """The values with this rank's share of the missing chunks filled in, also kept in `part`."""
+def _pass(forward: Callable, pairs, values: np.ndarray, missing: list, part: Path, stop: Callable, title: str) -> bool:
+    """Fill in this rank's share of the missing chunks, keep the values in `part`; False when it was stopped."""
     continued = f"{title} (continued)" if _known(values).any() else title
-    saved = time.monotonic()
+    saved, stopped = time.monotonic(), False
     with progress(continued, total=sum(map(len, missing)), unit="pairs") as task:
         for start in range(0, len(missing), world_size()):
             turn = missing[start : start + world_size()]
@@ -112,11 +117,13 @@ def _pass(forward: Callable, pairs, values: np.ndarray, missing: list, part: Pat
             if rank() < len(turn):
                 values[mine] = np.where(np.isfinite(found), found, UNKNOWN)
             task.advance(sum(map(len, turn)))
+            if start // world_size() % STOP_TURNS == 0 and (stopped := stop()):
+                break
             if time.monotonic() - saved > SAVE_SECONDS:
                 _write(part, values)
                 saved = time.monotonic()
     _write(part, values)
-    return values
+    return not stopped
 
 
 def _known(values: np.ndarray) -> np.ndarray:

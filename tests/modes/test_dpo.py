@@ -212,6 +212,15 @@ def test_resumes_bitwise_without_scoring_again(overrides, tmp_path, capsys):
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
+def test_stopped_while_scoring_it_continues(overrides, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("ds_llm.interrupt.Interrupt.requested", lambda self: True)
+    assert trainer.train(config.load(None, overrides)) == 75
+    assert "before the first step; the same command continues" in capsys.readouterr().out
+    monkeypatch.undo()
+    monkeypatch.setenv("DS_LLM_CACHE", str(tmp_path / "cache"))
+    assert of_kind(run(*overrides, "train.max_steps=2"), "step")[0]["margin"] == 0
+
+
 def test_refuses_what_cannot_work(overrides, world, tmp_path):
     for wrong, message, kind in (
         ("dpo.reference=nowhere/at/all", "nowhere/at/all: no such file", UserError),

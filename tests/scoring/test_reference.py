@@ -35,10 +35,10 @@ def expected(count: int) -> np.ndarray:
     return np.stack([-np.arange(count), -np.arange(count) - 0.5], 1).astype(np.float32)
 
 
-def run(folder, forward=by_number, count=23, batch_size=4, needed=None, **key) -> np.ndarray:
+def run(folder, forward=by_number, count=23, batch_size=4, needed=None, stop=lambda: False, **key):
     key = {"model": "m"} | key
     return reference_log_probs(
-        forward, Numbers(count), seed=1, batch_size=batch_size, cache=folder, key=key, needed=needed
+        forward, Numbers(count), seed=1, batch_size=batch_size, cache=folder, key=key, needed=needed, stop=stop
     )
 
 
@@ -98,6 +98,20 @@ def test_continues_what_was_interrupted(tmp_path, monkeypatch):
     (file,) = tmp_path.glob(f"*/{FILE}")
     file.write_bytes(file.read_bytes()[:100])
     assert np.array_equal(run(tmp_path, counted), expected(23)) and np.array_equal(np.load(file), expected(23))
+
+
+def test_stops_when_asked(tmp_path):
+    """The first look is behind the first batch of 4, the next one eight batches later."""
+    assert run(tmp_path, count=100, stop=lambda: True) is None
+    seen, asked = [], []
+
+    def counted(batch):
+        seen.extend(batch["index"].tolist())
+        return by_number(batch)
+
+    assert run(tmp_path, counted, count=100, stop=lambda: bool(asked) or asked.append(1)) is None
+    assert len(seen) == 9 * 4
+    assert np.array_equal(run(tmp_path, counted, count=100), expected(100)) and len(seen) == 24 * 4
 
 
 def test_refuses_a_reference_that_gives_no_number(tmp_path):
