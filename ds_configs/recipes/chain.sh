@@ -19,7 +19,7 @@ say "Fine-tune on dialogues"
 python launch/prepare.py fetch shakespeare_chat --out data/demo/chat
 train --config ds_configs/recipes/sft.yaml output=runs/demo_sft model.path=runs/demo \
     data.train=data/demo/chat/train.jsonl data.val=data/demo/chat/val.jsonl data.seq_len=256 \
-    train.dtype=fp32 train.accumulation_steps=1 train.max_steps=300 optim.lr=1e-3 \
+    train.dtype=fp32 train.accumulation_steps=1 train.max_steps=300 optim.lr=3e-4 \
     'eval.prompts=["Who goes there?"]' eval.max_new_tokens=40 eval.max_windows=100
 
 say "Prefer the reply that was given"
