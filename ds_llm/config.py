@@ -313,7 +313,7 @@ def load(path: str | None = None, overrides: list[str] = ()) -> Config:
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key or 'configuration'}: {_first_line(error)}") from None
-    _check(config)
+    check(config)
     return config
 
 
@@ -385,7 +385,8 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0]
 
 
-def _check(config: Config) -> None:
+def check(config: Config) -> None:
+    """Raise `ConfigError` for the first value that is impossible, by itself or together with others."""
     for name, f in fields().items():
         value = config
         for part in name.split("."):

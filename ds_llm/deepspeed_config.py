@@ -6,7 +6,7 @@ import copy
 import json
 from pathlib import Path
 
-from ds_llm.config import Config
+from ds_llm.config import Config, check
 from ds_llm.errors import ConfigError
 
 
@@ -82,9 +82,14 @@ def adopt(config: Config, world_size: int) -> list[str]:
             changed.append(f"{key}={value} of the DeepSpeed JSON replaces {name}={getattr(section, name)}")
             setattr(section, name, value)
 
-    zero = user.get("zero_optimization", {})
-    if not isinstance(zero, dict):
-        raise ConfigError("deepspeed: zero_optimization: must be a JSON object")
+    optimizer = user.get("optimizer", {})
+    sections = {name: user.get(name, {}) for name in ("zero_optimization", "bf16", "fp16", "optimizer")}
+    if isinstance(optimizer, dict):
+        sections["optimizer.params"] = optimizer.get("params", {})
+    for name, section in sections.items():
+        if not isinstance(section, dict):
+            raise ConfigError(f"deepspeed: {name}: {section!r} must be a JSON object")
+    zero = sections["zero_optimization"]
     take(config, "zero", "zero_optimization.stage", zero.get("stage"))
     if config.zero not in (0, 1, 2, 3):
         raise ConfigError(f"deepspeed: zero_optimization.stage: {config.zero} is not one of 0, 1, 2, 3")
@@ -94,6 +99,8 @@ def adopt(config: Config, world_size: int) -> list[str]:
     if total != "auto":
         part = config.train.batch_size * world_size
         steps = user.get("gradient_accumulation_steps", "auto")
+        if type(total) is not int or total < 1:
+            raise ConfigError(f"deepspeed: train_batch_size: {total!r} is not a positive whole number")
         if total % part or (steps != "auto" and total != part * steps):
             raise ConfigError(
                 f"deepspeed: train_batch_size: {total} is not {config.train.batch_size} samples x {world_size} "
@@ -108,15 +115,14 @@ def adopt(config: Config, world_size: int) -> list[str]:
         take(config.train, "dtype", f"{on[0]}.enabled", on[0])
     elif user.get(config.train.dtype, {}).get("enabled") is False:
         take(config.train, "dtype", f"{config.train.dtype}.enabled=false", "fp32")
-    optimizer = user.get("optimizer", {})
-    if isinstance(optimizer, dict):
-        params = optimizer.get("params", {})
-        if str(optimizer.get("type")).lower() in ("adam", "adamw"):
-            take(config.optim, "name", "optimizer.type", optimizer["type"].lower())
-        for name in ("lr", "eps", "weight_decay"):
-            take(config.optim, name, f"optimizer.params.{name}", params.get(name))
-        if params.get("betas", "auto") != "auto":
-            take(config.optim, "betas", "optimizer.params.betas", params["betas"])
+    params = sections["optimizer.params"]
+    if str(optimizer.get("type")).lower() in ("adam", "adamw"):
+        take(config.optim, "name", "optimizer.type", optimizer["type"].lower())
+    for name in ("lr", "eps", "weight_decay"):
+        take(config.optim, name, f"optimizer.params.{name}", params.get(name))
+    if params.get("betas", "auto") != "auto":
+        take(config.optim, "betas", "optimizer.params.betas", params["betas"])
+    check(config)
     return changed
 
 

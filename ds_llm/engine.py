@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import gc
 import io
 import os
@@ -25,17 +26,19 @@ if not torch.accelerator.is_available():
 import deepspeed
 import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.config import DeepSpeedConfigError
 from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import set_z3_leaf_modules
+from pydantic import ValidationError
 from torch import nn
 from torch.utils.cpp_extension import get_default_build_root
 
 from ds_llm.config import Config
 from ds_llm.deepspeed_config import build as build_deepspeed_config
-from ds_llm.errors import UserError
+from ds_llm.errors import ConfigError, UserError
 from ds_llm.hardware import share_cores
 from ds_llm.progress import console
 
@@ -83,6 +86,50 @@ def init_distributed(timeout_minutes: float = 30) -> None:
             "deepspeed --master_port 29600 ... (torchrun: --master-port)",
             any_rank=True,
         ) from None
+
+
+def check_settings(config: Config) -> None:
+    """Let DeepSpeed read the run's JSON before a model is built.
+
+    Raises `ConfigError` for what DeepSpeed refuses and for top-level keys that it does not know, which it would ignore.
+    """
+    settings = _Asked(build_deepspeed_config(config, dist.get_world_size()))
+    try:
+        deepspeed.DeepSpeedConfig(settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(f"deepspeed: {error.title}: {place}: {first['msg']}") from None
+    except (DeepSpeedConfigError, ValueError, AssertionError, TypeError, AttributeError) as error:
+        raise ConfigError(f"deepspeed: {(str(error).strip() or type(error).__name__).splitlines()[0]}") from None
+    for name in settings:
+        if name not in settings.asked:
+            near = difflib.get_close_matches(name, settings.asked, n=1)
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            raise ConfigError(f"deepspeed: {name}: DeepSpeed has no such key{hint}")
+
+
+class _Asked(dict):
+    """A mapping that remembers which of its keys a reader asked for, present or not."""
+
+    def __init__(self, values: dict):
+        super().__init__(values)
+        self.asked: set[str] = set()
+
+    def __getitem__(self, name):
+        self.asked.add(name)
+        return super().__getitem__(name)
+
+    def __contains__(self, name):
+        self.asked.add(name)
+        return super().__contains__(name)
+
+    def get(self, name, default=None):
+        self.asked.add(name)
+        return super().get(name, default)
+
+    def keys(self):
+        return self  # DeepSpeed asks `name in values.keys()`
 
 
 def all_reduce(values: list[float], op: str = "sum") -> list[float]:

@@ -13,6 +13,8 @@ from ds_llm.errors import UserError
 
 # What may differ between a run and its continuation: everything else would make it another run under the same name.
 CHANGEABLE = ("output", "resume", "train.epochs", "train.max_steps", "tracking.", "checkpoint.", "eval.", "data.val")
+# What the figures of an evaluation depend on: with another value they compare with no earlier ones.
+MEASURED_BY = ("data.val", "eval.token_length", "eval.stride", "eval.max_windows")
 
 
 @contextlib.contextmanager
@@ -107,6 +109,12 @@ def check_same_run(config: Config, saved: dict, fingerprint: dict, world_size: i
                 "choose another output for a new run"
             )
     return notes
+
+
+def measures_alike(config: Config, saved: dict) -> bool:
+    """Whether evaluations of the run and of its continuation compare."""
+    before, now = _flat(saved["config"]), _flat(to_dict(config))
+    return all(before.get(name) == now.get(name) for name in MEASURED_BY)
 
 
 def _flat(node: dict, prefix: str = "") -> dict:

@@ -299,7 +299,10 @@ class Trainer:
 
     def _restore(self, path: Path, saved: dict) -> None:
         self.engine.load(path)
-        self.state = {name: saved[name] for name in self.state}
+        fresh = self.state
+        self.state = {name: saved[name] for name in fresh}
+        if not run_folder.measures_alike(self.config, saved):
+            self.state |= {name: fresh[name] for name in ("baseline", "best", "best_step", "evals_without_gain")}
         if path.resolve().parent == (self.output / "checkpoints").resolve():
             self.last_saved = self.state["step"]
 

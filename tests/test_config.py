@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from ds_llm import config
+from ds_llm import config, run_folder
 from ds_llm.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
@@ -77,3 +77,11 @@ def test_every_key_is_documented():
 @pytest.mark.parametrize("recipe", sorted((ROOT / "ds_configs" / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
 def test_recipes_are_valid(recipe):
     config.load(str(recipe))
+
+
+def test_evaluations_compare_only_when_measured_alike():
+    saved = {"config": config.to_dict(config.load(None, ["data.val=a.bin", "eval.stride=4", "eval.token_length=8"]))}
+    same = ["data.val=a.bin", "eval.stride=4", "eval.token_length=8", "eval.every_steps=3", "eval.batch_size=2"]
+    assert run_folder.measures_alike(config.load(None, same), saved)
+    for other in ("data.val=b.bin", "eval.stride=5", "eval.token_length=9", "eval.max_windows=1"):
+        assert not run_folder.measures_alike(config.load(None, [*same, other]), saved), other

@@ -72,7 +72,12 @@ def test_another_optimizer_gets_only_what_the_file_asks_for():
     [
         ({"train_batch_size": 30}, "train_batch_size: 30 is not 8 samples x 2 processes"),
         ({"zero_optimization": {"stage": 5}}, "stage: 5 is not one of"),
-        ({"zero_optimization": 2}, "zero_optimization: must be a JSON object"),
+        ({"zero_optimization": 2}, "zero_optimization: 2 must be a JSON object"),
+        ({"fp16": True}, "fp16: True must be a JSON object"),
+        ({"optimizer": "AdamW"}, "optimizer: 'AdamW' must be a JSON object"),
+        ({"train_batch_size": "x"}, "train_batch_size: 'x' is not a positive whole number"),
+        ({"gradient_accumulation_steps": 0}, "train.accumulation_steps: 0 must be at least 1"),
+        ({"optimizer": {"params": {"lr": -1}}}, "optim.lr: -1.0 must be greater than 0"),
         ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, "both enabled"),
         ({"optimizer": {"params": {"lr": "high"}}}, "optimizer.params.lr: 'high' is not float"),
         ({"flops_profiler": {"module_depth": "auto"}}, '"auto" is not known for this key'),

@@ -52,6 +52,8 @@ def check(config: Config) -> Data:
         length = config.eval.token_length or seq_len
         if limit and length > limit:
             raise UserError(f"eval.token_length: {length} tokens are more than the model's {limit} positions")
+        if config.eval.stride and config.eval.stride > length:
+            raise ConfigError(f"eval.stride: {config.eval.stride} is more than the evaluation's {length} tokens")
         val = TokenData(config.data.val, length - 1)
         val.check_tokenizer(tokenizer)
     for prompt in config.eval.prompts:

@@ -42,6 +42,11 @@ def test_mistakes_end_all_ranks_with_one_line(tiny, corpus, tmp_path):
     """A wrong key under deepspeed, a port in use under torchrun's environment, a folder in use under python."""
     wrong = start("deepspeed", [*tiny, "optim.lrr=1", f"output={tmp_path / 'a'}"])
     missing = start("torchrun", [*tiny, "data.train=nowhere.bin", f"output={tmp_path / 'b'}"])
+    misspelt = start("python", [*tiny, "deepspeed.zero_optimzation.stage=3", f"output={tmp_path / 'c'}"])
+    _, err = misspelt.communicate(timeout=120)
+    assert misspelt.returncode == 2
+    assert "zero_optimzation: DeepSpeed has no such key; did you mean 'zero_optimization'?" in err
+    assert "Traceback" not in err
     _, err = wrong.communicate(timeout=120)
     assert wrong.returncode == 2
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
