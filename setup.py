@@ -25,6 +25,7 @@ INSTALL = [
 EXTRAS = {
     "wandb": ["wandb>=0.17"],  # online or offline tracking
     "gguf": ["gguf>=0.10", "accelerate>=1.0"],  # loads GGUF checkpoints through transformers
+    "qlora": ["bitsandbytes>=0.45", "accelerate>=1.0"],  # base models held in 4 bits under adapters
     "gpu": ["triton>=3.6", "liger-kernel>=0.5"],  # kernels on CUDA devices
     "flash-attn": ["flash-attn>=2.7"],  # variable-length attention on CUDA devices
 }
