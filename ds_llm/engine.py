@@ -172,10 +172,16 @@ class Engine:
             _leave_out(module, self._frozen)
             self._frozen = self._frozen | {name for name, _ in module.named_buffers()}
         groups = _decay_groups(module, config.optim.weight_decay)
-        self._engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=module, model_parameters=groups, config=self.settings
-        )
+        try:
+            self._engine, self._optimizer, _, _ = deepspeed.initialize(
+                model=module, model_parameters=groups, config=self.settings
+            )
+        except (ValueError, AssertionError, ImportError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(f"DeepSpeed cannot use this configuration: {reason}") from error
         _restore_buffers(module, exact)
+        if isinstance(self._optimizer, (FP16_Optimizer, FP16_UnfusedOptimizer)):
+            self._undo_first_step()
         self.module = module
         self.has_own_schedule = "scheduler" in self.settings
         self.ema: list[torch.Tensor] | None = None
@@ -201,7 +207,13 @@ class Engine:
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradients of `loss`. Over ranks and micro-steps losses are summed, not averaged."""
         # DeepSpeed averages over ranks and divides by the accumulation steps; the caller's losses are parts of a sum.
-        self._engine.backward(loss * self.world_size * self._engine.gradient_accumulation_steps())
+        micro_steps = self._engine.gradient_accumulation_steps()
+        loss = loss * self.world_size * micro_steps
+        if isinstance(self._optimizer, (FP16_Optimizer, FP16_UnfusedOptimizer)):
+            # without ZeRO, DeepSpeed 0.19 divides fp16 gradients by the loss scale but never multiplies the loss by it;
+            # setting the gradient, not the loss, is right for versions that do multiply it too
+            loss.register_hook(lambda g: torch.full_like(g, self._optimizer.loss_scale / micro_steps))
+        self._engine.backward(loss)
 
     def step(self, lr: float, veto: bool = False) -> StepResult:
         """Update the weights, unless a gradient is not finite or `veto` is set; then gradients are dropped."""
@@ -211,10 +223,12 @@ class Engine:
         plain_norm = self._plain_norm() if self._is_plain() else None
         if plain_norm is not None and not torch.isfinite(plain_norm):
             veto = True
+        scale = self._optimizer.loss_scale if isinstance(self._optimizer, FP16_UnfusedOptimizer) else 1.0
         with self._overflow(veto):
             self._engine.step()
         applied = not veto and not getattr(self._optimizer, "overflow", False)
         norm = plain_norm if plain_norm is not None else self._engine.get_global_grad_norm()
+        norm = norm / scale if norm is not None else None  # this one optimizer reports the norm of scaled gradients
         if applied and self.ema is not None:
             self._update_ema()
         return StepResult(applied, float(norm) if norm is not None else float("nan"), self._loss_scale())
@@ -272,6 +286,20 @@ class Engine:
         if isinstance(opt, FP16_UnfusedOptimizer):
             return [p for group in opt.fp32_groups for p in group]
         return [p for group in opt.param_groups for p in group["params"]]
+
+    @torch.no_grad()
+    def _undo_first_step(self) -> None:
+        """DeepSpeed's fp16 optimizers without ZeRO are built with a step on zero gradients, which decays the weights and
+        leaves Adam's bias correction one step ahead: take the weights from the module again and forget the states."""
+        opt = self._optimizer
+        if isinstance(opt, FP16_Optimizer):
+            for flat, low in zip(opt.fp32_groups_flat, opt.fp16_groups, strict=True):
+                flat.copy_(torch._utils._flatten_dense_tensors(low))
+        else:
+            for high, low in zip(opt.fp32_groups, opt.fp16_groups, strict=True):
+                for master, param in zip(high, low, strict=True):
+                    master.copy_(param)
+        opt.optimizer.state.clear()
 
     @torch.no_grad()
     def _push_masters(self) -> None:

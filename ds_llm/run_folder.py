@@ -70,6 +70,9 @@ def resume_point(config: Config, output: Path) -> tuple[Path, dict] | None:
         found = Path(config.resume)
         if not found.is_dir():
             raise UserError(f"resume: {found}: no such checkpoint folder")
+        if checkpoint.steps(found):
+            newest = checkpoint.folder(found, checkpoint.steps(found)[0])
+            raise UserError(f"resume: {found} is a run, not a checkpoint; name one, for example {newest}")
         reason = checkpoint.damage(found)
         if reason is not None:
             raise UserError(f"resume: {found} is damaged ({reason}); resume=auto finds the newest whole one")

@@ -150,7 +150,9 @@ class Trainer:
         if reason is None and not result.applied:
             reason = "gradient overflow" if c.train.dtype == "fp16" else "non-finite gradient"
         state["step"], state["tokens"] = step + 1, state["tokens"] + int(tokens)
-        self._count(reason, loss)
+        # an fp16 overflow is how the loss scale is found; it is a fault only when there is no lower scale to try
+        searching = reason == "gradient overflow" and result.loss_scale > 1
+        self._count(reason, loss, fault=not searching)
         record = {
             "step": step + 1,
             "epoch": (step + 1) * self.global_batch / len(self.job.samples),
@@ -189,14 +191,14 @@ class Trainer:
                 return f"the loss {loss:.4g} is more than {s.spike_factor:g} x the recent median {usual:.4g}"
         return None
 
-    def _count(self, reason: str | None, loss: float) -> None:
+    def _count(self, reason: str | None, loss: float, fault: bool) -> None:
         state, s = self.state, self.config.stability
         if reason is None:
             state["bad_steps"] = 0
             if s.spike_factor:
                 state["recent_losses"] = (state["recent_losses"] + [loss])[-s.spike_window :]
         else:
-            state["bad_steps"] += 1
+            state["bad_steps"] += fault
             state["skipped_steps"] += 1
 
     def _give_up(self, reason: str) -> None:

@@ -134,6 +134,23 @@ def test_spikes_are_skipped_and_counted(run):
     assert 0 < of_kind(records, "summary")[0]["skipped_steps"] < 16
 
 
+def test_fp16_may_search_its_loss_scale_for_longer_than_bad_steps(run):
+    scale = {"enabled": True, "initial_scale_power": 32, "hysteresis": 1}
+    code, _, records = run(
+        "train.dtype=fp16", f"deepspeed={{fp16: {scale}}}".replace("'", "").replace("True", "true"),
+        "train.max_steps=40", "stability.max_bad_steps=2", "eval.before=false",
+    )  # fmt: skip
+    assert code == 0
+    skipped = [r["step"] for r in of_kind(records, "step") if r.get("skipped")]
+    assert skipped[:3] == [1, 2, 3] and len(skipped) < 30
+
+
+def test_an_optimizer_that_cannot_be_built_is_one_line(run):
+    with pytest.raises(UserError, match="DeepSpeed cannot use this configuration: ") as raised:
+        run("deepspeed={optimizer: {type: Lion, params: {lr: 1e-3}}}")
+    assert "\n" not in str(raised.value)
+
+
 def test_sigint_saves_and_the_same_command_continues(run, tmp_path):
     def interrupt():
         while not any(r["kind"] == "step" for r in metrics.read(tmp_path / "run" / "metrics.jsonl")):
@@ -191,6 +208,7 @@ def test_continuing_as_another_run_is_refused(run, corpus, tmp_path):
         ([f"data.train={other}"], "data.train: the run in"),
         (["resume=never"], "use resume=auto or another folder"),
         ([f"resume={tmp_path / 'nowhere'}"], "no such checkpoint folder"),
+        ([f"resume={tmp_path / 'run'}"], "is a run, not a checkpoint"),
     ):
         with pytest.raises(UserError, match=text):
             run("train.max_steps=2", *overrides)
@@ -215,6 +233,7 @@ def test_continuing_as_another_run_is_refused(run, corpus, tmp_path):
         (["data.train=nowhere.bin"], "nowhere.bin: no such token file"),
         (["data.seq_len=100"], "longer than model.max_seq_len"),
         (["data.tokenizer=nowhere"], "nowhere"),
+        (["data.train=docs"], "docs: is a folder"),
         (["model.path=nowhere/at/all"], "nowhere/at/all"),
         (["model.vocab_size=10"], "model.vocab_size: 10 is less"),
         (["eval.token_length=64"], "eval.token_length: 64 tokens are more"),

@@ -170,6 +170,8 @@ class TokenFile:
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
         index = index_path(self.path)
+        if self.path.is_dir():
+            raise UserError(f"{path}: is a folder; name the token files (.bin) in it")
         if not self.path.is_file():
             raise UserError(f"{path}: no such token file; make one with launch/prepare.py tokens")
         if self.path == index or not index.is_file():

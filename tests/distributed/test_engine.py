@@ -38,6 +38,7 @@ def test_matches_plain_torch(found, world, dtype, stage, accumulation, optimizer
     assert case["norm_error"] < norm
     if dtype != "fp16":  # its first steps may overflow while the loss scale is found
         assert case["applied"] == [True, False, True, True]
+    if case["applied"] == [True, False, True, True]:
         assert case["weight_error"] < weight
         assert case["average_error"] < weight
     assert case["average_differs"] and case["swapped_back"]
