@@ -289,8 +289,8 @@ class Engine:
 
     @torch.no_grad()
     def _undo_first_step(self) -> None:
-        """DeepSpeed's fp16 optimizers without ZeRO are built with a step on zero gradients, which decays the weights and
-        leaves Adam's bias correction one step ahead: take the weights from the module again and forget the states."""
+        """DeepSpeed's fp16 optimizers without ZeRO are built with a step on zero gradients, which decays the weights
+        and leaves Adam's bias correction one step ahead: take the module's weights again, forget the states."""
         opt = self._optimizer
         if isinstance(opt, FP16_Optimizer):
             for flat, low in zip(opt.fp32_groups_flat, opt.fp16_groups, strict=True):
