@@ -34,13 +34,12 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import set_z3_leaf_modules
 from pydantic import ValidationError
 from torch import nn
-from torch.utils.cpp_extension import get_default_build_root
 
+from ds_llm import leftovers
 from ds_llm.config import Config
 from ds_llm.deepspeed_config import build as build_deepspeed_config
 from ds_llm.errors import ConfigError, UserError
 from ds_llm.hardware import share_cores
-from ds_llm.progress import console
 
 # Blocks whose experts run on the tokens routed to them: ZeRO-3 must gather them whole, or ranks whose tokens skip an
 # expert wait for ranks whose tokens use it.
@@ -72,9 +71,15 @@ def init_distributed(timeout_minutes: float = 30) -> None:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
     share_cores()
+    leftovers.remove_stale_build_locks()
     if device().type == "cpu":
-        _announce_build("deepspeed_shm_comm", "communication")
+        # every rank looks before the group opens, so before any has written: all decide the same
+        if leftovers.shared_memory_suffices(int(os.environ["LOCAL_SIZE"])):
+            leftovers.announce_build("deepspeed_shm_comm", "communication")
+        else:
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     limit = timedelta(minutes=timeout_minutes)
+    leftovers.unlink_shared_buffer()  # one that a job killed at its start left: the others must not map it
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # it prints what it has built
             deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=limit)
@@ -86,6 +91,8 @@ def init_distributed(timeout_minutes: float = 30) -> None:
             "deepspeed --master_port 29600 ... (torchrun: --master-port)",
             any_rank=True,
         ) from None
+    dist.barrier()  # every rank has mapped every buffer; without names they go when the last process does
+    leftovers.unlink_shared_buffer()
 
 
 def check_settings(config: Config) -> None:
@@ -144,12 +151,6 @@ def device() -> torch.device:
     return torch.device(accelerator.current_device_name() if accelerator.device_name() != "cpu" else "cpu")
 
 
-def _announce_build(extension: str, what: str) -> None:
-    """Say what the coming silence is: DeepSpeed compiles its CPU parts when they are first used."""
-    if not any(Path(get_default_build_root()).rglob(f"{extension}*.so")):
-        console.print(f"compiling DeepSpeed's {what} for the CPU, once; this takes a minute or two")
-
-
 class Engine:
     """A module under DeepSpeed: forward, backward, step with a veto, averaged weights, states on disk.
 
@@ -166,7 +167,7 @@ class Engine:
             _keep_experts_whole(module)
         exact = _exact_buffers(module)
         if self.settings["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none":
-            _announce_build("cpu_adam", "Adam")
+            leftovers.announce_build("cpu_adam", "Adam")
         self._frozen = {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
         if self._frozen:
             _leave_out(module, self._frozen)

@@ -39,7 +39,8 @@ def _free_port() -> int:
 
 
 def launch(launcher: str, arguments: list[str], timeout: float = 240, **kwargs) -> subprocess.CompletedProcess:
-    """Run `launch/train.py` to its end; no process of the job survives a timeout."""
+    """Run `launch/train.py` to its end; no process of the job survives a timeout, no shared memory its end."""
+    before = set(Path("/dev/shm").glob("deepspeed_*"))
     job = start(launcher, arguments, **kwargs)
     try:
         out, err = job.communicate(timeout=timeout)
@@ -47,6 +48,7 @@ def launch(launcher: str, arguments: list[str], timeout: float = 240, **kwargs) 
         os.killpg(job.pid, signal.SIGKILL)
         out, err = job.communicate()
         pytest.fail(f"the job hung\n{out[-3000:]}\n{err[-3000:]}")
+    assert not set(Path("/dev/shm").glob("deepspeed_*")) - before
     return subprocess.CompletedProcess(job.args, job.returncode, out, err)
 
 
