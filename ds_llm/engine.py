@@ -7,7 +7,6 @@ import difflib
 import gc
 import io
 import os
-import socket
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -63,12 +62,13 @@ class StepResult:
 
 def init_distributed(timeout_minutes: float = 30) -> None:
     """Join the process group the launcher described; a process without a launcher forms a group of one."""
+    limit = timedelta(minutes=timeout_minutes)
     if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        # without a port, which another job could take; the number only names DeepSpeed's shared buffer
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_SIZE="1")
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(os.getpid()))
+        backend = "nccl" if device().type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=limit)
     os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
     share_cores()
     leftovers.remove_stale_build_locks()
@@ -78,7 +78,6 @@ def init_distributed(timeout_minutes: float = 30) -> None:
             leftovers.announce_build("deepspeed_shm_comm", "communication")
         else:
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    limit = timedelta(minutes=timeout_minutes)
     leftovers.unlink_shared_buffer()  # one that a job killed at its start left: the others must not map it
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # it prints what it has built

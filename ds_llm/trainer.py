@@ -399,4 +399,9 @@ def train(config: Config) -> int:
             path, saved = resume
             notes = run_folder.check_same_run(config, saved, data.fingerprint, world_size(), path)
         trainer = Trainer(config, mode.build(config, data), data.fingerprint, interrupt)
+        if trainer.global_batch > (count := len(trainer.job.samples)):
+            notes.append(
+                f"a step takes {trainer.global_batch:,} samples and the data set has {count:,}: each step goes through "
+                "it more than once; lower train.batch_size or train.accumulation_steps"
+            )
         return trainer.run(resume, notes)

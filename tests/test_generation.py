@@ -238,9 +238,11 @@ def test_cache_makes_no_difference(generator):
 def test_several_answers_per_prompt(generator):
     params = SamplingParams(temperature=1.5, max_new_tokens=6, num_return_sequences=3, seed=0)
     found = list(generator.complete(words(5), params, batch_size=2))
-    assert [len(part) for part in found] == [3] * 5 and len({one.text for part in found for one in part}) > 5
+    assert [len(part) for part in found] == [3] * 5 and len(
+        {tuple(one.token_ids) for part in found for one in part}
+    ) > 5
     beams = next(generator.complete(["abc"], SamplingParams(temperature=0, num_beams=4, num_return_sequences=2)))
-    assert len(beams) == 2 and beams[0].text != beams[1].text
+    assert len(beams) == 2 and beams[0].token_ids != beams[1].token_ids
     for call in (generator.generate, generator.stream, lambda p, **o: generator.batch_generate([p], **o)):
         with pytest.raises(ConfigError, match="num_return_sequences"):
             call("abc", num_return_sequences=2)
