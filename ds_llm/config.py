@@ -292,12 +292,12 @@ def fields(cls=Config, prefix: str = "") -> dict[str, dataclasses.Field]:
     return found
 
 
-def load(path: str | None = None, overrides: list[str] = ()) -> Config:
-    """Merge defaults, the YAML file at `path` and `key=value` overrides; check; return the typed configuration.
+def load(path: str | None = None, overrides: list[str] = (), cls: type = Config):
+    """Merge the defaults of `cls`, the YAML file at `path` and `key=value` overrides; check; return an object of `cls`.
 
     Raises `ConfigError` for an unreadable file, an unknown key, a wrong type or an impossible value.
     """
-    merged = OmegaConf.structured(Config)
+    merged = OmegaConf.structured(cls)
     if path is not None:
         merged = _merge(merged, _read_yaml(path), path)
     for text in overrides:
@@ -339,7 +339,7 @@ def _read_yaml(path: str) -> DictConfig:
 
 
 def _merge(base: DictConfig, update: DictConfig, where: str) -> DictConfig:
-    known = fields()
+    known = fields(OmegaConf.get_type(base))
     sections = {k.rsplit(".", depth)[0] for k in known for depth in range(1, k.count(".") + 1)}
     for name in _leaves(update):
         if name in sections:
@@ -385,9 +385,15 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0]
 
 
-def check(config: Config) -> None:
+def check(config) -> None:
     """Raise `ConfigError` for the first value that is impossible, by itself or together with others."""
-    for name, f in fields().items():
+    _check_values(config)
+    if isinstance(config, Config):
+        _check_together(config)
+
+
+def _check_values(config) -> None:
+    for name, f in fields(type(config)).items():
         value = config
         for part in name.split("."):
             value = getattr(value, part)
@@ -410,6 +416,9 @@ def check(config: Config) -> None:
                 limit = meta.get(bound)
                 if limit is not None and fails(value, limit):
                     raise ConfigError(f"{name}: {value} must be {text} {limit:g}")
+
+
+def _check_together(config: Config) -> None:
     m = config.model
     if m.path is None:
         if m.dim % m.n_heads:
@@ -437,11 +446,11 @@ def check(config: Config) -> None:
         raise ConfigError("deepspeed: must be a JSON file or a mapping")
 
 
-def markdown() -> str:
+def markdown(cls: type = Config) -> str:
     """The table of all keys, as in docs/configuration.md."""
     lines = ["| key | default | meaning |", "| --- | --- | --- |"]
-    defaults = OmegaConf.structured(Config)
-    for name, f in fields().items():
+    defaults = OmegaConf.structured(cls)
+    for name, f in fields(cls).items():
         value = OmegaConf.select(defaults, name)
         shown = "none" if value is None else str(list(value) if isinstance(value, ListConfig) else value)
         choices = f" ({', '.join(map(str, f.metadata['choices']))})" if f.metadata["choices"] else ""
