@@ -47,7 +47,7 @@ def export(source: str | os.PathLike, out: str | os.PathLike, dtype: str = "auto
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: holds something already; name a new or empty folder")
     place = locate(source)
-    dtype = _dtype(source, dtype)
+    dtype = output_dtype(source, dtype)
     tokenizer = load_tokenizer(source)
     model = load_model(source, "fp32", merge=False)
     torch.manual_seed(0)
@@ -84,7 +84,7 @@ def export(source: str | os.PathLike, out: str | os.PathLike, dtype: str = "auto
     return Export(out, dtype, place.base() if place.adapter else None, effect, merge, rounding, largest)
 
 
-def _dtype(source, dtype: str) -> str:
+def output_dtype(source, dtype: str) -> str:
     """The asked type, or for auto that of the file of the model or of the adapter's base."""
     if dtype != "auto":
         return dtype

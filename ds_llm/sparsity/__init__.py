@@ -1,0 +1,1 @@
+"""Pruning of language models, and training of what is left."""
