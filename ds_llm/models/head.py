@@ -11,27 +11,28 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ds_llm.errors import UserError
-from ds_llm.kernels.token_stats import linear_cross_entropy
+from ds_llm.kernels.token_stats import TokenStats, linear_cross_entropy, linear_token_stats
 
 IGNORE_INDEX = -100
 CHUNK_TOKENS = 1024  # logits of so many tokens exist at a time where a head is not a plain linear layer
 
 
 class LMHead(nn.Linear):
-    """Output embedding [vocab, hidden] that also computes the loss.
+    """Output embedding [vocab, hidden] that also computes the loss, and statistics of what it predicts.
 
-    The loss is computed inside the module's own forward, so whatever makes the weight available for a forward pass
-    (DeepSpeed ZeRO-3's hooks) makes it available for the loss.
+    Both are computed inside the module's own forward, so whatever makes the weight available for a forward pass
+    (DeepSpeed ZeRO-3's hooks) makes it available for them.
     """
 
-    logit_scale: float = 1.0  # logits are multiplied by this before the soft cap; used in the loss only
-    softcap: float | None = None  # c replaces a logit x by c * tanh(x / c); used in the loss only
+    logit_scale: float = 1.0  # logits are multiplied by this before the soft cap; not in plain logits
+    softcap: float | None = None  # c replaces a logit x by c * tanh(x / c); not in plain logits
 
-    def forward(self, hidden: Tensor, labels: Tensor | None = None, reduction: str = "sum") -> Tensor:
+    def forward(self, hidden: Tensor, labels: Tensor | None = None, reduction: str = "sum") -> Tensor | TokenStats:
         """Logits [..., vocab] of hidden [..., H]; with `labels` [...] the cross-entropy in nats instead.
 
         labels[i] is what hidden[i] predicts (no shift here), `IGNORE_INDEX` where nothing is. `reduction` is "sum",
-        "mean" (over the valid labels) or "none" (a loss per label, flattened).
+        "mean" (over the valid labels) or "none" (a loss per label, flattened). "stats": entropy, log-probability and
+        more per label instead of the loss, without gradients, see `linear_token_stats`.
         """
         if labels is None:
             return super().forward(hidden)
@@ -40,6 +41,8 @@ class LMHead(nn.Linear):
             hidden = hidden * self.logit_scale
             bias = None if bias is None else bias * self.logit_scale
         flat = hidden.reshape(-1, hidden.shape[-1])
+        if reduction == "stats":
+            return linear_token_stats(flat, self.weight, labels.reshape(-1), bias=bias, softcap=self.softcap)
         return linear_cross_entropy(
             flat, self.weight, labels.reshape(-1), bias=bias, softcap=self.softcap, reduction=reduction
         )
@@ -82,7 +85,9 @@ def attach_loss_head(model: nn.Module) -> nn.Module:
     if isinstance(head, LMHead):
         return model
     if type(head) is not nn.Linear:
-        raise UserError(f"cannot train a '{kind}' model: its output head is {type(head).__name__}, not a linear layer")
+        raise UserError(
+            f"cannot train or score a '{kind}' model: its output head is {type(head).__name__}, not a linear layer"
+        )
     head.__class__ = LMHead
     head.logit_scale, head.softcap = _logit_transform(model)
     _check_head(model, head)
@@ -120,8 +125,8 @@ def _check_head(model: nn.Module, head: LMHead) -> None:
     tolerance = 1e-3 if head.weight.dtype == torch.float32 else 5e-2
     if found.shape != expected.shape or (found - expected).abs().max() > tolerance * expected.abs().max().clamp_min(1):
         raise UserError(
-            f"cannot train a '{model.config.model_type}' model: its logits are not a linear function of its last "
-            "hidden state with the factor and soft cap that its configuration names"
+            f"cannot train or score a '{model.config.model_type}' model: its logits are not a linear function of its "
+            "last hidden state with the factor and soft cap that its configuration names"
         )
 
 

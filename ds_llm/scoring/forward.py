@@ -1,0 +1,267 @@
+"""The forward pass of scoring: samples in, one row of columns for each out.
+
+Samples of a batch go through the model without an attention mask: with flash-attn as one row of documents (its
+variable-length kernel keeps them apart), else as rows padded at their end. Attention is causal, so padding behind a
+sample cannot reach it. A batch of rows is split where samples of different lengths would pad each other too much. The
+output head runs on scored positions only, and its logits exist one chunk at a time (`linear_token_stats`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor, nn
+
+import ds_llm.scoring.router  # noqa: F401 (registers its metric)
+from ds_llm.cli import world_size
+from ds_llm.config import Config
+from ds_llm.errors import UserError
+from ds_llm.hardware import share_cores
+from ds_llm.models.head import attach_loss_head, backbone, document_lengths
+from ds_llm.models.loading import TORCH_DTYPES, load_model, load_tokenizer, match_tokenizer
+from ds_llm.scoring.metrics import Batch, Sample, create, without_prompt
+from ds_llm.scoring.reference import model_fingerprint
+
+SPLIT_TOKENS = {"cpu": 512, "cuda": 8192}  # smaller forward passes leave the device idle
+SPLIT_PADDING = 0.02  # of a larger one's tokens: beyond it, another forward pass costs less
+
+
+class Pass(nn.Module):
+    """Backbone and output head as one module, so that whatever wraps it (ZeRO-3) has all weights at hand."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, predicting: Tensor | None, labels: Tensor | None, **extra) -> tuple:
+        """input_ids [B, S]. predicting [P]: the rows of the flattened tokens that predict labels [P]; None: the head
+        is not needed. Returns the backbone's output, and entropy and log-probability [P], None without labels."""
+        out = backbone(self.model)(input_ids=input_ids, use_cache=False, **extra)
+        if predicting is None:
+            return out, None, None
+        hidden = out.last_hidden_state.flatten(0, 1)[predicting]
+        stats = self.model.get_output_embeddings()(hidden, labels, "stats")
+        return out, stats.entropy, stats.logprob
+
+
+class Scorer:
+    """A model that measures samples.
+
+    model_path: as `ds_llm.models.loading` takes it. metrics: names of `ds_llm.scoring.metrics.METRICS`. dtype: fp32,
+    bf16, fp16, or auto for the one the model was saved in. device: None for this process's accelerator, or the CPU.
+    per_token: also a list per sample of the scored tokens' positions and values. zero3: the weights are sharded over
+    all ranks; offload: and kept in the CPUs' memory while not in use.
+
+    columns: name -> pyarrow type of what `score` returns. fingerprint: sha256 (hex) of weights and configuration.
+    tokenizer: the model's. max_length: longest sample in tokens; None where the model sets no limit. collective: every
+    rank must call `score` or `idle` equally often.
+    """
+
+    def __init__(
+        self,
+        model_path: str | os.PathLike,
+        metrics: Sequence[str],
+        *,
+        dtype: str = "auto",
+        device: str | torch.device | None = None,
+        per_token: bool = False,
+        zero3: bool = False,
+        offload: bool = False,
+        tensor_parallel: int = 1,
+    ):
+        if tensor_parallel != 1:
+            raise UserError("tensor_parallel: this version scores with whole layers; use zero3")
+        if offload and not zero3:
+            raise UserError("offload: parameters are offloaded by ZeRO-3; set zero3 too")
+        share_cores()
+        self.tokenizer = load_tokenizer(model_path)
+        model = load_model(model_path, dtype)
+        match_tokenizer(model, self.tokenizer)
+        config = model.config.get_text_config()
+        self.metrics = create(metrics, model.config)
+        self.per_token = per_token
+        self.columns = self._columns()
+        self.max_length = getattr(config, "max_position_embeddings", None)
+        self.fingerprint = _fingerprint(model)
+        self.collective = zero3 and world_size() > 1
+        self._options = {name: value for metric in self.metrics for name, value in metric.options.items()}
+        self._statistics = any(metric.statistics for metric in self.metrics)
+        self._unconditional = any(metric.unconditional for metric in self.metrics)
+        self._prefix = self._find_prefix() if self._unconditional else None
+        body = backbone(model)
+        self._packed = "flash" in (body.config._attn_implementation or "")
+        self._takes_token_mask = getattr(body, "takes_token_mask", False)
+        self._vocabulary = model.get_input_embeddings().num_embeddings
+        self._open = ExitStack()
+        self._run, self.device = self._place(Pass(attach_loss_head(model)).eval(), device, zero3, offload)
+
+    def score(self, samples: list[Sample]) -> list[dict[str, Any]]:
+        """A row of `columns` for each sample, in order.
+
+        A sample to which the model gives a probability that is not finite gets `error`, what is wrong, and None in the
+        columns that depend on it. torch.OutOfMemoryError is the caller's: with half the samples it may fit. Raises
+        ValueError for a token id that the model does not know.
+        """
+        for sample in samples:
+            if len(sample) and not 0 <= sample.input_ids.min() <= sample.input_ids.max() < self._vocabulary:
+                raise ValueError(f"a token id is not within the model's {self._vocabulary} tokens")
+        alone = None
+        if self._unconditional:
+            alone = self._statistics_of([without_prompt(sample, self._prefix) for sample in samples])
+        rows: list[dict] = [{}] * len(samples)
+        for group in self._groups(samples):
+            batch = self._forward([samples[i] for i in group], self._options)
+            unconditional = alone.select(group) if alone else None
+            for i, row in zip(group, self._rows(batch, unconditional), strict=True):
+                rows[i] = row
+        return rows
+
+    def idle(self) -> None:
+        """Take part in one `score` of the other ranks, where `collective`, without a sample of one's own."""
+        self.score([Sample(np.zeros(1, np.int64), np.zeros(1, bool))])
+
+    def close(self) -> None:
+        """Release what the wrapped model holds; the scorer is of no use afterwards."""
+        self._open.close()
+
+    def __enter__(self) -> Scorer:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def _columns(self) -> dict[str, pa.DataType]:
+        columns = {"tokens": pa.int64()}
+        for metric in self.metrics:
+            columns |= metric.columns()
+        if self.per_token:
+            columns["positions"] = pa.list_(pa.int32())
+            columns |= {f"{m.name}_per_token": pa.list_(pa.float32()) for m in self.metrics if m.tokens}
+        return columns
+
+    def _find_prefix(self) -> int:
+        for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
+            if token is not None:
+                return token
+        raise UserError("metric 'ifd': the tokenizer has neither a beginning-of-text nor an end-of-text token")
+
+    def _place(self, run: Pass, device, zero3: bool, offload: bool) -> tuple[Callable, torch.device]:
+        """What to call for a forward pass, and where its tensors belong."""
+        if not zero3:
+            if device is None:
+                local = int(os.environ.get("LOCAL_RANK", "0"))
+                device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+            return run.to(device), torch.device(device)
+        import torch.distributed as dist
+
+        from ds_llm import engine
+
+        if not dist.is_initialized():
+            engine.init_distributed()
+        config = Config(zero=3)
+        dtype = next(run.parameters()).dtype
+        config.train.dtype = next(name for name, value in TORCH_DTYPES.items() if value == dtype)
+        if offload:
+            offloaded = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+            config.deepspeed = {"zero_optimization": {"stage": 3, "offload_param": offloaded}}
+        return self._open.enter_context(engine.inference(run, config)), engine.device()
+
+    def _groups(self, samples: list[Sample]) -> Iterator[list[int]]:
+        """Indices of the samples of each forward pass."""
+        if self._packed or self.collective:
+            yield list(range(len(samples)))
+            return
+        least = SPLIT_TOKENS.get(self.device.type, SPLIT_TOKENS["cuda"])
+        group, filled = [], 0
+        for i in sorted(range(len(samples)), key=lambda i: -len(samples[i])):
+            if group:
+                longest, rows = len(samples[group[0]]), len(group)
+                padding = 1 - (filled + len(samples[i])) / (longest * (rows + 1))
+                if longest * rows >= least and padding > SPLIT_PADDING:
+                    yield group
+                    group, filled = [], 0
+            group.append(i)
+            filled += len(samples[i])
+        if group:
+            yield group
+
+    def _arrange(self, samples: list[Sample]) -> tuple[np.ndarray, np.ndarray, dict[str, Tensor | int]]:
+        """Token ids [B, S], the row of each sample's first token in them, and what the backbone must know besides."""
+        lengths = np.array([len(sample) for sample in samples])
+        if self._packed:
+            starts = np.cumsum(lengths) - lengths
+            ids = np.concatenate([sample.input_ids for sample in samples])[None]
+            positions = torch.from_numpy(np.arange(ids.size) - np.repeat(starts, lengths))[None].to(self.device)
+            return ids, starts, {"position_ids": positions, **document_lengths(positions)}
+        ids = np.zeros((len(samples), lengths.max()), np.int64)
+        for row, sample in zip(ids, samples, strict=True):
+            row[: len(sample)] = sample.input_ids
+        extra = {}
+        if self._takes_token_mask:
+            extra["token_mask"] = torch.from_numpy(np.arange(ids.shape[1]) < lengths[:, None]).to(self.device)
+        return ids, np.arange(len(samples)) * ids.shape[1], extra
+
+    @torch.no_grad()
+    def _forward(self, samples: list[Sample], options: dict) -> Batch:
+        ids, starts, extra = self._arrange(samples)
+        predicting = labels = None
+        if self._statistics:
+            predicting = np.concatenate([start + s.targets - 1 for start, s in zip(starts, samples, strict=True)])
+            labels = np.concatenate([sample.input_ids[sample.targets] for sample in samples])
+            predicting, labels = (torch.from_numpy(a.astype(np.int64)).to(self.device) for a in (predicting, labels))
+        ids = torch.from_numpy(ids.astype(np.int64)).to(self.device)
+        try:
+            output, *found = self._run(input_ids=ids, predicting=predicting, labels=labels, **extra, **options)
+        except RuntimeError as error:
+            if "can't allocate memory" not in str(error):  # how the CPU's allocator says it
+                raise
+            raise torch.OutOfMemoryError(str(error)) from None
+        entropy, logprob = (None if values is None else values.double().cpu().numpy() for values in found)
+        return Batch(samples, starts, output, entropy, logprob)
+
+    def _statistics_of(self, samples: list[Sample]) -> Batch:
+        """Entropy and log-probability of all samples, without the backbone's output."""
+        entropy: list = [None] * len(samples)
+        logprob: list = [None] * len(samples)
+        for group in self._groups(samples):
+            batch = self._forward([samples[i] for i in group], {})
+            for i, e, p in zip(group, batch.split(batch.entropy), batch.split(batch.logprob), strict=True):
+                entropy[i], logprob[i] = e, p
+        return Batch(samples, entropy=np.concatenate(entropy), logprob=np.concatenate(logprob))
+
+    def _rows(self, batch: Batch, unconditional: Batch | None) -> list[dict[str, Any]]:
+        found: dict[str, list] = {"tokens": batch.counts.tolist()}
+        for metric in self.metrics:
+            found |= metric.measure(batch, unconditional)
+        if self.per_token:
+            found["positions"] = [sample.targets.tolist() for sample in batch.samples]
+            for metric in self.metrics:
+                if metric.tokens:
+                    values = batch.split(getattr(batch, metric.tokens))
+                    found[f"{metric.name}_per_token"] = [part.tolist() for part in values]
+        rows = [dict(zip(found, values, strict=True)) for values in zip(*found.values(), strict=True)]
+        if batch.logprob is not None:
+            sound = [
+                np.isfinite(e).all() and np.isfinite(p).all()
+                for e, p in zip(batch.split(batch.entropy), batch.split(batch.logprob), strict=True)
+            ]
+            for row, fine in zip(rows, sound, strict=True):
+                if not fine:
+                    row["error"] = "the model gives a probability that is not finite"
+        return rows
+
+
+def _fingerprint(model: nn.Module) -> str:
+    settings = model.config.to_dict()
+    for name in ("_name_or_path", "transformers_version"):
+        settings.pop(name, None)
+    text = json.dumps(settings, sort_keys=True, default=str)
+    return hashlib.sha256(f"{model_fingerprint(model)} {text}".encode()).hexdigest()

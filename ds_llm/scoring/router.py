@@ -1,0 +1,54 @@
+"""How a mixture of experts routes a sample."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from ds_llm.errors import UserError
+from ds_llm.scoring.metrics import Batch, Metric, number, register
+
+EXPERTS = ("n_routed_experts", "num_experts", "num_local_experts")  # names that configurations have for their number
+
+
+@register
+class Router(Metric):
+    """`router` [layers, experts]: mean probability that each layer's gate gives to each expert, over all tokens of the
+    sample; `routing_entropy`: mean entropy in nats of these probabilities, over tokens and layers."""
+
+    name = "router"
+    statistics = False
+    options: ClassVar[dict] = {"output_router_logits": True}
+
+    def __init__(self, config):
+        super().__init__(config)
+        text = config.get_text_config()
+        if not any(getattr(text, name, None) for name in EXPERTS) or getattr(text, "use_moe", True) is False:
+            raise UserError(f"metric 'router': a '{config.model_type}' model has no experts")
+        self.sigmoid = getattr(text, "scoring_func", "softmax") == "sigmoid"
+
+    def columns(self) -> dict[str, pa.DataType]:
+        return {"router": pa.list_(pa.list_(pa.float64())), "routing_entropy": pa.float64()}
+
+    def measure(self, batch: Batch, unconditional: Batch | None) -> dict[str, list]:
+        features, entropies = [], []
+        for logits in batch.output.router_logits:
+            shares = self._shares(logits.flatten(0, -2).float())
+            features.append(batch.token_mean(shares))
+            entropies.append(batch.token_mean(torch.special.entr(shares).sum(-1)))
+        features = torch.stack(features, 1).tolist()
+        entropies = torch.stack(entropies, 1).mean(1).tolist()
+        return {
+            "router": [[[number(share) for share in layer] for layer in sample] for sample in features],
+            "routing_entropy": [number(value) for value in entropies],
+        }
+
+    def _shares(self, logits: Tensor) -> Tensor:
+        """Probabilities of the experts; of sigmoid scores their shares of the sum."""
+        if not self.sigmoid:
+            return logits.softmax(-1)
+        scores = logits.sigmoid()
+        return scores / scores.sum(-1, keepdim=True)
