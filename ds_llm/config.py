@@ -73,9 +73,13 @@ class DataConfig:
     train: list[str] = key(
         [],
         "What to train on. pretrain: token files (.bin). sft: JSONL, JSON or Parquet files, folders or patterns, or "
-        "the hub name of a data set; dpo: such files with preference pairs",
+        "the hub name of a data set; dpo: such files with preference pairs; sparse: as pretrain or as sft",
     )
-    val: list[str] = key([], "What to evaluate on, of the same kind as data.train; empty: no evaluation")
+    val: list[str] = key(
+        [],
+        "What to evaluate on, of the same kind as data.train, or for token files any texts (.txt, .jsonl, .parquet); "
+        "empty: no evaluation",
+    )
     tokenizer: str | None = key(None, "Tokenizer folder; none: the one recorded beside the token file, else model.path")
     seq_len: int | None = key(
         None, "Tokens of a training sample, and of the longest conversation; none: model.max_seq_len", at_least=2
@@ -154,6 +158,30 @@ class DpoConfig:
     )
     simpo_gamma: float = key(0.5, "Margin that simpo asks for between the rewards", at_least=0)
     reference: str | None = key(None, "Folder or hub name of the reference model; none: the start model, model.path")
+
+
+@dataclass
+class SparseConfig:
+    density: float | None = key(
+        None,
+        "Share of the pruned layers' weights that model.path must have kept (0.1: 90 % are removed); none: any",
+        above=0,
+        at_most=1,
+    )
+    masks: str | None = key(
+        None,
+        "Mask file, or the folder it lies in; none: that of model.path, and where it has none the zeros of its weights",
+    )
+    train_dense: bool = key(
+        True, "Train embeddings, norms, biases and other weights that are not pruned too; false: the kept weights only"
+    )
+    samples: int | None = key(
+        None,
+        "Samples of an epoch, drawn once from data.train (more than it has: some come again), so that its steps are "
+        "samples / global batch; none: all of data.train",
+        at_least=1,
+    )
+    scale_lr: bool = key(False, "Multiply optim.lr by the square root of the global batch")
 
 
 @dataclass
@@ -257,7 +285,7 @@ class TrackingConfig:
 
 @dataclass
 class Config:
-    mode: str = key("pretrain", "What is trained", choices=("pretrain", "sft", "dpo"))
+    mode: str = key("pretrain", "What is trained", choices=("pretrain", "sft", "dpo", "sparse"))
     output: str = key("runs/pretrain", "Folder of the run: checkpoints, metrics, report, exported model")
     resume: str = key(
         "auto", "auto: continue from the newest whole checkpoint; never: start anew; or a checkpoint folder"
@@ -272,6 +300,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     dpo: DpoConfig = field(default_factory=DpoConfig)
+    sparse: SparseConfig = field(default_factory=SparseConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -474,9 +474,10 @@ def _restore_buffers(module: nn.Module, exact: dict[str, torch.Tensor]) -> None:
 
 
 def _decay_groups(module: nn.Module, weight_decay: float) -> list[dict]:
-    trained: Iterable[tuple[str, nn.Parameter]] = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
-    matrices = [p for _, p in trained if p.dim() >= 2]
-    vectors = [p for _, p in trained if p.dim() < 2]
+    trained = [p for p in module.parameters() if p.requires_grad]
+    # the kept values of a pruned matrix are a vector
+    matrices = [p for p in trained if len(getattr(p, "dense_shape", p.shape)) >= 2]
+    vectors = [p for p in trained if len(getattr(p, "dense_shape", p.shape)) < 2]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return [g for g in groups if g["params"]]
 

@@ -105,6 +105,11 @@ def whole_shape(parameter: torch.nn.Parameter) -> torch.Size:
     return torch.Size(packed.shape if packed is not None else getattr(parameter, "ds_shape", parameter.shape))
 
 
+def dense_shape(parameter: torch.nn.Parameter) -> torch.Size:
+    """`whole_shape`, or for the kept values of a pruned weight the shape of that weight, which enters the products."""
+    return getattr(parameter, "dense_shape", None) or whole_shape(parameter)
+
+
 def training_flops_per_token(model: torch.nn.Module, seq_len: int) -> float:
     """FLOPs that the forward and backward pass of one token cost, as used for MFU.
 
@@ -124,7 +129,7 @@ def training_flops_per_token(model: torch.nn.Module, seq_len: int) -> float:
     tied = head is not None and head.weight is embedding
     products = 0.0
     for parameter in model.parameters():
-        shape = whole_shape(parameter)
+        shape = dense_shape(parameter)
         if len(shape) < 2 or (parameter is embedding and not tied):
             continue
         share = active / experts if experts and len(shape) == 3 and shape[0] == experts else 1.0

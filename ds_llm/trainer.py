@@ -20,6 +20,8 @@ from ds_llm.models import adapters
 from ds_llm.modes import Job, count_processed, count_tokens
 from ds_llm.progress import console
 from ds_llm.schedule import learning_rate
+from ds_llm.sparsity import compact_checkpoint
+from ds_llm.sparsity.model import is_sparse
 from ds_llm.tracking import Meter, Tracker
 
 
@@ -146,7 +148,8 @@ class Trainer:
         extras = {name: value / max(valid, 1) for name, value in zip(self.job.metrics, figures[3:], strict=False)}
         loss, aux = figures[0] / max(valid, 1), figures[1] / (self.world * count)
         reason = self._veto(loss, aux, valid)
-        result = self.engine.step(learning_rate(c.optim, step, self.total), veto=reason is not None)
+        rate = learning_rate(c.optim, step, self.total) * self.job.lr_factor
+        result = self.engine.step(rate, veto=reason is not None)
         if reason is None and not result.applied:
             reason = "gradient overflow" if c.train.dtype == "fp16" else "non-finite gradient"
         state["step"], state["tokens"] = step + 1, state["tokens"] + int(tokens)
@@ -295,6 +298,8 @@ class Trainer:
         if self.rank == 0:
             if adapter:
                 adapters.save_adapter(self.job.model, weights, folder / "model")
+            elif is_sparse(self.job.model):
+                compact_checkpoint.save(self.job.model, weights, folder / "model")
             else:
                 self.job.model.save_pretrained(folder / "model", state_dict=weights)
             self.job.tokenizer.save_pretrained(folder / "model")
@@ -340,6 +345,7 @@ class Trainer:
             "global_batch": self.global_batch,
             "loss_unit": f"nats per {self.job.unit}",
             "flops_per_token": hardware.training_flops_per_token(model, self.job.seq_len),
+            **self.job.info,
         }
 
     def _report(self) -> None:

@@ -59,6 +59,16 @@ def model_loss(model: torch.nn.Module, device: torch.device | str) -> RowLoss:
     return loss
 
 
+def check_length(streams: Sequence[np.ndarray | Tensor], token_length: int) -> None:
+    """Raise `UserError` where no stream holds a whole window."""
+    longest = max(map(len, streams), default=0)
+    if longest < token_length:
+        raise UserError(
+            f"the text has {longest:,} tokens, less than one window of {token_length:,}: "
+            "give more text or a shorter token length"
+        )
+
+
 @torch.no_grad()
 def perplexity_of_tokens(
     loss_fn: RowLoss,
@@ -90,15 +100,11 @@ def perplexity_of_tokens(
     stride = token_length if stride is None else stride
     check_windows(token_length, stride, batch_size, max_windows)
     streams = list(tokens) if isinstance(tokens, (list, tuple)) else [tokens]
+    check_length(streams, token_length)
     lengths = [len(stream) for stream in streams]
     windows = [
         (which, first) for which, length in enumerate(lengths) for first in range(0, length - token_length + 1, stride)
     ]
-    if not windows:
-        raise UserError(
-            f"the text has {max(lengths, default=0):,} tokens, less than one window of {token_length:,}: "
-            "give more text or a shorter token length"
-        )
     windows = windows[:max_windows] if max_windows else windows
     sums = _window_sums(loss_fn, streams, windows, token_length, stride, batch_size, title)
     counted = [_counted(first, token_length, stride) for _, first in windows]

@@ -35,6 +35,7 @@ from ds_llm.cli import rank
 from ds_llm.config import DTYPES
 from ds_llm.data.tokenizer import load_tokenizer as read_tokenizer
 from ds_llm.errors import UserError
+from ds_llm.sparsity import compact_checkpoint
 
 TORCH_DTYPES = dict(zip(DTYPES, (torch.float32, torch.bfloat16, torch.float16), strict=True))
 ATTENTION = ("auto", "sdpa", "flash_attention_2", "eager")
@@ -258,14 +259,21 @@ def load_model(
         )
         if torch.cuda.is_available():
             extra["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
+    if compact_checkpoint.is_compact(source.name):
+        if quantize != "none":
+            raise UserError(f"{source.name}: is a sparse model; write it dense first (launch/export.py) to quantise it")
+        extra["state_dict"] = compact_checkpoint.load_dense(source.name, TORCH_DTYPES[dtype])
     if source.gguf:
         extra = {"gguf_file": source.gguf}
         if hasattr(transformers, "GgufConfig"):  # releases that have it may keep weights packed, untrainable
             extra["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
         with _bars():
-            model, found = AutoModelForCausalLM.from_pretrained(
-                source.name,
+            loader, place = AutoModelForCausalLM, source.name
+            if "state_dict" in extra:
+                loader, place = _model_class(config), None
+            model, found = loader.from_pretrained(
+                place,
                 dtype=TORCH_DTYPES[dtype],
                 attn_implementation=kernel,
                 ignore_mismatched_sizes=True,  # refused below, by name
@@ -279,6 +287,8 @@ def load_model(
             raise
         raise UserError(f"{source.name}: a weight file is damaged or incomplete ({_reason(error)})") from None
     _check_weights(source.name, found)
+    if "state_dict" in extra and (Path(source.name) / "generation_config.json").is_file():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(source.name)
     if quantize == "nf4":
         for module in model.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -305,10 +315,14 @@ def _bars():
             enable_progress_bar()
 
 
+def _model_class(config) -> type:
+    model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return model[0] if isinstance(model, tuple) else model
+
+
 def _supported(config, asked: str, kernel: str) -> str:
     """The kernel, or for `auto` the best one the architecture has."""
-    model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    model = model[0] if isinstance(model, tuple) else model
+    model = _model_class(config)
     has = {
         "flash_attention_2": getattr(model, "_supports_flash_attn", False),
         "sdpa": getattr(model, "_supports_sdpa", False),

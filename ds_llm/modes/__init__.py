@@ -8,7 +8,7 @@ training data: a continued run must have the same.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -45,7 +45,7 @@ class Job:
     returns the figures of an evaluation, `goal` among them, of which the lowest is the best; `sample(engine)` a list
     of {"prompt", "text"}. `prepare(engine, stop)` runs before training, while the engine still holds the start model;
     it calls the collective `stop()` now and then and returns False where that says to end. Every rank calls all three,
-    or they are None.
+    or they are None. The scheduled learning rate is multiplied by `lr_factor`; `info` is recorded with the run's start.
     """
 
     model: nn.Module
@@ -60,3 +60,5 @@ class Job:
     unit: str = "token"
     metrics: tuple[str, ...] = ()
     goal: str = "perplexity"
+    lr_factor: float = 1.0
+    info: dict[str, Any] = field(default_factory=dict)

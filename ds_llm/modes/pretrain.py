@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,12 @@ from ds_llm.data.tokens import TokenData
 from ds_llm.errors import ConfigError, UserError
 from ds_llm.models import adapters
 from ds_llm.modes import Job
+from ds_llm.progress import console
+
+if TYPE_CHECKING:
+    from ds_llm.evaluation.measure import Streams
+
+SHOWN_ROWS = 5  # rows without a text that are named
 
 
 @dataclass
@@ -19,7 +26,7 @@ class Data:
     """Opened and checked inputs of a run."""
 
     train: TokenData
-    val: TokenData | None
+    val: Streams | None
     tokenizer: object
     seq_len: int
     fingerprint: dict
@@ -27,6 +34,8 @@ class Data:
 
 def check(config: Config) -> Data:
     """Open the token files and the tokenizer; every mistake in them is found here, before any model is built."""
+    from ds_llm.evaluation.measure import open_streams
+    from ds_llm.evaluation.perplexity import check_length
     from ds_llm.models.loading import load_model_config, load_tokenizer
 
     if not config.data.train:
@@ -54,8 +63,12 @@ def check(config: Config) -> Data:
             raise UserError(f"eval.token_length: {length} tokens are more than the model's {limit} positions")
         if config.eval.stride and config.eval.stride > length:
             raise ConfigError(f"eval.stride: {config.eval.stride} is more than the evaluation's {length} tokens")
-        val = TokenData(config.data.val, length - 1)
-        val.check_tokenizer(tokenizer)
+        val = open_streams(config.data.val, tokenizer)
+        for path, row, reason in val.rejected[:SHOWN_ROWS]:
+            console.print(f"warning: {path}: row {row} is not evaluated on: {reason}", markup=False)
+        if len(val.rejected) > SHOWN_ROWS:
+            console.print(f"warning: data.val: {len(val.rejected):,} rows in all are not evaluated on", markup=False)
+        check_length(val.tokens, length)
     for prompt in config.eval.prompts:
         length = len(tokenizer(prompt).input_ids)
         if limit and length >= limit:
@@ -87,6 +100,11 @@ def build(config: Config, data: Data) -> Job:
             model.gradient_checkpointing_enable({"use_reentrant": False})
     else:
         model = adapters.start_model(config, data.tokenizer)
+    return job(config, data, model)
+
+
+def job(config: Config, data: Data, model: nn.Module) -> Job:
+    """Join a model whose loss head is attached with the data."""
     objective = LanguageModeling(model)
     evaluate = _evaluation(config, data) if data.val is not None else None
     sample = _sampling(config, data, model) if config.eval.prompts else None
@@ -119,7 +137,7 @@ def _evaluation(config: Config, data: Data):
     def evaluate(engine) -> dict:
         result = perplexity_of_tokens(
             lambda input_ids, labels: engine.forward(input_ids=input_ids, labels=labels, per_row=True),
-            data.val.streams(),
+            data.val.tokens,
             token_length=length,
             stride=config.eval.stride,
             batch_size=config.eval.batch_size or config.train.batch_size,

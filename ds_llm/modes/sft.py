@@ -131,7 +131,11 @@ def as_prompt(text: str, tokenizer) -> str | list[dict]:
 
 def build(config: Config, data: Data) -> Job:
     """Load the model, with adapters where asked, and join it with the data."""
-    model = adapters.start_model(config, data.tokenizer)
+    return job(config, data, adapters.start_model(config, data.tokenizer))
+
+
+def job(config: Config, data: Data, model: nn.Module) -> Job:
+    """Join a model whose loss head is attached with the data."""
     evaluate = _evaluation(config, data.val) if data.val is not None else None
     sample = sampling(config, data, model) if config.eval.prompts else None
     return Job(model, SupervisedLoss(model), data.tokenizer, data.train, data.seq_len, evaluate, sample)

@@ -1,0 +1,110 @@
+"""A sparse model on disk as it is in memory: kept values and bits, and the dense rest as it is.
+
+A compact folder is a Hugging Face model folder with `sparse.safetensors` in place of `model.safetensors`. For a pruned
+weight NAME the file holds `NAME.values` [nnz] and `NAME.bits` uint8 (see `ds_llm.kernels.packed_mask.PackedMask`), and
+in its metadata the shapes. `sparsity.json` says how many weights of each tensor are kept and how many are not 0. At
+density d a pruned weight of b bytes takes d b + 1/8.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ds_llm.errors import UserError
+from ds_llm.kernels.sparse_update import PackedMask, expand
+from ds_llm.sparsity.linear import merged
+from ds_llm.sparsity.masks import from_bits
+from ds_llm.sparsity.model import sparse_tensors
+
+FILE, FORMAT, VERSION = "sparse.safetensors", "ds_llm sparse", "1"
+TABLE = "sparsity.json"
+
+
+def save(model: nn.Module, weights: dict[str, Tensor], folder: str | os.PathLike) -> None:
+    """Write a compact folder from the gathered `weights` of a model that `sparsify` has prepared.
+
+    weights: parameters and persistent buffers by name, on the CPU. Masked adapters are merged into the values. Raises
+    `UserError`, before anything is written, where a tensor does not keep exactly the weights it started with.
+    """
+    folder, weights = Path(folder), dict(weights)
+    tensors, shapes, table = {}, {}, []
+    for name, module, leaf in sparse_tensors(model):
+        path = name.removesuffix(leaf)
+        values, bits = weights.pop(f"{name}_values"), weights.pop(f"{name}_mask.bits")
+        weights.pop(f"{name}_mask.offsets")
+        shape = getattr(module, f"{leaf}_mask").shape
+        mask = from_bits(bits, list(shape))
+        if not mask.nnz == values.numel() == model.kept_weights[name]:
+            raise UserError(
+                f"{folder}: not saved: {name} started with {model.kept_weights[name]:,} kept weights, now its mask has "
+                f"{mask.nnz:,} and {values.numel():,} have a value"
+            )
+        if f"{path}lora_A" in weights:
+            a, b = weights.pop(f"{path}lora_A"), weights.pop(f"{path}lora_B")
+            values = merged(values, mask, a, b, module.lora_scale)
+        tensors[f"{name}.values"], tensors[f"{name}.bits"] = values.contiguous(), bits
+        shapes[name] = list(shape)
+        table.append({"name": name, "shape": list(shape), "kept": mask.nnz, "nonzero": int(values.count_nonzero())})
+    folder.mkdir(parents=True, exist_ok=True)
+    model.config.architectures = [type(model).__name__]
+    model.config.dtype = values.dtype
+    model.config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+    about = {"format": FORMAT, "version": VERSION, "shapes": json.dumps(shapes)}
+    save_file({n: t.contiguous() for n, t in (tensors | weights).items()}, folder / FILE, metadata=about)
+    (folder / TABLE).write_text(json.dumps(table, indent=1))
+
+
+def is_compact(folder: str | os.PathLike) -> bool:
+    """Whether `folder` holds a compact checkpoint."""
+    return (Path(folder) / FILE).is_file()
+
+
+def load_masks(folder: str | os.PathLike) -> dict[str, PackedMask]:
+    """The masks of a compact folder by name of the weight, on the CPU."""
+    with _opened(folder) as (file, shapes):
+        return {name: from_bits(file.get_tensor(f"{name}.bits"), shape) for name, shape in shapes.items()}
+
+
+@torch.no_grad()
+def load_dense(folder: str | os.PathLike, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """All tensors of a compact folder by name, pruned ones as dense tensors with exact zeros; floating ones cast to
+    `dtype` where one is given. Raises `UserError` for a damaged file."""
+    with _opened(folder) as (file, shapes):
+        state = {}
+        for key in file.keys():  # noqa: SIM118
+            name, _, part = key.rpartition(".")
+            if name in shapes and part == "bits":
+                continue
+            tensor = file.get_tensor(key)
+            if dtype is not None and tensor.is_floating_point():
+                tensor = tensor.to(dtype)
+            if name in shapes and part == "values":
+                tensor = expand(tensor, from_bits(file.get_tensor(f"{name}.bits"), shapes[name]))
+                state[name] = tensor
+            else:
+                state[key] = tensor
+        return state
+
+
+@contextmanager
+def _opened(folder: str | os.PathLike) -> Iterator[tuple[object, dict[str, list[int]]]]:
+    path = Path(folder) / FILE
+    try:
+        with safe_open(path, "pt") as file:
+            about = file.metadata() or {}
+            if about.get("format") != FORMAT or about.get("version") != VERSION:
+                raise UserError(f"{path}: not a sparse model of version {VERSION}")
+            yield file, json.loads(about["shapes"])
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise UserError(f"{path}: damaged or incomplete ({str(error).splitlines()[0]})") from None

@@ -1,0 +1,151 @@
+"""Layers that train only the kept weights of a pruned model, held as one vector of values and a bit mask each.
+
+A pruned `weight` [..., C] is replaced by the parameter `weight_values` [nnz] and the mask `weight_mask`. The forward
+pass expands them to the dense weight for the matrix product; the backward pass compacts the dense gradient. Values,
+gradients and whatever an optimizer or ZeRO makes of them have the size of the kept weights, and a pruned weight cannot
+come back. Values carry `dense_shape`, the shape of the weight they stand for.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ds_llm.kernels.sparse_update import PackedMask, compact, expand
+
+
+class SparseLinear(nn.Module):
+    """A linear layer y = x W^T + b of which only the kept weights of W are held and trained.
+
+    values [nnz] in row-major order of mask.shape = (out_features, in_features); bias [out_features] or None. The dense
+    weight exists during a product only: neither pass keeps it for the other.
+    """
+
+    sparse_leaves = ("weight",)
+
+    def __init__(self, values: Tensor, mask: PackedMask, bias: nn.Parameter | None = None):
+        super().__init__()
+        self.out_features, self.in_features = mask.shape
+        self.weight_values = values_parameter(values, mask)
+        self.weight_mask = mask
+        self.bias = bias
+        self.lora_A = self.lora_B = None
+        self.lora_scale = 0.0
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, mask: PackedMask) -> SparseLinear:
+        """The layer that computes what `linear` does, whose weight must be 0 where the mask keeps nothing."""
+        return cls(compact(linear.weight.detach(), mask), mask, linear.bias)
+
+    def add_lora(self, rank: int, scale: float, init: str) -> None:
+        """Freeze the values and train W + scale * mask * (B A) instead: A [rank, in_features], B [out_features, rank].
+
+        B begins at 0. init: "default" draws A as peft does (Kaiming uniform), "gaussian" from N(0, 1 / rank^2). Because
+        the mask applies in training already, merging changes neither the outputs nor the density.
+        """
+        values = self.weight_values.requires_grad_(False)
+        self.lora_A = nn.Parameter(values.new_empty(rank, self.in_features))
+        self.lora_B = nn.Parameter(values.new_zeros(self.out_features, rank))
+        self.lora_scale = scale
+        if init == "gaussian":
+            nn.init.normal_(self.lora_A, std=1 / rank)
+        else:
+            nn.init.kaiming_uniform_(self.lora_A, a=5**0.5)
+
+    def effective_values(self) -> Tensor:
+        """The kept weights [nnz] that the product is made with."""
+        if self.lora_A is None:
+            return self.weight_values
+        return merged(self.weight_values, self.weight_mask, self.lora_A, self.lora_B, self.lora_scale)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight [out_features, in_features], made anew at every access; its gradient reaches the values."""
+        return expand(self.effective_values(), self.weight_mask)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in_features] -> [..., out_features]."""
+        values, bias = self.effective_values(), self.bias
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, values, bias = (None if t is None else t.to(dtype) for t in (x, values, bias))
+        return _Product.apply(x, values, bias, self.weight_mask)
+
+    def extra_repr(self) -> str:
+        lora = "" if self.lora_A is None else f", lora_rank={self.lora_A.shape[0]}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}{lora}"
+
+
+class _Product(torch.autograd.Function):
+    """x W^T + b, expanding W from its values in the forward pass and again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, values: Tensor, bias: Tensor | None, mask: PackedMask) -> Tensor:
+        ctx.save_for_backward(x, values)
+        ctx.mask = mask
+        return F.linear(x, expand(values, mask), bias)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, values = ctx.saved_tensors
+        grad_x = grad_values = grad_bias = None
+        rows = grad.reshape(-1, grad.shape[-1])
+        if ctx.needs_input_grad[0]:
+            grad_x = grad @ expand(values, ctx.mask)
+        if ctx.needs_input_grad[1]:
+            grad_values = compact(rows.t() @ x.reshape(-1, x.shape[-1]), ctx.mask)
+        if ctx.needs_input_grad[2]:
+            grad_bias = rows.sum(0)
+        return grad_x, grad_values, grad_bias, None
+
+
+def merged(values: Tensor, mask: PackedMask, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """values + scale * mask * (b a) at the kept places: [nnz], of a [rank, C] and b [R, rank]."""
+    return values + scale * compact(b @ a, mask)
+
+
+def values_parameter(values: Tensor, mask: PackedMask) -> nn.Parameter:
+    """The trainable values of a mask. Optimizers are to treat them as the matrix of `dense_shape` that they are."""
+    parameter = nn.Parameter(values)
+    parameter.dense_shape = mask.shape
+    return parameter
+
+
+def make_sparse(module: nn.Module, leaf: str, mask: PackedMask) -> None:
+    """Let any module hold the parameter `leaf` as values and mask, in place; its own code still reads a dense `leaf`.
+
+    For what is no plain linear layer: stacks of experts, heads, embeddings. Where the weight is a stack (three
+    dimensions) the module's forward pass is run again in the backward pass rather than keeping the dense weights.
+    """
+    weight = getattr(module, leaf)
+    stack = weight.dim() > 2
+    setattr(module, f"{leaf}_values", values_parameter(compact(weight.detach(), mask), mask))
+    setattr(module, f"{leaf}_mask", mask)
+    del module._parameters[leaf]
+    module.__class__ = _sparse_class(type(module), leaf, stack)
+
+
+@cache
+def _sparse_class(original: type, leaf: str, stack: bool) -> type:
+    # a subclass of the same name: hooks, `isinstance` and lists of class names keep working
+    def dense(self) -> Tensor:
+        return expand(getattr(self, f"{leaf}_values"), getattr(self, f"{leaf}_mask"))
+
+    members = {
+        leaf: property(dense),
+        "sparse_leaves": (*getattr(original, "sparse_leaves", ()), leaf),
+        "__doc__": original.__doc__,
+    }
+    if stack and not getattr(original, "recomputed", False):
+
+        def forward(self, *args, **kwargs):
+            if not torch.is_grad_enabled():
+                return original.forward(self, *args, **kwargs)
+            return checkpoint(original.forward, self, *args, use_reentrant=False, **kwargs)
+
+        members |= {"forward": forward, "recomputed": True}
+    return type(original.__name__, (original,), members)
