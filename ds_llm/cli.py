@@ -11,6 +11,10 @@ from collections.abc import Callable
 from ds_llm.errors import UserError
 
 
+# what gloo and NCCL say in a process whose peer has ended
+LOST_PEER = ("onnection closed by peer", "onnection reset by peer", "roken pipe", "remote process exited")
+
+
 def rank() -> int:
     """Global rank of this process as the launcher set it; 0 without a launcher."""
     return int(os.environ.get("RANK", "0"))
@@ -23,7 +27,7 @@ def world_size() -> int:
 
 def quiet() -> None:
     """Silence the libraries' own start-up messages unless DS_LLM_VERBOSE=1; call before importing them."""
-    if os.environ.get("DS_LLM_VERBOSE") == "1":
+    if _verbose():
         return
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -36,6 +40,10 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
+def _verbose() -> bool:
+    return os.environ.get("DS_LLM_VERBOSE") == "1"
+
+
 def run(main: Callable[[], int | None]) -> None:
     """Run `main` and exit with its result. A `UserError` becomes one line on stderr and its exit code."""
     quiet()
@@ -45,6 +53,17 @@ def run(main: Callable[[], int | None]) -> None:
         if rank() == 0 or error.any_rank:
             print(f"error: {error}", file=sys.stderr, flush=True)
         code = error.exit_code
+    except RuntimeError as error:  # torch's own distributed errors are such
+        if world_size() == 1 or not any(words in str(error) for words in LOST_PEER) or _verbose():
+            raise
+        print(
+            f"error: rank {rank()}: another process of the job is gone or unreachable; its own message says why, none "
+            "means that it was killed (out of memory?). The same command continues from the last checkpoint "
+            "(DS_LLM_VERBOSE=1 shows the traceback)",
+            file=sys.stderr,
+            flush=True,
+        )
+        code = 1
     except BrokenPipeError:  # the reader of our output has gone (`| head`): nothing is wrong here
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
