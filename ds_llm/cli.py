@@ -10,7 +10,6 @@ from collections.abc import Callable
 
 from ds_llm.errors import UserError
 
-
 # what gloo and NCCL say in a process whose peer has ended
 LOST_PEER = ("onnection closed by peer", "onnection reset by peer", "roken pipe", "remote process exited")
 
