@@ -52,10 +52,10 @@ def head_loss(head: nn.Module, hidden: Tensor, labels: Tensor, reduction: str = 
     """Cross-entropy of already shifted labels through any output head, float32: summed, or with `reduction` "none" one
     per label, flattened.
 
-    An `LMHead` computes it in one go. A head that something wraps (a LoRA adapter on it, a trained copy) is called
-    as it is on `CHUNK_TOKENS` tokens at a time, and again in the backward pass.
+    An `LMHead`, or an ensemble of them, computes it in one go. A head that something wraps (a LoRA adapter on it, a
+    trained copy) is called as it is on `CHUNK_TOKENS` tokens at a time, and again in the backward pass.
     """
-    if isinstance(head, LMHead):
+    if isinstance(head, LMHead) or (_is_ensemble(head) and head.computes_loss):
         return head(hidden, labels, reduction)
     inner = next((m for m in head.modules() if isinstance(m, LMHead)), None)
     scale, softcap = (inner.logit_scale, inner.softcap) if inner is not None else (1.0, None)
@@ -84,17 +84,25 @@ def attach_loss_head(model: nn.Module) -> nn.Module:
     kind = model.config.model_type
     if isinstance(head, LMHead):
         return model
+    if _is_ensemble(head):
+        head.attach()
+        return model
     if type(head) is not nn.Linear:
         raise UserError(
             f"cannot train or score a '{kind}' model: its output head is {type(head).__name__}, not a linear layer"
         )
     head.__class__ = LMHead
-    head.logit_scale, head.softcap = _logit_transform(model)
+    head.logit_scale, head.softcap = logit_transform(model)
     _check_head(model, head)
     return model
 
 
-def _logit_transform(model: nn.Module) -> tuple[float, float | None]:
+def _is_ensemble(head: nn.Module) -> bool:
+    """Whether it is the head of a boosted model, see `ds_llm.models.boost`."""
+    return hasattr(type(head), "attach")
+
+
+def logit_transform(model: nn.Module) -> tuple[float, float | None]:
     """Factor and soft cap that the model's own forward applies to the logits."""
     config = model.config.get_text_config()
     scale = 1.0
@@ -198,7 +206,7 @@ def lm_loss(
     extra = {}
     if token_mask is not None and getattr(body, "takes_token_mask", False):
         extra["token_mask"] = token_mask
-    balanced = _balancing_loss(model)
+    balanced = balancing_loss(model)
     if balanced is not None:
         extra["output_router_logits"] = True
     flash = "flash" in (getattr(config, "_attn_implementation", None) or "")
@@ -217,7 +225,7 @@ def lm_loss(
     return LMLoss(loss_sum, aux, report, counts)
 
 
-def _balancing_loss(model: nn.Module):
+def balancing_loss(model: nn.Module):
     """A function of (router logits, attention mask) that gives (aux loss, report, counts), or None without one."""
     base = model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
     function = getattr(sys.modules[type(base).__module__], "load_balancing_loss_func", None)
