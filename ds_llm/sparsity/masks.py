@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from ds_llm.errors import UserError
@@ -45,8 +45,18 @@ def save_masks(folder: str | os.PathLike, masks: Mapping[str, PackedMask | Tenso
         "shapes": json.dumps({name: list(mask.shape) for name, mask in packed.items()}),
     }
     path = Path(folder) / FILE
-    save_file({name: mask.bits.cpu().contiguous() for name, mask in packed.items()}, path, metadata=about)
+    path.write_bytes(_ordered(save({name: mask.bits.cpu().contiguous() for name, mask in packed.items()}, about)))
     return path
+
+
+def _ordered(content: bytes) -> bytes:
+    """A safetensors file with its metadata in order of the keys: the library writes them in a random one."""
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # the data behind it stay aligned
+    return len(text).to_bytes(8, "little") + text + content[8 + length :]
 
 
 def load_masks(source: str | os.PathLike) -> dict[str, PackedMask]:
