@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 
@@ -52,7 +53,12 @@ def launch(launcher: str, arguments: list[str], timeout: float = 240, **kwargs) 
     return subprocess.CompletedProcess(job.args, job.returncode, out, err)
 
 
-def start(launcher: str, arguments: list[str], script: Path = ROOT / "launch" / "train.py", **env) -> subprocess.Popen:
+def start(
+    launcher: str, arguments: list[str], script: Path = ROOT / "launch" / "train.py", **env
+) -> subprocess.Popen | forked.Job:
+    """Start a job with its own process group; `forked` starts 2 processes without the launchers' cost, see `forked`."""
+    if launcher == "forked":
+        return forked.Job(2, [str(script), *arguments], environment(**env))
     return subprocess.Popen(
         command(launcher, arguments, script),
         env=environment(**env),
