@@ -233,7 +233,7 @@ class Generator:
     def _config(self, params: SamplingParams, max_new_tokens: int) -> GenerationConfig:
         """Every value is given: what is left out, transformers would take from the model's own defaults."""
         sample = params.temperature > 0
-        unused = range(len(self.tokenizer), self.model.get_output_embeddings().weight.shape[0])
+        unused = range(len(self.tokenizer), self.model.get_output_embeddings().out_features)
         return GenerationConfig(
             max_new_tokens=max_new_tokens,
             min_new_tokens=min(params.min_new_tokens, max_new_tokens),

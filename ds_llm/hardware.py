@@ -119,6 +119,11 @@ def training_flops_per_token(model: torch.nn.Module, seq_len: int) -> float:
     experts count. The embedding table counts once if it is also the output head and not at all otherwise. Right under
     ZeRO-3 too, where a parameter carries its full shape in `ds_shape`.
     """
+    if parts := getattr(model, "sub_models", None):  # a frozen one is only run forwards: a third, of 4 x a half
+        trained = [any(p.requires_grad for p in part.parameters()) for part in parts]
+        return sum(
+            (1 if t else 0.5) * training_flops_per_token(m, seq_len) for m, t in zip(parts, trained, strict=True)
+        )
     config = getattr(model.config, "text_config", model.config)
     experts = next(
         (n for k in ("n_routed_experts", "num_experts", "num_local_experts") if (n := getattr(config, k, 0))), 0

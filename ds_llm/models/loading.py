@@ -1,8 +1,7 @@
-"""Finding and loading causal language models and their tokenizers, from whatever a user names.
+"""Loading causal language models and their tokenizers, from whatever a user names (`ds_llm.models.source`).
 
-A model is named by a hub name, a Hugging Face folder, the output folder of a run or of one of its checkpoints (their
-`model/` is taken), a `.gguf` file, or a folder with a peft adapter (merged into its base model). Every mistake is a
-`UserError`.
+An adapter is merged into its base model; a boosted model (`ds_llm.models.boost`) is recognised by its files.
+Every mistake is a `UserError`.
 """
 
 from __future__ import annotations
@@ -10,130 +9,55 @@ from __future__ import annotations
 import difflib
 import json
 import os
-import re
-import socket
 import sys
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 import torch
 import transformers
-from huggingface_hub import constants
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import is_flash_attn_2_available
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
-from transformers.utils.peft_utils import find_adapter_config_file
 
 import ds_llm.models.decoder  # noqa: F401 (registers the project's decoder with the Auto classes)
 from ds_llm.cli import rank
 from ds_llm.config import DTYPES
 from ds_llm.data.tokenizer import load_tokenizer as read_tokenizer
 from ds_llm.errors import UserError
+from ds_llm.models.boost import QwenBoostConfig
+from ds_llm.models.source import Source, detect_model_type, did_you_mean, locate, nearest
 from ds_llm.sparsity import compact_checkpoint
 
 TORCH_DTYPES = dict(zip(DTYPES, (torch.float32, torch.bfloat16, torch.float16), strict=True))
 ATTENTION = ("auto", "sdpa", "flash_attention_2", "eager")
-HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a model lies: `name` is a folder or hub name, `gguf` the file in it; `adapter` the adapter's file."""
-
-    name: str
-    gguf: str | None = None
-    adapter: str | None = None
-
-    def base(self) -> str:
-        """Name of the model an adapter belongs to."""
-        settings = json.loads(Path(self.adapter).read_text())
-        name = settings.get("base_model_name_or_path")
-        if not name:
-            raise UserError(f"{self.name}: adapter_config.json names no base model (base_model_name_or_path)")
-        return name
-
-
-def locate(path: str | os.PathLike) -> Source:
-    """Resolve what the user named to what transformers can read; see the module for what may be named."""
-    name = os.path.expanduser(str(path))
-    local = Path(name)
-    if not name:
-        raise UserError("the model's name is empty")
-    if local.is_file():
-        if local.suffix == ".gguf":
-            return Source(str(local.parent), gguf=local.name)
-        raise UserError(f"{name}: is a file; name a model folder or a .gguf file")
-    if local.is_dir():
-        return _locate_folder(local)
-    if local.is_absolute() or name.startswith(".") or not HUB_NAME.fullmatch(name) or name.endswith(".gguf"):
-        raise UserError(f"{name}: no such file or folder{_nearest(local)}")
-    return Source(name, adapter=_adapter(name))
-
-
-def _locate_folder(folder: Path) -> Source:
-    for place in (folder, folder / "model"):
-        if (place / "adapter_config.json").is_file():
-            return Source(str(place), adapter=str(place / "adapter_config.json"))
-        if (place / "config.json").is_file():
-            return Source(str(place))
-    ggufs = sorted(p.name for p in folder.glob("*.gguf"))
-    if ggufs:
-        raise UserError(f"{folder}: name one of its GGUF files, for example {folder / ggufs[0]}")
-    saved = sorted(folder.glob("checkpoints/step-*/model"))
-    if saved:
-        raise UserError(f"{folder}: this run has no final model yet; name a checkpoint: {saved[-1].parent}")
-    inner = sorted({*folder.glob("*/config.json"), *folder.glob("*/model/config.json")})
-    hint = _did_you_mean([path.parent for path in inner])
-    raise UserError(f"{folder}: no config.json here, so this is not a model folder{hint}")
-
-
-def _adapter(hub_name: str) -> str | None:
-    _go_offline_without_network()
-    try:
-        return find_adapter_config_file(hub_name)
-    except (OSError, ValueError):
-        return None  # loading the configuration says what is wrong with the name
-
-
-def _go_offline_without_network() -> None:
-    """Take hub names from the cache alone where the hub's address does not resolve: every file would be retried."""
-    if constants.HF_HUB_OFFLINE or getproxies():
-        return
-    try:
-        socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443)
-    except OSError:
-        constants.HF_HUB_OFFLINE = True
-
-
-def _nearest(missing: Path) -> str:
-    parent = missing.parent
-    if not parent.is_dir():
-        return f" (nor is there a folder {parent})"
-    close = difflib.get_close_matches(missing.name, [p.name for p in parent.iterdir()], n=1)
-    return _did_you_mean([parent / name for name in close])
-
-
-def _did_you_mean(close: list) -> str:
-    return f"; did you mean {close[0]}?" if close else ""
 
 
 def load_model_config(path: str | os.PathLike):
     """The transformers configuration of a causal language model (of the base model for an adapter).
 
-    Raises `UserError`: nothing there, no or unknown architecture, not a causal language model.
+    One that is recognised as a boosted model's but is none is read as a standard one, which is said on stderr. Raises
+    `UserError`: nothing there, no or unknown architecture, not a causal language model.
     """
     source = locate(path)
     if source.adapter:
         return load_model_config(source.base())
     if source.gguf:
         need("gguf", "accelerate", what=f"{path}: reading a GGUF file")
+    elif detect_model_type(path) == "qwen_boost":
+        try:
+            return QwenBoostConfig.from_pretrained(source.name)
+        except (StrictDataclassError, ValueError, TypeError) as error:
+            if not _is_also_standard(source):
+                raise _config_error(source, error) from None
+            _note_fallback(source, error)
+    return _standard_config(source)
+
+
+def _standard_config(source: Source):
     try:
         config = AutoConfig.from_pretrained(source.name, **({"gguf_file": source.gguf} if source.gguf else {}))
     except Exception as error:  # from JSON errors to strict-configuration errors: all are about the user's files
@@ -143,12 +67,23 @@ def load_model_config(path: str | os.PathLike):
     return config
 
 
+def _is_also_standard(source: Source) -> bool:
+    """Whether what was recognised as a boosted model names another architecture too, as earlier programs wrote it."""
+    values, _ = PreTrainedConfig.get_config_dict(source.name)
+    return values.get("model_type") in CONFIG_MAPPING and values["model_type"] != QwenBoostConfig.model_type
+
+
+def _note_fallback(source: Source, error: Exception) -> None:
+    _note(f"{source.name}: seems to be a boosted model but cannot be loaded as one ({_reason(error)}); "
+          "loading it as a standard model")  # fmt: skip
+
+
 def _config_error(source: Source, error: Exception) -> UserError:
     file = Path(source.name) / "config.json"
     if source.gguf:
         return UserError(f"{Path(source.name) / source.gguf}: cannot be read as GGUF ({_reason(error)})")
     if not Path(source.name).is_dir():
-        near = _nearest(Path(source.name)) if Path(source.name).parent.is_dir() else ""
+        near = nearest(Path(source.name)) if Path(source.name).parent.is_dir() else ""
         return UserError(
             f"{source.name}: no such folder, and no model of this name could be had from the hub "
             f"({_reason(error)}){near}"
@@ -162,7 +97,7 @@ def _config_error(source: Source, error: Exception) -> UserError:
         return UserError(f"{file}: names no model_type, so its architecture is unknown")
     if kind not in CONFIG_MAPPING:
         close = difflib.get_close_matches(kind, list(CONFIG_MAPPING.keys()), n=1)
-        hint = _did_you_mean(close)
+        hint = did_you_mean(close)
         return UserError(f"{file}: model_type '{kind}' is not known to this version of transformers{hint}")
     return UserError(f"{file}: {_reason(error)}")
 
@@ -209,7 +144,7 @@ def attention_kernel(attention: str, dtype: str) -> str:
     """
     if attention not in ATTENTION:
         close = difflib.get_close_matches(str(attention), ATTENTION, n=1)
-        raise UserError(f"attention '{attention}': must be {', '.join(ATTENTION)}{_did_you_mean(close)}")
+        raise UserError(f"attention '{attention}': must be {', '.join(ATTENTION)}{did_you_mean(close)}")
     usable = torch.cuda.is_available() and is_flash_attn_2_available()
     if attention == "auto":
         return "flash_attention_2" if usable and dtype in ("bf16", "fp16") else "sdpa"
@@ -235,7 +170,8 @@ def load_model(
     type it will compute in where that is not the one it is loaded in. A peft adapter is merged into its base, or, with
     merge=False, kept apart: the model is then a peft model. quantize "nf4" holds the linear layers but the output head
     in 4 bits, on the process's GPU where there is one (needs bitsandbytes). Raises `UserError` where anything in the
-    files is missing, damaged or does not fit: no weight is ever left at random.
+    files is missing, damaged or does not fit: no weight is ever left at random. A folder that only seems to hold a
+    boosted model is loaded as a standard one, which is said on stderr.
     """
     source = locate(path)
     if source.adapter:
@@ -243,6 +179,17 @@ def load_model(
             raise UserError(f"{source.name}: is an adapter; merge it first (launch/export.py) to quantise the result")
         return _load_adapter(source, dtype, attention, compute_dtype, merge)
     config = load_model_config(path)
+    options = (dtype, attention, compute_dtype, quantize)
+    try:
+        return _load(source, config, *options)
+    except UserError as error:
+        if not isinstance(config, QwenBoostConfig) or not _is_also_standard(source):
+            raise
+        _note_fallback(source, error)
+        return _load(source, _standard_config(source), *options)
+
+
+def _load(source: Source, config, dtype: str, attention: str, compute_dtype: str | None, quantize: str):
     if dtype == "auto":
         stored = {value: name for name, value in TORCH_DTYPES.items()}
         dtype = stored.get(config.dtype or config.get_text_config().dtype, "fp32")
