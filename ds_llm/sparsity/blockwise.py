@@ -74,13 +74,14 @@ def prune_model(
     work = _Work(method, pattern, damping, {target.name: target.weight.dtype for target in everything})
     head, done = tail.get("linear"), {}
     passes = 0 if tokens is None else len(tokens) * (2 * len(named) - 1 + (2 if head else 0))
-    with progress("pruning", passes or len(named), "sequences" if passes else "blocks") as task, ExitStack() as stack:
+    with ExitStack() as stack:
         if "embedding" in tail:  # first, so that the blocks are calibrated on what it gives
             with placed(tail["embedding"].module, device):
                 done |= work.prune([tail["embedding"]], None)
         if tokens is not None:
             stack.enter_context(_in_float32(model, [block for _, block in named]))
             blocks = Blocks(model, [block for _, block in named], tokens, device)
+        task = stack.enter_context(progress("pruning", passes or len(named), "sequences" if passes else "blocks"))
         for number, (_, block) in enumerate(named):
             note, inputs = f"block {number + 1}/{len(named)}", None
             with placed(block, device):

@@ -6,7 +6,8 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from ds_llm.export import output_dtype
 from ds_llm.models.loading import load_model, load_model_config, load_tokenizer
 from ds_llm.progress import console
 from ds_llm.sparsity.blockwise import CALIBRATED, METHODS, Pruned, prune_model
-from ds_llm.sparsity.calibrate import draw_windows
+from ds_llm.sparsity.calibrate import Windows, draw_windows
 from ds_llm.sparsity.masks import ZERO_SHARE, load_masks, mask_file, masks_from_zeros, save_masks
 from ds_llm.sparsity.scores import Pattern
 from ds_llm.sparsity.targets import INCLUDE
@@ -103,73 +104,107 @@ def prune(source: str | os.PathLike, out: str | os.PathLike, options: Options) -
     start = time.perf_counter()
     dtype = output_dtype(source, options.dtype)
     tokenizer = load_tokenizer(source)
-    windows = None
-    calibration = None
-    if options.method in CALIBRATED:
-        positions = getattr(load_model_config(source).get_text_config(), "max_position_embeddings", None) or 2048
-        calibration = {
-            "sequences": 128 if options.sequences is None else options.sequences,
-            "length": min(2048, positions) if options.length is None else options.length,
-            "seed": options.seed or 0,
-            "field": options.field or "text",
+    with _folder(out) as partial:
+        windows, calibration = _calibration(source, tokenizer, options)
+        model = load_model(source, dtype)
+        size = sum(tensor.nbytes for tensor in model.parameters())
+        if shutil.disk_usage(partial).free < 1.1 * size:
+            raise UserError(f"{out}: the disk has too little space for the model, about {1.1 * size / 1e9:.1f} GB")
+        damping = 0.01 if options.damping is None else options.damping
+        if options.method == "mask":
+            done = _apply(model, options.masks)
+        else:
+            _refuse_pruned(source, model)
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            tokens = None if windows is None else windows.tokens
+            try:
+                done = prune_model(
+                    model, options.method, pattern, tokens, damping=damping, include=options.include, device=device
+                )
+            except torch.cuda.OutOfMemoryError:
+                raise UserError("the GPU has too little memory for a block and its inputs; lower --length") from None
+            _warn(done)
+        about = {
+            "method": options.method,
+            "pattern": str(pattern) if pattern else None,
+            "scope": pattern.scope if pattern and not pattern.m else None,
+            "damping": damping if options.method == "sparsegpt" else None,
+            "include": list(options.include),
+            "masks": options.masks,
+            "model": str(source),
+            "dtype": dtype,
+            **_counts(model, done),
+            "calibration": calibration,
+            "layers": {name: _layer(one) for name, one in done.items()},
+            "seconds": round(time.perf_counter() - start, 1),
+            "device": hardware.device_name(),
+            "environment": hardware.environment(),
         }
-        if calibration["length"] > positions:
-            raise UserError(f"length {calibration['length']:,}: longer than the {positions:,} positions of {source}")
-        windows = draw_windows(options.data, tokenizer, **calibration)
-        calibration |= {"data": [str(path) for path in options.data], "candidates": windows.candidates}
-        calibration["rejected"] = [
-            dict(zip(("file", "row", "reason"), entry, strict=True)) for entry in windows.rejected
-        ]
-        if windows.rejected:
-            file, row, reason = windows.rejected[0]
-            console.print(
-                f"warning: {len(windows.rejected):,} rows left out, first {file} row {row}: {reason}; all are listed "
-                f"in {REPORT}",
-                markup=False,
-            )
-    model = load_model(source, dtype)
-    damping = 0.01 if options.damping is None else options.damping
-    if options.method == "mask":
-        done = _apply(model, options.masks)
-    else:
-        _refuse_pruned(source, model)
-        done = prune_model(
-            model,
-            options.method,
-            pattern,
-            None if windows is None else windows.tokens,
-            damping=damping,
-            include=options.include,
-            device="cuda" if torch.cuda.is_available() else "cpu",
-        )
-        _warn(done, calibration)
-    total = sum(one.mask.shape.numel() for one in done.values())
-    kept = sum(one.mask.nnz for one in done.values())
-    about = {
-        "method": options.method,
-        "pattern": str(pattern) if pattern else None,
-        "scope": pattern.scope if pattern and not pattern.m else None,
-        "damping": damping if options.method == "sparsegpt" else None,
-        "include": list(options.include),
-        "masks": options.masks,
-        "model": str(source),
-        "dtype": dtype,
-        "density": kept / total,
-        "kept": kept,
-        "weights": total,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "calibration": calibration,
-        "layers": {
-            name: {"shape": list(one.mask.shape), "kept": one.mask.nnz, "density": one.density}
-            | ({"tokens": one.tokens, "dead_inputs": one.dead, "unseen_experts": one.unseen} if one.tokens else {})
-            for name, one in done.items()
-        },
-        "seconds": round(time.perf_counter() - start, 1),
-        "device": hardware.device_name(),
-        "environment": hardware.environment(),
-    }
-    _write(out, model, tokenizer, done, about)
+        with _writing(out):
+            _write(partial, model, tokenizer, done, about)
     return about
+
+
+@contextmanager
+def _folder(out: Path) -> Iterator[Path]:
+    """A folder beside `out` that becomes `out` when the block ends well, and is removed otherwise."""
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        with _writing(out):
+            partial.mkdir(parents=True)
+        yield partial
+        with _writing(out):
+            if out.exists():
+                out.rmdir()
+            os.replace(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror or error})") from None
+
+
+def _calibration(source: str | os.PathLike, tokenizer, options: Options) -> tuple[Windows | None, dict | None]:
+    """The calibration sequences, and how they were drawn, for the report; warns of rows without a usable text."""
+    if options.method not in CALIBRATED:
+        return None, None
+    positions = getattr(load_model_config(source).get_text_config(), "max_position_embeddings", None)
+    how = {
+        "sequences": 128 if options.sequences is None else options.sequences,
+        "length": min(2048, positions or 2048) if options.length is None else options.length,
+        "seed": options.seed or 0,
+        "field": options.field or "text",
+    }
+    if positions and how["length"] > positions:
+        raise UserError(f"length {how['length']:,}: longer than the {positions:,} positions of {source}")
+    windows = draw_windows(options.data, tokenizer, **how)
+    how |= {"data": [str(path) for path in options.data], "candidates": windows.candidates}
+    how["rejected"] = [dict(zip(("file", "row", "reason"), entry, strict=True)) for entry in windows.rejected]
+    if windows.rejected:
+        file, row, reason = windows.rejected[0]
+        console.print(
+            f"warning: {len(windows.rejected):,} rows left out, first {file} row {row}: {reason}; all are in {REPORT}",
+            markup=False,
+        )
+    return windows, how
+
+
+def _counts(model: nn.Module, done: Mapping[str, Pruned]) -> dict:
+    weights = sum(one.mask.shape.numel() for one in done.values())
+    kept = sum(one.mask.nnz for one in done.values())
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return {"density": kept / weights, "kept": kept, "weights": weights, "parameters": parameters}
+
+
+def _layer(one: Pruned) -> dict:
+    found = {"shape": list(one.mask.shape), "kept": one.mask.nnz, "density": one.density}
+    return found | ({"tokens": one.tokens, "dead_inputs": one.dead, "unseen": one.unseen} if one.tokens else {})
 
 
 def _apply(model: nn.Module, source: str) -> dict[str, Pruned]:
@@ -203,14 +238,12 @@ def _refuse_pruned(source: str | os.PathLike, model: nn.Module) -> None:
         )
 
 
-def _warn(done: Mapping[str, Pruned], calibration: dict | None) -> None:
+def _warn(done: Mapping[str, Pruned]) -> None:
     """Say on the screen what makes a calibration weak."""
-    if calibration is None:
-        return
     unseen = sum(one.unseen for one in done.values())
     if unseen:
         console.print(
-            f"warning: {unseen} expert matrices were given no calibration token and were pruned by magnitude; more "
+            f"warning: {unseen} matrices were given no calibration token and were pruned by magnitude; more "
             "calibration text reaches more experts",
             markup=False,
         )
@@ -223,21 +256,11 @@ def _warn(done: Mapping[str, Pruned], calibration: dict | None) -> None:
         )
 
 
-def _write(out: Path, model: nn.Module, tokenizer, done: Mapping[str, Pruned], about: dict) -> None:
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+def _write(folder: Path, model: nn.Module, tokenizer, done: Mapping[str, Pruned], about: dict) -> None:
     versions = about["environment"]["versions"]
     meta = {name: str(about[name]) for name in ("method", "pattern", "scope", "density") if about[name] is not None}
-    meta |= {name: versions[name] for name in ("torch", "transformers") if name in versions}
-    try:
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        save_masks(partial, {name: one.mask for name, one in done.items()}, meta)
-        (partial / REPORT).write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        if out.exists():
-            out.rmdir()
-        os.replace(partial, out)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror or error})") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    meta |= {name: versions[name] for name in ("ds_llm", "torch", "transformers") if name in versions}
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    save_masks(folder, {name: one.mask for name, one in done.items()}, meta)
+    (folder / REPORT).write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

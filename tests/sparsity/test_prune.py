@@ -426,6 +426,8 @@ def test_nothing_is_left_where_pruning_fails(dense, text, tmp_path):
     with pytest.raises(UserError, match="no such file"):
         prune(dense, out, options(tmp_path / "missing.jsonl"))
     assert not list(tmp_path.glob("*out*"))
+    with pytest.raises(UserError, match="cannot be written"):
+        prune(dense, text / "out", options(text))
     out.mkdir()
     (out / "file").touch()
     with pytest.raises(UserError, match="holds something already"):
