@@ -136,6 +136,7 @@ def prune(source: str | os.PathLike, out: str | os.PathLike, options: Options) -
             **_counts(model, done),
             "calibration": calibration,
             "layers": {name: _layer(one) for name, one in done.items()},
+            "dense": [name for name, weight in model.named_parameters() if weight.dim() > 1 and name not in done],
             "seconds": round(time.perf_counter() - start, 1),
             "device": hardware.device_name(),
             "environment": hardware.environment(),

@@ -366,6 +366,7 @@ def test_the_folder_is_an_ordinary_model_and_equal_seeds_give_equal_bytes(dense,
         assert mask.nnz == round(0.25 * weights[name].numel()) == about["layers"][name]["kept"]
         assert (weights[name][~mask.to_dense()] == 0).all()
     assert json.loads((tmp_path / "a" / "pruning.json").read_text()) == about
+    assert about["dense"] == ["model.embed_tokens.weight", "lm_head.weight"]
     assert about["density"] == pytest.approx(0.25, abs=1e-3)
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "a").bos_token_id == 1
 
