@@ -37,6 +37,11 @@ class ModelConfig:
     path: str | None = key(
         None, "Folder or hub name of a model to start from; none builds the decoder below from scratch"
     )
+    freeze: list[str] = key(
+        [],
+        "Parts of the model at model.path that keep their weights: beginnings of parameter names, as [sub_models.0], "
+        "the first model of a boosted one",
+    )
     dim: int = key(512, "Hidden size", at_least=1)
     n_layers: int = key(8, "Number of layers", at_least=1)
     n_heads: int = key(8, "Number of attention heads", at_least=1)

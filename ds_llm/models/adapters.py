@@ -24,7 +24,8 @@ EDGE_BYTES = 1 << 20  # read at both ends of a weight file to recognise it
 def start_model(config: Config, tokenizer) -> nn.Module:
     """The model at `model.path`, ready for training: kernels, loss head, adapters, recomputation as configured.
 
-    Frozen weights need no fp32 copy: with adapters the base is loaded in `train.dtype`.
+    Adapters leave out the parts that `model.freeze` names. Frozen weights need no fp32 copy: with adapters the base is
+    loaded in `train.dtype`.
     """
     from ds_llm.models.head import attach_loss_head
     from ds_llm.models.loading import load_model, match_tokenizer
@@ -47,23 +48,29 @@ def start_model(config: Config, tokenizer) -> nn.Module:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if lora.enabled:
         torch.manual_seed(config.train.seed)
-        model = add_adapter(model, lora, config.model.path)
+        model = add_adapter(model, lora, config.model.path, config.model.freeze)
+    else:
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if _begins(name, config.model.freeze):
+                parameter.requires_grad_(False)
     return model
 
 
 def check(config: Config) -> dict[str, str]:
-    """Refuse adapters that cannot work, before the model is loaded; returns what identifies their base model.
+    """Refuse adapters and frozen parts that cannot work, before the model is loaded; returns what identifies the model
+    that they belong to.
 
-    The base's weights are not part of a checkpoint, so a continued run must find the same ones again.
+    Frozen weights are not part of a checkpoint, so a continued run must find the same ones again.
     """
     lora = config.lora
+    if not lora.enabled and lora.quantize != "none":
+        raise ConfigError(f"lora.quantize: {lora.quantize} weights cannot be trained; set lora.enabled=true")
+    if config.model.freeze:
+        _check_frozen(config)
     if not lora.enabled:
-        if lora.quantize != "none":
-            raise ConfigError(f"lora.quantize: {lora.quantize} weights cannot be trained; set lora.enabled=true")
-        return {}
-    from transformers import AutoModelForCausalLM
+        return {"base_model": identity(config.model.path)} if config.model.freeze else {}
 
-    from ds_llm.models.loading import load_model_config, need
+    from ds_llm.models.loading import need
 
     need("peft", what="lora.enabled")
     if lora.quantize != "none":
@@ -72,15 +79,15 @@ def check(config: Config) -> dict[str, str]:
             raise ConfigError(f"lora.quantize: {lora.quantize} weights cannot be sharded; use zero=2")
     if config.model.path is None:
         raise ConfigError("lora.enabled: adapters need a trained model; name it, for example model.path=runs/pretrain")
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(load_model_config(config.model.path))
-    modules, parameters = resolve_targets(model, lora.targets)
-    head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
-    tied = model.config.get_text_config().tie_word_embeddings
-    if tied and modules != "all-linear" and any(_ends(head, target) for target in modules):
-        raise ConfigError(
-            f"lora.targets: {head} shares its weight with the token embedding; an adapter of it could not be merged"
-        )
+    model = _outline(config.model.path)
+    modules, parameters = resolve_targets(model, lora.targets, config.model.freeze)
+    for part in getattr(model, "sub_models", [model]):
+        head = next(name for name, module in model.named_modules() if module is part.get_output_embeddings())
+        tied = part.config.get_text_config().tie_word_embeddings
+        if tied and modules != "all-linear" and any(_ends(head, target) for target in modules):
+            raise ConfigError(
+                f"lora.targets: {head} shares its weight with the token embedding; an adapter of it could not be merged"
+            )
     if parameters and (lora.dora or lora.dropout):
         raise ConfigError(
             f"lora.targets: {parameters[0]} is a fused expert tensor; peft adapts it without DoRA and dropout only: "
@@ -89,22 +96,55 @@ def check(config: Config) -> dict[str, str]:
     return {"base_model": identity(config.model.path)}
 
 
-def resolve_targets(model: nn.Module, targets: list[str]) -> tuple[list[str] | str, list[str]]:
+def _outline(path: str) -> nn.Module:
+    """The model at `path` without its weights."""
+    from transformers import AutoModelForCausalLM
+
+    from ds_llm.models.loading import load_model_config
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(load_model_config(path))
+
+
+def _check_frozen(config: Config) -> None:
+    freeze = config.model.freeze
+    if config.model.path is None:
+        raise ConfigError("model.freeze: names parts of a trained model; set model.path")
+    if config.mode == "sparse":
+        raise ConfigError("model.freeze: sparse trains the whole model; leave it out")
+    names = [name for name, _ in _outline(config.model.path).named_parameters(remove_duplicate=False)]
+    for start in freeze:
+        if not any(_begins(name, [start]) for name in names):
+            known = {".".join(name.split(".")[: start.count(".") + 1]) for name in names}
+            close = difflib.get_close_matches(start, known, n=1) or sorted(known)[:1]
+            raise ConfigError(f"model.freeze: no parameter's name begins with '{start}'; did you mean '{close[0]}'?")
+    if all(_begins(name, freeze) for name in names):
+        raise ConfigError("model.freeze: leaves nothing to train")
+
+
+def resolve_targets(model: nn.Module, targets: list[str], freeze: list[str] = ()) -> tuple[list[str] | str, list[str]]:
     """(names of linear layers, or "all-linear"; names of fused expert parameters) that `targets` mean.
 
     A name is the end of a layer's name (`q_proj`, `layers.0.mlp.up_proj`) or of a 3-D parameter's
-    (`experts.down_proj`). Raises `ConfigError` for one that nothing in the model has.
+    (`experts.down_proj`). What begins with one of `freeze` is left out. Raises `ConfigError` for a name that nothing in
+    the model has.
     """
+    trained = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and not _begins(n, freeze)]
+    layers = [name for name, _ in trained]
+    stacks = [name for name, p in model.named_parameters() if p.dim() == 3 and not _begins(name, freeze)]
+    parts = getattr(model, "sub_models", [model])
     if list(targets) == ["all-linear"]:
-        return "all-linear", []
-    layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    stacks = [name for name, p in model.named_parameters() if p.dim() == 3]
+        if not freeze and len(parts) == 1:
+            return "all-linear", []
+        # peft knows of one output head, and of no layers to leave out
+        heads = [part.get_output_embeddings() for part in parts]
+        return [name for name, module in trained if not any(module is head for head in heads)], []
     modules, parameters = [], []
     for target in targets:
-        if any(_ends(name, target) for name in layers):
-            modules.append(target)
-        elif any(_ends(name, target) for name in stacks):
-            parameters.append(target)
+        if found := [name for name in layers if _ends(name, target)]:
+            modules += found if freeze else [target]
+        elif found := [name for name in stacks if _ends(name, target)]:
+            parameters += found if freeze else [target]
         else:
             known = sorted({name.rsplit(".", 1)[-1] for name in layers})
             known += sorted({".".join(name.split(".")[-2:]) for name in stacks})
@@ -118,11 +158,16 @@ def _ends(name: str, target: str) -> bool:
     return name == target or name.endswith(f".{target}")
 
 
-def add_adapter(model: nn.Module, lora: LoraConfig, base: str) -> nn.Module:
-    """A peft model in which only new adapters are trainable, named after the model at `base`."""
+def _begins(name: str, starts: list[str]) -> bool:
+    return any(name == start or name.startswith(f"{start}.") for start in starts)
+
+
+def add_adapter(model: nn.Module, lora: LoraConfig, base: str, freeze: list[str] = ()) -> nn.Module:
+    """A peft model in which only new adapters are trainable, none of them in the parts that `freeze` names; it is named
+    after the model at `base`."""
     import peft
 
-    modules, parameters = resolve_targets(model, lora.targets)
+    modules, parameters = resolve_targets(model, lora.targets, freeze)
     settings = peft.LoraConfig(
         task_type=peft.TaskType.CAUSAL_LM,
         r=lora.r,
