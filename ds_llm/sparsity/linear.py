@@ -8,6 +8,7 @@ come back. Values carry `dense_shape`, the shape of the weight they stand for.
 
 from __future__ import annotations
 
+import threading
 from functools import cache
 
 import torch
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ds_llm.kernels.sparse_update import PackedMask, compact, expand
+from ds_llm.kernels.sparse_update import PackedMask, compact, expand, expand_into
 
 
 class SparseLinear(nn.Module):
@@ -87,20 +88,43 @@ class _Product(torch.autograd.Function):
     def forward(ctx, x: Tensor, values: Tensor, bias: Tensor | None, mask: PackedMask) -> Tensor:
         ctx.save_for_backward(x, values)
         ctx.mask = mask
-        return F.linear(x, expand(values, mask), bias)
+        return F.linear(x, _weight(values, mask), bias)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         x, values = ctx.saved_tensors
         grad_x = grad_values = grad_bias = None
         rows = grad.reshape(-1, grad.shape[-1])
-        if ctx.needs_input_grad[0]:
-            grad_x = grad @ expand(values, ctx.mask)
         if ctx.needs_input_grad[1]:
-            grad_values = compact(rows.t() @ x.reshape(-1, x.shape[-1]), ctx.mask)
+            dense = _scratch(ctx.mask.shape, grad)
+            dense = torch.mm(rows.t(), x.reshape(-1, x.shape[-1]), **({} if dense is None else {"out": dense}))
+            grad_values = compact(dense, ctx.mask)
+        if ctx.needs_input_grad[0]:
+            grad_x = grad @ _weight(values, ctx.mask)
         if ctx.needs_input_grad[2]:
             grad_bias = rows.sum(0)
         return grad_x, grad_values, grad_bias, None
+
+
+def _weight(values: Tensor, mask: PackedMask) -> Tensor:
+    dense = _scratch(mask.shape, values)
+    return expand(values, mask) if dense is None else expand_into(dense, values, mask)
+
+
+_memory = threading.local()
+
+
+def _scratch(shape: torch.Size, like: Tensor) -> Tensor | None:
+    """Memory on the CPU for one dense weight, the same at every call of a thread; None on other devices.
+
+    Pages fresh from the system cost more than what is written into them: a third of a layer's own time.
+    """
+    if like.device.type != "cpu" or torch.compiler.is_compiling():
+        return None
+    held = vars(_memory).get(like.dtype)
+    if held is None or held.numel() < shape.numel():
+        held = vars(_memory)[like.dtype] = torch.empty(shape.numel(), dtype=like.dtype)
+    return held[: shape.numel()].view(shape)
 
 
 def merged(values: Tensor, mask: PackedMask, a: Tensor, b: Tensor, scale: float) -> Tensor:
