@@ -43,44 +43,26 @@ def export(source: str | os.PathLike, out: str | os.PathLike, dtype: str = "auto
     base model's file. Raises `UserError` when `out` holds something, when the merged model's logits are not those of
     the model with its adapter, or when the folder read back is another model; nothing is left at `out` then.
     """
-    out = Path(os.path.expanduser(str(out)))
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: holds something already; name a new or empty folder")
+    out = free_folder(out)
     place = locate(source)
     dtype = output_dtype(source, dtype)
     tokenizer = load_tokenizer(source)
     model = load_model(source, "fp32", merge=False)
-    torch.manual_seed(0)
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or PROBE[1]
-    probe = torch.randint(len(tokenizer), (PROBE[0], min(PROBE[1], limit)))
+    probe = probe_tokens(model, tokenizer)
     effect = merge = None
-    reference = _logits(model, probe)
+    reference = logits(model, probe)
     largest = float(reference.abs().max())
     if adapters.is_adapter(model):
         with model.disable_adapter():
-            effect = _difference(_logits(model, probe), reference)
+            effect = difference(logits(model, probe), reference)
         model = model.merge_and_unload(safe_merge=True)
-        merge = _difference(_logits(model, probe), reference)
+        merge = difference(logits(model, probe), reference)
         if not merge <= TOLERANCE * max(largest, 1.0):
             raise UserError(
                 f"{source}: not exported: merging the adapter changes the logits by {merge:.3g} (largest logit "
                 f"{largest:.3g})"
             )
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        model.to(TORCH_DTYPES[dtype]).save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        rounding = _difference(_logits(load_model(partial, "fp32"), probe), reference)
-        if not rounding <= (TOLERANCE if dtype == "fp32" else 0.1) * max(largest, 1.0):
-            raise UserError(f"{source}: not exported: read back, the logits differ by {rounding:.3g} in {dtype}")
-        if out.exists():
-            out.rmdir()
-        os.replace(partial, out)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror or error})") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    rounding = write(model, tokenizer, out, dtype, probe, reference)
     return Export(out, dtype, place.base() if place.adapter else None, effect, merge, rounding, largest)
 
 
@@ -96,9 +78,48 @@ def output_dtype(source, dtype: str) -> str:
     return names.get(config.dtype or config.get_text_config().dtype, "fp32")
 
 
-def _logits(model: nn.Module, probe: torch.Tensor) -> torch.Tensor:
+def free_folder(out: str | os.PathLike) -> Path:
+    """The folder to write; `UserError` when it holds something."""
+    out = Path(os.path.expanduser(str(out)))
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: holds something already; name a new or empty folder")
+    return out
+
+
+def probe_tokens(model: nn.Module, tokenizer) -> torch.Tensor:
+    """Random tokens to compare models on, always the same for a vocabulary: int64 [2, 48], or as many as fit."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or PROBE[1]
+    size = (PROBE[0], min(PROBE[1], limit))
+    return torch.randint(len(tokenizer), size, generator=torch.Generator().manual_seed(0))
+
+
+def write(model: nn.Module, tokenizer, out: Path, dtype: str, probe: torch.Tensor, reference: torch.Tensor) -> float:
+    """Write an fp32 model to `out` as `dtype`, cast in place, and read it back.
+
+    Returns the largest difference of the logits of `probe` to `reference`. Raises `UserError` where it is more than
+    rounding, or the folder cannot be written; nothing is left at `out` then.
+    """
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        model.to(TORCH_DTYPES[dtype]).save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        rounding = difference(logits(load_model(partial, "fp32"), probe), reference)
+        if not rounding <= (TOLERANCE if dtype == "fp32" else 0.1) * max(float(reference.abs().max()), 1.0):
+            raise UserError(f"{out}: not written: read back, the logits differ by {rounding:.3g} in {dtype}")
+        if out.exists():
+            out.rmdir()
+        os.replace(partial, out)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror or error})") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return rounding
+
+
+def logits(model: nn.Module, probe: torch.Tensor) -> torch.Tensor:
     return model.eval()(input_ids=probe, use_cache=False).logits.float()
 
 
-def _difference(one: torch.Tensor, other: torch.Tensor) -> float:
+def difference(one: torch.Tensor, other: torch.Tensor) -> float:
     return float((one - other).abs().max())

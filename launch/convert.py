@@ -1,0 +1,69 @@
+#!/usr/bin/env python
+"""Make models of other models; the logits are compared before anything is written, and the difference printed.
+
+  convert.py boost --models runs/base runs/sft --out models/boosted --lambda 0.5
+  convert.py extract --model runs/fused --index 1 --out models/strong
+
+boost fuses models of one vocabulary into one that votes; extract takes one out again. See docs/boosting.md.
+"""
+
+import argparse
+import os
+
+from ds_llm import cli
+
+DTYPES = ("auto", "fp32", "bf16", "fp16")
+
+
+def boost(arguments: argparse.Namespace) -> None:
+    from ds_llm import convert
+
+    connection = None if arguments.connection == "none" else arguments.connection
+    options = {"fusion_lambda": arguments.fusion_lambda, "connection": connection, "dtype": arguments.dtype}
+    found = convert.boost(arguments.models, arguments.out, **options)
+    print(f"fused against the vote of {len(arguments.models)} models, fp32: ", end="")
+    report(found)
+
+
+def extract(arguments: argparse.Namespace) -> None:
+    from ds_llm import convert
+
+    options = {"dtype": arguments.dtype, "drop_connection": arguments.drop_connection}
+    found = convert.extract(arguments.model, arguments.index, arguments.out, **options)
+    print(f"by itself against sub-model {arguments.index} in the boosted model, fp32: ", end="")
+    report(found)
+
+
+def report(found) -> None:
+    print(f"largest difference of the logits {found.made:.3g} (largest logit {found.largest:.3g})")
+    print(f"read back from {found.dtype}: largest difference of the logits {found.rounding:.3g}")
+    print(f"wrote {found.folder}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    p = commands.add_parser("boost", help="fuse models into one that votes")
+    p.set_defaults(command=boost)
+    p.add_argument("--models", required=True, nargs="+", help="folders, runs or hub names, the weakest first")
+    p.add_argument("--lambda", dest="fusion_lambda", type=float, default=0.5, help="weight of the second of two (0.5)")
+    p.add_argument("--connection", default="none", choices=("none", "linear", "gated"),
+                   help="also feed each by its predecessor; begins without effect")  # fmt: skip
+
+    p = commands.add_parser("extract", help="take a sub-model out of a boosted model")
+    p.set_defaults(command=extract)
+    p.add_argument("--model", required=True, help="boosted model: folder, run, checkpoint or adapter of one")
+    p.add_argument("--index", type=int, default=-1, help="which, from 0; -1 is the last (-1)")
+    p.add_argument("--drop-connection", action="store_true", help="also where it is fed by its predecessor: without it")
+
+    for p in commands.choices.values():
+        p.add_argument("--out", required=True, metavar="FOLDER", help="new or empty folder to write")
+        p.add_argument("--dtype", default="auto", choices=DTYPES, help="of the written weights; auto: as in the file")
+    arguments = parser.parse_args()
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, which peft imports, warns of a missing GPU
+    arguments.command(arguments)
+
+
+if __name__ == "__main__":
+    cli.run(main)
