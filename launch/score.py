@@ -49,6 +49,10 @@ def main() -> None:
             print(config.to_yaml(options.Options(resolved)), end="")
         return
 
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, which peft imports, warns of a missing GPU
     from ds_llm.interrupt import Interrupt
     from ds_llm.scoring.run import score
 
