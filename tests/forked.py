@@ -18,9 +18,12 @@ import subprocess
 import sys
 import tempfile
 import traceback
+import warnings
 from multiprocessing import forkserver
 from pathlib import Path
 from unittest import mock
+
+from ds_llm import cli
 
 PRELOADED = (  # nothing of ds_llm: its modules look at the environment when they are imported
     "deepspeed",
@@ -48,7 +51,8 @@ class Job:
         self._folder = Path(tempfile.mkdtemp(prefix="forked-"))
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(list(PRELOADED))
-        with mock.patch.dict(os.environ, env, clear=True):
+        with mock.patch.dict(os.environ, env, clear=True), warnings.catch_warnings():
+            cli.quiet()  # the libraries look at these settings when they are imported
             forkserver.ensure_running()
         self._leader = context.Process(target=_lead, args=(processes, arguments, env, self._folder))
         self._leader.start()

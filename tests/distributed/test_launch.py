@@ -10,7 +10,8 @@ import sys
 import pytest
 from jobs import ROOT, environment, launch, start
 
-from ds_llm import checkpoint, metrics
+from ds_llm import checkpoint, config, metrics, trainer
+from ds_llm.errors import UserError
 
 
 def steps(output) -> list[dict]:
@@ -90,11 +91,11 @@ def test_two_runs_on_one_folder(tiny, tmp_path):
         first.communicate()
 
 
-def test_a_disk_that_fills_up_while_saving(tiny, tmp_path):
+def test_a_disk_that_fills_up_while_saving(tiny, tmp_path, capsys):
     """A limit on the file size stands for it: the write itself fails. The earlier checkpoint stays, and continues."""
     output = tmp_path / "run"
     arguments = [*tiny, "checkpoint.every_steps=2", f"output={output}"]
-    assert launch("python", [*arguments, "train.max_steps=2"]).returncode == 0
+    assert trainer.train(config.load(None, [*arguments, "train.max_steps=2"])) == 0
     biggest = max(p.stat().st_size for p in output.rglob("checkpoints/**/*") if p.is_file())
     limit = biggest // 2
     full = subprocess.run(
@@ -110,8 +111,9 @@ def test_a_disk_that_fills_up_while_saving(tiny, tmp_path):
     assert len(errors) == 1 and "Traceback" not in full.stderr, full.stderr
     assert "step-00000004: not saved: " in errors[0] and "the newest checkpoint is" in errors[0]
     assert checkpoint.steps(output) == [2]
-    rest = launch("python", [*arguments, "train.max_steps=4"])
-    assert rest.returncode == 0 and "continuing from" in rest.stdout
+    capsys.readouterr()
+    assert trainer.train(config.load(None, [*arguments, "train.max_steps=4"])) == 0
+    assert "continuing from" in capsys.readouterr().out
     assert checkpoint.steps(output) == [4, 2]
     assert [r["step"] for r in steps(output)] == [1, 2, 3, 4]
 
@@ -123,11 +125,10 @@ def test_a_disk_too_small_is_noticed_before_writing(tiny, tmp_path):
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(small)], capture_output=True).returncode:
         pytest.skip("this machine does not allow mounting")
     try:
-        found = launch("python", [*tiny, "train.max_steps=2", f"output={small / 'run'}"])
+        with pytest.raises(UserError, match=r"not saved: it needs about .* the disk has"):
+            trainer.train(config.load(None, [*tiny, "train.max_steps=2", f"output={small / 'run'}"]))
     finally:
         subprocess.run(["umount", str(small)], check=True)
-    assert found.returncode == 1
-    assert "not saved: it needs about" in found.stderr and "the disk has" in found.stderr
 
 
 def test_print_config_is_a_configuration(tiny, tmp_path):

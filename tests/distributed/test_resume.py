@@ -92,7 +92,7 @@ def same_metrics(one: Path, other: Path) -> None:
 
 def test_killed_and_resumed_is_bitwise_the_same(tiny, tmp_path):
     arguments = [*tiny, *HARD, "zero=2", "train.dtype=bf16"]
-    whole = launch("deepspeed", [*arguments, f"output={tmp_path / 'whole'}"])
+    whole = launch("forked", [*arguments, f"output={tmp_path / 'whole'}"])
     assert whole.returncode == 0, whole.stdout + whole.stderr
     output = tmp_path / "killed"
     job = start("deepspeed", [*arguments, f"output={output}"])
@@ -105,7 +105,7 @@ def test_killed_and_resumed_is_bitwise_the_same(tiny, tmp_path):
     damaged[len(damaged) // 2] ^= 1  # one bit, the size stays
     victim.write_bytes(damaged)
     (output / "checkpoints" / ".step-00000099.partial").mkdir()  # what a kill while saving leaves
-    resumed = launch("deepspeed", [*arguments, f"output={output}", "--resume", "auto"])
+    resumed = launch("forked", [*arguments, f"output={output}", "--resume", "auto"])
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert f"{newest} is damaged (deepspeed/{victim.name} has other content" in resumed.stdout
     last = f"checkpoints/step-{STEPS:08d}"
@@ -116,7 +116,7 @@ def test_killed_and_resumed_is_bitwise_the_same(tiny, tmp_path):
 
 def test_interrupted_by_sigterm_saves_and_continues(tiny, tmp_path):
     arguments = [*tiny, *HARD, "zero=3", "checkpoint.every_steps=0", "checkpoint.every_epoch=false"]
-    whole = launch("torchrun", [*arguments, f"output={tmp_path / 'whole'}"])
+    whole = launch("forked", [*arguments, f"output={tmp_path / 'whole'}"])
     assert whole.returncode == 0, whole.stdout + whole.stderr
     output = tmp_path / "stopped"
     job = start("torchrun", [*arguments, f"output={output}"])
@@ -127,7 +127,7 @@ def test_interrupted_by_sigterm_saves_and_continues(tiny, tmp_path):
     saved = max(output.glob("checkpoints/step-*"))
     assert "stopped by SIGTERM after step" in out and str(saved) in out
     assert int(saved.name[5:]) < STEPS
-    resumed = launch("torchrun", [*arguments, f"output={output}"])
+    resumed = launch("forked", [*arguments, f"output={output}"])
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert f"continuing from {saved}" in resumed.stdout
     same_metrics(tmp_path / "whole", output)

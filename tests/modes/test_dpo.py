@@ -181,15 +181,15 @@ def steps(overrides, output, **options) -> list[str]:
 def test_two_processes_equal_plain_torch(overrides, world, tmp_path):
     """ZeRO-2 with the start model as the reference, ZeRO-3 with another one, both with accumulation."""
     jobs = {}
-    for launcher, stage, reference in (("deepspeed", 2, None), ("torchrun", 3, "other")):
+    for stage, reference in ((2, None), (3, "other")):
         more = {"dpo.reference": world / reference} if reference else {}
-        arguments = steps(overrides, tmp_path / launcher, zero=stage, **{"train.accumulation_steps": 2}, **more)
-        jobs[launcher] = reference, start(launcher, arguments, DS_LLM_CACHE=str(tmp_path / "cache"))
-    for launcher, (reference, job) in jobs.items():
+        arguments = steps(overrides, tmp_path / f"zero{stage}", zero=stage, **{"train.accumulation_steps": 2}, **more)
+        jobs[stage] = reference, start("forked", arguments, DS_LLM_CACHE=str(tmp_path / "cache"))
+    for stage, (reference, job) in jobs.items():
         out, err = job.communicate(timeout=240)
         assert job.returncode == 0, out[-3000:] + err[-3000:]
         assert err.strip() == "", err
-        same(tmp_path / launcher, *by_hand(world, "sigmoid", reference, steps=3, batch=16, lr=1e-3))
+        same(tmp_path / f"zero{stage}", *by_hand(world, "sigmoid", reference, steps=3, batch=16, lr=1e-3))
 
 
 def test_reference_free_equals_plain_torch(overrides, world, tmp_path):

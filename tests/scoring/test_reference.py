@@ -1,12 +1,12 @@
 """The reference pass: equal to scoring pair by pair, continued after a kill, cached, shared by ranks."""
 
 import json
-import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from jobs import environment
+from jobs import launch
 from torch import nn
 
 from ds_llm.data.order import SampleOrder
@@ -139,7 +139,7 @@ def test_fingerprint_sees_every_weight():
 
 
 WORKER = """
-import sys, json, numpy as np, torch, torch.distributed as dist
+import sys, numpy as np, torch, torch.distributed as dist
 sys.path.insert(0, {tests!r})
 import test_reference as t
 dist.init_process_group("gloo")
@@ -161,9 +161,6 @@ dist.destroy_process_group()
 
 def test_two_ranks_share_the_work(tmp_path):
     """6 chunks are 3 calls each; with one part known from an earlier run of one process, the rest is 5 chunks."""
-    import subprocess
-    from pathlib import Path
-
     script = tmp_path / "worker.py"
     script.write_text(WORKER.format(tests=str(Path(__file__).parent)))
     fresh, begun = tmp_path / "fresh", tmp_path / "begun"
@@ -173,14 +170,7 @@ def test_two_ranks_share_the_work(tmp_path):
     file.unlink()
     values[SampleOrder(23, 1).permutation(0)[4:]] = -np.inf
     np.save(file.with_name("part-00007.npy"), values)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*torchrun, str(script), str(fresh), str(begun), str(fresh)],
-        env=environment(PYTHONPATH=str(Path(__file__).parents[1])),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = launch("forked", [str(fresh), str(begun), str(fresh)], script=script)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = sorted(line for line in done.stdout.splitlines() if line[:2] in ("0 ", "1 "))
     assert lines == sorted(["0 3", "1 3", "0 3", "1 3", "0 0", "1 0"])
