@@ -11,8 +11,12 @@ import torch
 from torch import nn
 
 from ds_llm.errors import UserError
+from ds_llm.kernels.packed_mask import PackedMask
 from ds_llm.models import adapters
-from ds_llm.models.loading import TORCH_DTYPES, load_model, load_model_config, load_tokenizer, locate
+from ds_llm.models.loading import TORCH_DTYPES, Source, load_model, load_model_config, load_tokenizer, locate
+from ds_llm.sparsity import compact_checkpoint
+from ds_llm.sparsity.masks import save_masks
+from ds_llm.sparsity.model import check_zeros, sparsify
 
 PROBE = (2, 48)  # rows and tokens that are compared
 TOLERANCE = 1e-4  # of the largest logit: float32 rounding in a merge stays well below
@@ -36,15 +40,18 @@ class Export:
 
 
 @torch.no_grad()
-def export(source: str | os.PathLike, out: str | os.PathLike, dtype: str = "auto") -> Export:
+def export(source: str | os.PathLike, out: str | os.PathLike, dtype: str = "auto", compact: bool = False) -> Export:
     """Write the model at `source` to folder `out` as safetensors with its tokenizer and chat template.
 
     source: whatever `ds_llm.models.loading.load_model` takes. dtype: fp32, bf16, fp16, or auto for the type of the
-    base model's file. Raises `UserError` when `out` holds something, when the merged model's logits are not those of
-    the model with its adapter, or when the folder read back is another model; nothing is left at `out` then.
+    base model's file. A pruned model with masks is written with exact zeros and its mask file, or with `compact` as
+    kept values and bits (`ds_llm.sparsity.compact_checkpoint`). Raises `UserError` when `out` holds something, when
+    the merged model's logits are not those of the model with its adapter, when merging or writing would lose zeros, or
+    when the folder read back is another model; nothing is left at `out` then.
     """
     out = free_folder(out)
     place = locate(source)
+    masks = _masks(place, compact)
     dtype = output_dtype(source, dtype)
     tokenizer = load_tokenizer(source)
     model = load_model(source, "fp32", merge=False)
@@ -62,8 +69,23 @@ def export(source: str | os.PathLike, out: str | os.PathLike, dtype: str = "auto
                 f"{source}: not exported: merging the adapter changes the logits by {merge:.3g} (largest logit "
                 f"{largest:.3g})"
             )
-    rounding = write(model, tokenizer, out, dtype, probe, reference)
+    rounding = write(model, tokenizer, out, dtype, probe, reference, masks, compact)
     return Export(out, dtype, place.base() if place.adapter else None, effect, merge, rounding, largest)
+
+
+def _masks(place: Source, compact: bool) -> dict[str, PackedMask] | None:
+    """The masks that the written model is to have."""
+    if place.adapter:
+        if compact or compact_checkpoint.stored_masks(locate(place.base()).name) is not None:
+            raise UserError(
+                f"{place.name}: merging this adapter would fill the zeros of a pruned model; adapters of pruned models "
+                "are trained with mode=sparse lora.enabled=true"
+            )
+        return None
+    masks = compact_checkpoint.stored_masks(place.name)
+    if compact and masks is None:
+        raise UserError(f"{place.name}: has no masks, so it cannot be written compactly; launch/prune.py makes them")
+    return masks
 
 
 def output_dtype(source, dtype: str) -> str:
@@ -93,8 +115,17 @@ def probe_tokens(model: nn.Module, tokenizer) -> torch.Tensor:
     return torch.randint(len(tokenizer), size, generator=torch.Generator().manual_seed(0))
 
 
-def write(model: nn.Module, tokenizer, out: Path, dtype: str, probe: torch.Tensor, reference: torch.Tensor) -> float:
-    """Write an fp32 model to `out` as `dtype`, cast in place, and read it back.
+def write(
+    model: nn.Module,
+    tokenizer,
+    out: Path,
+    dtype: str,
+    probe: torch.Tensor,
+    reference: torch.Tensor,
+    masks: dict[str, PackedMask] | None = None,
+    compact: bool = False,
+) -> float:
+    """Write an fp32 model to `out` as `dtype`, cast in place, and read it back; the masks of a pruned one with it.
 
     Returns the largest difference of the logits of `probe` to `reference`. Raises `UserError` where it is more than
     rounding, or the folder cannot be written; nothing is left at `out` then.
@@ -102,7 +133,15 @@ def write(model: nn.Module, tokenizer, out: Path, dtype: str, probe: torch.Tenso
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        model.to(TORCH_DTYPES[dtype]).save_pretrained(partial)
+        model.to(TORCH_DTYPES[dtype])
+        for name, mask in (masks or {}).items():
+            check_zeros(name, model.get_parameter(name), mask)
+        if compact:
+            compact_checkpoint.save(sparsify(model, masks), None, partial)
+        else:
+            model.save_pretrained(partial)
+            if masks:
+                save_masks(partial, masks, {})
         tokenizer.save_pretrained(partial)
         rounding = difference(logits(load_model(partial, "fp32"), probe), reference)
         if not rounding <= (TOLERANCE if dtype == "fp32" else 0.1) * max(float(reference.abs().max()), 1.0):

@@ -3,6 +3,7 @@
 
   export.py --model runs/lora --out models/merged
   export.py --model runs/sft/checkpoints/step-00000100 --out models/sft --dtype bf16
+  export.py --model runs/sparse --out models/sparse --compact --dtype bf16
 
 The merged model's logits are compared with those of the model with its adapter, and those of the folder read back; the
 largest differences are printed, and nothing is written when they are more than rounding. See docs/sft.md.
@@ -24,12 +25,15 @@ def main() -> None:
         choices=("auto", "fp32", "bf16", "fp16"),
         help="type of the written weights; auto: as in the base model's file",
     )
+    parser.add_argument(
+        "--compact", action="store_true", help="of a pruned model: kept values and bits instead of dense weights"
+    )
     arguments = parser.parse_args()
 
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, which peft imports, warns of a missing GPU
     from ds_llm.export import export
 
-    found = export(arguments.model, arguments.out, arguments.dtype)
+    found = export(arguments.model, arguments.out, arguments.dtype, arguments.compact)
     if found.base is not None:
         print(f"base model: {found.base}")
         print(f"the adapter changes the logits by up to {found.effect:.3g} (largest logit {found.largest:.3g})")

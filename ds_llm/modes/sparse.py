@@ -67,10 +67,7 @@ def _stored_masks(config: Config) -> dict[str, PackedMask] | None:
 
     if config.sparse.masks is not None:
         return load_masks(config.sparse.masks)
-    folder = locate(config.model.path).name
-    if compact_checkpoint.is_compact(folder):
-        return compact_checkpoint.load_masks(folder)
-    return load_masks(folder) if mask_file(folder).is_file() else None
+    return compact_checkpoint.stored_masks(locate(config.model.path).name)
 
 
 def _check_density(config: Config, masks: dict[str, PackedMask]) -> None:

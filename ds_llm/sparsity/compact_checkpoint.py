@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ds_llm.errors import UserError
 from ds_llm.kernels.sparse_update import PackedMask, expand
+from ds_llm.sparsity import masks as mask_files
 from ds_llm.sparsity.linear import merged
 from ds_llm.sparsity.masks import from_bits
 from ds_llm.sparsity.model import sparse_tensors
@@ -29,12 +30,17 @@ FILE, FORMAT, VERSION = "sparse.safetensors", "ds_llm sparse", "1"
 TABLE = "sparsity.json"
 
 
-def save(model: nn.Module, weights: dict[str, Tensor], folder: str | os.PathLike) -> None:
+def save(model: nn.Module, weights: dict[str, Tensor] | None, folder: str | os.PathLike) -> None:
     """Write a compact folder from the gathered `weights` of a model that `sparsify` has prepared.
 
-    weights: parameters and persistent buffers by name, on the CPU. Masked adapters are merged into the values. Raises
-    `UserError`, before anything is written, where a tensor does not keep exactly the weights it started with.
+    weights: parameters and persistent buffers by name, on the CPU; None: the model's own, which is there whole. Masked
+    adapters are merged into the values. Raises `UserError`, before anything is written, where a tensor does not keep
+    exactly the weights it started with.
     """
+    if weights is None:
+        persistent = model.state_dict().keys()
+        weights = {name: p.detach() for name, p in model.named_parameters()}
+        weights |= {name: b for name, b in model.named_buffers() if name in persistent}
     folder, weights = Path(folder), dict(weights)
     tensors, shapes, table = {}, {}, []
     for name, module, leaf in sparse_tensors(model):
@@ -74,6 +80,13 @@ def load_masks(folder: str | os.PathLike) -> dict[str, PackedMask]:
     """The masks of a compact folder by name of the weight, on the CPU."""
     with _opened(folder) as (file, shapes):
         return {name: from_bits(file.get_tensor(f"{name}.bits"), shape) for name, shape in shapes.items()}
+
+
+def stored_masks(folder: str | os.PathLike) -> dict[str, PackedMask] | None:
+    """The masks in a model folder, of a compact checkpoint or of the mask file of `launch/prune.py`; None without."""
+    if is_compact(folder):
+        return load_masks(folder)
+    return mask_files.load_masks(folder) if mask_files.mask_file(folder).is_file() else None
 
 
 @torch.no_grad()

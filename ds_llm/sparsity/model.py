@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from ds_llm.errors import UserError
-from ds_llm.kernels.sparse_update import PackedMask
+from ds_llm.kernels.sparse_update import PackedMask, compact
 from ds_llm.sparsity.linear import SparseLinear, make_sparse
 
 
@@ -49,22 +49,24 @@ def sparsify(model: nn.Module, masks: Mapping[str, PackedMask]) -> nn.Module:
             raise UserError(
                 f"masks: {' and '.join(places[id(weight)])} are one weight; tied embeddings must stay dense in training"
             )
+        check_zeros(name, weight, mask)
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
         if type(module) is nn.Linear:
-            sparse = SparseLinear.from_linear(module, mask)
             parent, _, child = path.rpartition(".")
-            setattr(model.get_submodule(parent), child, sparse)
-            values = sparse.weight_values
+            setattr(model.get_submodule(parent), child, SparseLinear.from_linear(module, mask))
         else:
             make_sparse(module, leaf, mask)
-            values = getattr(module, f"{leaf}_values")
-        lost = int(weight.count_nonzero()) - int(values.count_nonzero())
-        if lost:
-            raise UserError(f"masks: {lost:,} weights of {name} that the mask drops are not 0; prune the model with it")
         del weight
     model.kept_weights = {tensor.name: tensor.mask.nnz for tensor in sparse_tensors(model)}
     return model
+
+
+def check_zeros(name: str, weight: Tensor, mask: PackedMask) -> None:
+    """Raise `UserError` unless `weight` is 0 wherever its mask keeps nothing."""
+    lost = int(weight.count_nonzero()) - int(compact(weight.detach(), mask).count_nonzero())
+    if lost:
+        raise UserError(f"masks: {lost:,} weights of {name} that the mask drops are not 0; prune the model with it")
 
 
 def sparse_tensors(model: nn.Module) -> Iterator[SparseTensor]:
