@@ -10,6 +10,29 @@ from ds_llm.config import Config, check
 from ds_llm.errors import ConfigError
 
 
+class AskedKeys(dict):
+    """A mapping that remembers which of its keys a reader asked for, present or not."""
+
+    def __init__(self, values: dict):
+        super().__init__(values)
+        self.asked: set[str] = set()
+
+    def __getitem__(self, name):
+        self.asked.add(name)
+        return super().__getitem__(name)
+
+    def __contains__(self, name):
+        self.asked.add(name)
+        return super().__contains__(name)
+
+    def get(self, name, default=None):
+        self.asked.add(name)
+        return super().get(name, default)
+
+    def keys(self):
+        return self  # DeepSpeed asks `name in values.keys()`
+
+
 def generated(config: Config) -> dict:
     """The JSON a run gets without a file of the user's own."""
     o = config.optim

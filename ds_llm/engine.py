@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ["PATH"] = (
     f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # ninja of this environment
@@ -36,6 +37,7 @@ from torch import nn
 
 from ds_llm import leftovers
 from ds_llm.config import Config
+from ds_llm.deepspeed_config import AskedKeys
 from ds_llm.deepspeed_config import build as build_deepspeed_config
 from ds_llm.errors import ConfigError, UserError
 from ds_llm.hardware import share_cores
@@ -99,7 +101,7 @@ def check_settings(config: Config) -> None:
 
     Raises `ConfigError` for what DeepSpeed refuses and for top-level keys that it does not know, which it would ignore.
     """
-    settings = _Asked(build_deepspeed_config(config, dist.get_world_size()))
+    settings = AskedKeys(build_deepspeed_config(config, dist.get_world_size()))
     try:
         deepspeed.DeepSpeedConfig(settings)
     except ValidationError as error:
@@ -113,29 +115,6 @@ def check_settings(config: Config) -> None:
             near = difflib.get_close_matches(name, settings.asked, n=1)
             hint = f"; did you mean '{near[0]}'?" if near else ""
             raise ConfigError(f"deepspeed: {name}: DeepSpeed has no such key{hint}")
-
-
-class _Asked(dict):
-    """A mapping that remembers which of its keys a reader asked for, present or not."""
-
-    def __init__(self, values: dict):
-        super().__init__(values)
-        self.asked: set[str] = set()
-
-    def __getitem__(self, name):
-        self.asked.add(name)
-        return super().__getitem__(name)
-
-    def __contains__(self, name):
-        self.asked.add(name)
-        return super().__contains__(name)
-
-    def get(self, name, default=None):
-        self.asked.add(name)
-        return super().get(name, default)
-
-    def keys(self):
-        return self  # DeepSpeed asks `name in values.keys()`
 
 
 def all_reduce(values: list[float], op: str = "sum") -> list[float]:
@@ -452,6 +431,29 @@ def inference(module: nn.Module, config: Config) -> Iterator[Callable]:
         yield forward
     finally:
         release()
+
+
+def split_layers(module: nn.Module, ranks: int) -> dist.ProcessGroup:
+    """Split the layers of a frozen transformers model over groups of `ranks` neighbouring ranks, in place (AutoTP).
+
+    Returns this rank's group, whose ranks must then all call the module with equal inputs. Raises `UserError` where
+    DeepSpeed finds no layers that it can split.
+    """
+    groups = [dist.new_group(list(range(i, i + ranks))) for i in range(0, dist.get_world_size(), ranks)]
+    group = groups[dist.get_rank() // ranks]
+    exact, before = _exact_buffers(module), sum(p.numel() for p in module.parameters())
+    # given a group alone, DeepSpeed 0.19 makes another one of the first ranks
+    parallel = {"tp_size": ranks, "tp_group": group, "mpu": SimpleNamespace(get_model_parallel_group=lambda: group)}
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints its plan
+        try:
+            deepspeed.init_inference(module, tensor_parallel=parallel, dtype=next(module.parameters()).dtype)
+        except (AssertionError, ValueError, RuntimeError, AttributeError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(f"DeepSpeed cannot split a '{module.config.model_type}' model: {reason}") from None
+    _restore_buffers(module, exact)
+    if sum(p.numel() for p in module.parameters()) == before:
+        raise UserError(f"DeepSpeed knows no layers of a '{module.config.model_type}' model that it can split")
+    return group
 
 
 def _keep_experts_whole(module: nn.Module) -> None:

@@ -7,10 +7,12 @@ import io
 import itertools
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
@@ -25,14 +27,14 @@ _VARIABLES = {
     "#030304": "var(--line-4)",
     "#040404": "var(--bad)",
 }
-_TEXT, _GRID, *_LINES, _BAD = _VARIABLES
+TEXT, _GRID, *LINES, BAD = _VARIABLES
 _STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "ds_llm",  # equal plots get equal ids
     "font.family": "sans-serif",
     "font.size": 10,
-    "text.color": _TEXT,
-    "axes.labelcolor": _TEXT,
+    "text.color": TEXT,
+    "axes.labelcolor": TEXT,
     "axes.edgecolor": _GRID,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -42,10 +44,10 @@ _STYLE = {
     "grid.linewidth": 0.6,
     "xtick.color": _GRID,
     "ytick.color": _GRID,
-    "xtick.labelcolor": _TEXT,
-    "ytick.labelcolor": _TEXT,
+    "xtick.labelcolor": TEXT,
+    "ytick.labelcolor": TEXT,
     "legend.frameon": False,
-    "legend.labelcolor": _TEXT,
+    "legend.labelcolor": TEXT,
     "path.simplify_threshold": 0.5,
 }
 
@@ -88,16 +90,19 @@ class HeatMap:
 
 def draw(plot: Plot | HeatMap) -> str:
     """The plot as an `<svg>` element to put into an HTML page that defines the variables of `_VARIABLES`."""
+    if isinstance(plot, HeatMap):
+        return svg(plot.title, lambda figure, axes: _heat_map(figure, axes, plot))
+    return svg(plot.title, lambda _, axes: _lines(axes, plot))
+
+
+def svg(title: str, paint: Callable[[Figure, Axes], None]) -> str:
+    """What `paint` draws, in the colours `TEXT`, `LINES` and `BAD`, as an `<svg>` element, see `draw`."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(6.4, 3.0), layout="constrained")
-        axes = figure.add_subplot()
-        if isinstance(plot, HeatMap):
-            _heat_map(figure, axes, plot)
-        else:
-            _lines(axes, plot)
+        paint(figure, figure.add_subplot())
         out = io.StringIO()
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return _for_page(out.getvalue(), plot.title)
+    return _for_page(out.getvalue(), title)
 
 
 def binned(steps: np.ndarray, values: np.ndarray, bins: int = POINTS) -> tuple[np.ndarray, ...]:
@@ -115,7 +120,7 @@ def binned(steps: np.ndarray, values: np.ndarray, bins: int = POINTS) -> tuple[n
 
 def _lines(axes, plot: Plot) -> None:
     positive, shown = True, []
-    for line, colour in zip(plot.lines, _LINES * len(plot.lines), strict=False):
+    for line, colour in zip(plot.lines, LINES * len(plot.lines), strict=False):
         steps, mean, low, high = binned(line.steps, line.values)
         finite = mean[np.isfinite(mean)]
         shown += [low[np.isfinite(low)], high[np.isfinite(high)]]
@@ -127,7 +132,7 @@ def _lines(axes, plot: Plot) -> None:
         axes.plot(steps, mean, color=colour, linewidth=1.5, marker=marker, markersize=4, label=line.label)
     values = np.concatenate(shown) if shown else np.empty(0)
     if plot.level is not None:
-        axes.axhline(plot.level[1], color=_LINES[1], linewidth=1.2, linestyle="--", label=plot.level[0])
+        axes.axhline(plot.level[1], color=LINES[1], linewidth=1.2, linestyle="--", label=plot.level[0])
         values = np.append(values, plot.level[1])
         positive = positive and plot.level[1] > 0
     if plot.log and positive and len(values) and values.max() > 10 * values.min():
@@ -139,8 +144,8 @@ def _lines(axes, plot: Plot) -> None:
     else:
         axes.yaxis.set_major_locator(MaxNLocator(6))
     for number, step in enumerate(plot.marks[:POINTS]):
-        axes.axvline(step, color=_BAD, linewidth=0.8, alpha=0.6, label="skipped" if number == 0 else None)
-    axes.yaxis.set_major_formatter(FuncFormatter(_tick))
+        axes.axvline(step, color=BAD, linewidth=0.8, alpha=0.6, label="skipped" if number == 0 else None)
+    axes.yaxis.set_major_formatter(FuncFormatter(tick))
     numbers = np.concatenate([line.steps for line in plot.lines])
     if numbers.min() == numbers.max():
         axes.set_xlim(numbers[0] - 1, numbers[0] + 1)
@@ -176,7 +181,8 @@ def _heat_map(figure, axes, plot: HeatMap) -> None:
                           color="#ffffff" if dark else "#000000")  # fmt: skip
 
 
-def _tick(value: float, _=None) -> str:
+def tick(value: float, _=None) -> str:
+    """A number on an axis."""
     if value and (abs(value) >= 1e6 or abs(value) < 1e-3):
         return re.sub(r"e([+-])0*", lambda m: "e" + m[1].replace("+", ""), f"{value:.3g}")
     return f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"

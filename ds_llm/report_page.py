@@ -133,7 +133,7 @@ _PAGE = """<!doctype html>
 """
 
 
-def render(**parts) -> str:
+def render(template: str = _PAGE, **parts) -> str:
     """The page as text. `parts` are the variables of the template; everything but the SVGs is escaped."""
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(_PAGE).render(style=_STYLE, **parts)
+    return environment.from_string(template).render(style=_STYLE, **parts)

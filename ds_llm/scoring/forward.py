@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 import ds_llm.scoring.router  # noqa: F401 (registers its metric)
@@ -58,7 +59,8 @@ class Scorer:
     model_path: as `ds_llm.models.loading` takes it. metrics: names of `ds_llm.scoring.metrics.METRICS`. dtype: fp32,
     bf16, fp16, or auto for the one the model was saved in. device: None for this process's accelerator, or the CPU.
     per_token: also a list per sample of the scored tokens' positions and values. zero3: the weights are sharded over
-    all ranks; offload: and kept in the CPUs' memory while not in use.
+    all ranks; offload: and kept in the CPUs' memory while not in use. tensor_parallel: each layer is split over so many
+    neighbouring ranks (DeepSpeed AutoTP).
 
     columns: name -> pyarrow type of what `score` returns. fingerprint: sha256 (hex) of weights and configuration.
     tokenizer: the model's. max_length: longest sample in tokens; None where the model sets no limit. collective: every
@@ -77,10 +79,11 @@ class Scorer:
         offload: bool = False,
         tensor_parallel: int = 1,
     ):
-        if tensor_parallel != 1:
-            raise UserError("tensor_parallel: this version scores with whole layers; use zero3")
         if offload and not zero3:
             raise UserError("offload: parameters are offloaded by ZeRO-3; set zero3 too")
+        if tensor_parallel > 1 and (zero3 or world_size() % tensor_parallel):
+            why = "not together with zero3" if zero3 else f"must divide the number of processes, {world_size()}"
+            raise UserError(f"tensor_parallel {tensor_parallel}: {why}")
         share_cores()
         self.tokenizer = load_tokenizer(model_path)
         model = load_model(model_path, dtype)
@@ -91,7 +94,7 @@ class Scorer:
         self.columns = self._columns()
         self.max_length = getattr(config, "max_position_embeddings", None)
         self.fingerprint = _fingerprint(model)
-        self.collective = zero3 and world_size() > 1
+        self.collective = tensor_parallel > 1 or (zero3 and world_size() > 1)
         self._options = {name: value for metric in self.metrics for name, value in metric.options.items()}
         self._statistics = any(metric.statistics for metric in self.metrics)
         self._unconditional = any(metric.unconditional for metric in self.metrics)
@@ -101,7 +104,16 @@ class Scorer:
         self._takes_token_mask = getattr(body, "takes_token_mask", False)
         self._vocabulary = model.get_input_embeddings().num_embeddings
         self._open = ExitStack()
-        self._run, self.device = self._place(Pass(attach_loss_head(model)).eval(), device, zero3, offload)
+        self.model = attach_loss_head(model)
+        self._group = None
+        run = Pass(self.model).eval()
+        if tensor_parallel > 1:
+            device = self._split(tensor_parallel)
+        if zero3:
+            self._run, self.device = self._shard(run, offload)
+        else:
+            self.device = torch.device(device or _accelerator())
+            self._run = run.to(self.device)
 
     def score(self, samples: list[Sample]) -> list[dict[str, Any]]:
         """A row of `columns` for each sample, in order.
@@ -118,7 +130,7 @@ class Scorer:
             alone = self._statistics_of([without_prompt(sample, self._prefix) for sample in samples])
         rows: list[dict] = [{}] * len(samples)
         for group in self._groups(samples):
-            batch = self._forward([samples[i] for i in group], self._options)
+            batch = self._together([samples[i] for i in group], self._options)
             unconditional = alone.select(group) if alone else None
             for i, row in zip(group, self._rows(batch, unconditional), strict=True):
                 rows[i] = row
@@ -153,19 +165,11 @@ class Scorer:
                 return token
         raise UserError("metric 'ifd': the tokenizer has neither a beginning-of-text nor an end-of-text token")
 
-    def _place(self, run: Pass, device, zero3: bool, offload: bool) -> tuple[Callable, torch.device]:
-        """What to call for a forward pass, and where its tensors belong."""
-        if not zero3:
-            if device is None:
-                local = int(os.environ.get("LOCAL_RANK", "0"))
-                device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
-            return run.to(device), torch.device(device)
-        import torch.distributed as dist
-
+    def _shard(self, run: Pass, offload: bool) -> tuple[Callable, torch.device]:
+        """ZeRO-3 around the pass: what to call for one, and where its tensors belong."""
         from ds_llm import engine
 
-        if not dist.is_initialized():
-            engine.init_distributed()
+        _join()
         config = Config(zero=3)
         dtype = next(run.parameters()).dtype
         config.train.dtype = next(name for name, value in TORCH_DTYPES.items() if value == dtype)
@@ -173,6 +177,25 @@ class Scorer:
             offloaded = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
             config.deepspeed = {"zero_optimization": {"stage": 3, "offload_param": offloaded}}
         return self._open.enter_context(engine.inference(run, config)), engine.device()
+
+    @torch.no_grad()
+    def _split(self, ranks: int) -> torch.device:
+        """Split the backbone's layers over neighbouring ranks; the output head stays whole on each."""
+        from ds_llm import engine
+
+        _join()
+        body = backbone(self.model)
+        ids = torch.arange(4)[None] % self._vocabulary
+        before = body(input_ids=ids, use_cache=False).last_hidden_state.float()
+        self._group = engine.split_layers(body, ranks)
+        after = body(input_ids=ids.to(engine.device()), use_cache=False).last_hidden_state.float().cpu()
+        tolerance = 1e-3 if next(self.model.parameters()).dtype == torch.float32 else 5e-2
+        if (after - before).abs().max() > tolerance * before.abs().max():
+            raise UserError(
+                f"DeepSpeed splits a '{body.config.model_type}' model into layers that compute something else; use "
+                "zero3 instead of tensor_parallel"
+            )
+        return engine.device()
 
     def _groups(self, samples: list[Sample]) -> Iterator[list[int]]:
         """Indices of the samples of each forward pass."""
@@ -209,11 +232,22 @@ class Scorer:
             extra["token_mask"] = torch.from_numpy(np.arange(ids.shape[1]) < lengths[:, None]).to(self.device)
         return ids, np.arange(len(samples)) * ids.shape[1], extra
 
+    def _together(self, samples: list[Sample], options: dict) -> Batch:
+        """A forward pass of the samples. Ranks that share layers pass the samples of each of them in turn, so that
+        every rank has its own; only that rank runs the head on them."""
+        if self._group is None:
+            return self._forward(samples, options, self._statistics)
+        given: list = [None] * dist.get_world_size(self._group)
+        dist.all_gather_object(given, samples, group=self._group)
+        own = dist.get_rank(self._group)
+        batches = [self._forward(s, options, self._statistics and r == own) for r, s in enumerate(given)]
+        return batches[own]
+
     @torch.no_grad()
-    def _forward(self, samples: list[Sample], options: dict) -> Batch:
+    def _forward(self, samples: list[Sample], options: dict, statistics: bool) -> Batch:
         ids, starts, extra = self._arrange(samples)
         predicting = labels = None
-        if self._statistics:
+        if statistics:
             predicting = np.concatenate([start + s.targets - 1 for start, s in zip(starts, samples, strict=True)])
             labels = np.concatenate([sample.input_ids[sample.targets] for sample in samples])
             predicting, labels = (torch.from_numpy(a.astype(np.int64)).to(self.device) for a in (predicting, labels))
@@ -232,7 +266,7 @@ class Scorer:
         entropy: list = [None] * len(samples)
         logprob: list = [None] * len(samples)
         for group in self._groups(samples):
-            batch = self._forward([samples[i] for i in group], {})
+            batch = self._together([samples[i] for i in group], {})
             for i, e, p in zip(group, batch.split(batch.entropy), batch.split(batch.logprob), strict=True):
                 entropy[i], logprob[i] = e, p
         return Batch(samples, entropy=np.concatenate(entropy), logprob=np.concatenate(logprob))
@@ -257,6 +291,19 @@ class Scorer:
                 if not fine:
                     row["error"] = "the model gives a probability that is not finite"
         return rows
+
+
+def _accelerator() -> torch.device:
+    """Of this process."""
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    return torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _join() -> None:
+    from ds_llm import engine
+
+    if not dist.is_initialized():
+        engine.init_distributed()
 
 
 def _fingerprint(model: nn.Module) -> str:

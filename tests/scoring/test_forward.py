@@ -90,7 +90,7 @@ def test_what_cannot_be_scored_is_said(folder, corpus, tmp_path):
     scorer = Scorer(folder, ["entropy", "logprob"], dtype="fp32", device="cpu")
     with pytest.raises(ValueError, match="not within the model's 61 tokens"):
         scorer.score([Sample(np.array([1, VOCAB]), np.ones(2, bool))])
-    torch.nn.init.constant_(scorer._run.model.get_output_embeddings().weight, torch.inf)
+    torch.nn.init.constant_(scorer.model.get_output_embeddings().weight, torch.inf)
     fine, broken = scorer.score([Sample(np.array([1]), np.ones(1, bool)), Sample(np.array([1, 4]), np.ones(2, bool))])
     assert "error" not in fine
     assert broken["logprob"] is None and "not finite" in broken["error"]
