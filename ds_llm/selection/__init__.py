@@ -1,0 +1,1 @@
+"""Choosing what to train on by the scores of its rows."""

@@ -1,0 +1,42 @@
+#!/usr/bin/env python
+"""Boost a model: entropies, fine-tuning, resampling, a fused training with the base, and the strong model taken out.
+
+  boost.py --config ds_configs/recipes/boost.yaml base=MODEL 'train=[train.jsonl]' 'val=[val.jsonl]'
+  boost.py --config ds_configs/recipes/boost.yaml resample.seed=1 --redo resample
+
+Started as one process; it starts the others itself (launcher=...). Interrupted at any point, the same command goes on;
+finished stages are not repeated. See docs/boosting.md.
+"""
+
+import argparse
+from pathlib import Path
+
+from ds_llm import cli
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", metavar="YAML", help="recipe, such as ds_configs/recipes/boost.yaml")
+    parser.add_argument("--print-config", action="store_true", help="print all options and exit")
+    parser.add_argument("--redo", metavar="STAGE", help="first remove what this stage and those behind it left")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example base=MODEL sft=[optim.lr=1e-5]")
+    arguments = parser.parse_intermixed_args()
+
+    from ds_llm import config
+
+    from ds_llm import boosting  # isort: skip
+
+    resolved = config.load(arguments.config, arguments.overrides, boosting.BoostingConfig)
+    if arguments.print_config:
+        print(config.to_yaml(resolved), end="")
+        return
+    boosting.environment()
+    recipe = boosting.Recipe(resolved, Path(__file__).resolve().parent)
+    if arguments.redo:
+        recipe.redo(arguments.redo)
+    if recipe.run() is not None:
+        print(f"report: {Path(resolved.output) / 'report.json'}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
