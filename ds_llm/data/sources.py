@@ -1,7 +1,8 @@
 """Where rows come from: local files, or a data set of the Hugging Face hub; what they hold, as a hash; built results.
 
 A source is a file, a folder or a glob as `ds_llm.data.files` reads them, or the name of a data set on the hub:
-`owner/name`, `owner/name/config` and either with `:split` behind it (`train` when there is none).
+`owner/name`, `owner/name/config` and either with `:split` behind it (`train` when there is none). A folder that
+`datasets` saved (`save_to_disk`), and a local copy of a data set with `:split` behind it, are read by `datasets` too.
 """
 
 from __future__ import annotations
@@ -73,6 +74,10 @@ def resolve(names: Iterable[str | os.PathLike]) -> list[Source]:
 
 
 def _resolve(name: str) -> Source:
+    folder, _, split = (name, "", "") if os.path.exists(name) else name.rpartition(":")
+    saved = any(os.path.isfile(os.path.join(folder, file)) for file in ("state.json", "dataset_dict.json"))
+    if os.path.isdir(folder) and (split or saved):
+        return Source(name, dataset=_local(name, folder, split, saved))
     hub = HUB_NAME.fullmatch(name)
     if hub is None or os.path.exists(name) or glob.has_magic(name.partition(":")[0]) or name.startswith("."):
         return Source(name, tuple(files.find([name])))
@@ -90,6 +95,26 @@ def _resolve(name: str) -> Source:
     except Exception as error:  # the hub client raises errors of many libraries
         reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
         raise UserError(f"{name}: no such file or folder, nor a data set that the hub gives ({reason})") from None
+
+
+def _local(name: str, folder: str, split: str, saved: bool):
+    """A split of a data set in a folder, `saved` by `save_to_disk` or laid out as on the hub."""
+    import datasets
+
+    try:
+        if not saved:
+            return datasets.load_dataset(folder, split=split)
+        found = datasets.load_from_disk(folder)
+    except Exception as error:  # it raises errors of many libraries
+        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+        raise UserError(f"{name}: not a data set that datasets can read ({reason})") from None
+    if isinstance(found, datasets.Dataset):
+        if split:
+            raise UserError(f"{name}: {folder} holds one split; leave out ':{split}'")
+        return found
+    if (split or "train") not in found:
+        raise UserError(f"{name}: no split '{split or 'train'}'; it has {', '.join(found)}: write {folder}:SPLIT")
+    return found[split or "train"]
 
 
 def digests(sources: list[Source], cache: Path) -> list[str]:

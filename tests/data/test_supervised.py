@@ -246,6 +246,31 @@ def test_parquet_and_hub_rows(tmp_path, tokenizer, rng, monkeypatch):
     assert {row["file"] for row in listed[1]} <= {"owner/name/part:train_sft"}
 
 
+def test_data_sets_in_folders(tmp_path, rng):
+    """Saved ones, whole or by splits, and a local copy of one of the hub, of which a plain folder is everything."""
+    import datasets
+
+    train, test = ([{"messages": conversation(rng)} for _ in range(count)] for count in (5, 3))
+    parts = {name: datasets.Dataset.from_list(rows) for name, rows in (("train", train), ("test", test))}
+    parts["train"].save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "parts")
+    for name, part in parts.items():
+        part.to_parquet(tmp_path / f"copy/data/{name}-00000-of-00001.parquet")
+    for name, expected in (
+        ("saved", train),
+        ("parts", train),
+        ("parts:test", test),
+        ("copy:test", test),
+        ("copy", test + train),
+    ):
+        (source,) = resolve([tmp_path / name])
+        assert [row["messages"] for row in source.rows()] == [row["messages"] for row in expected], name
+        assert digests([source], tmp_path / "cache") == digests(resolve([tmp_path / name]), tmp_path / "cache")
+    for name, message in (("saved:x", "one split"), ("parts:val", "it has train, test"), ("copy:val", "datasets can")):
+        with pytest.raises(UserError, match=message):
+            resolve([tmp_path / name])
+
+
 def test_hashes_are_of_contents_and_read_once(tmp_path, monkeypatch):
     (tmp_path / "in").mkdir()
     write_jsonl(tmp_path / "in/a.jsonl", [{"text": "of"}])
