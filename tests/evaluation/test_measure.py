@@ -87,7 +87,7 @@ def test_one_and_two_processes_give_the_same_bits(corpus, model, tmp_path):
     """Also with different numbers of threads, and both print the same line."""
     arguments = ["perplexity", "--model", str(model), "--data", str(corpus / "val.bin"), "--window", "32"]
     results, output = [], []
-    for launcher, threads in (("python", "2"), ("torchrun", "1")):
+    for launcher, threads in (("python", "2"), ("forked", "1")):
         path = tmp_path / f"{launcher}.json"
         done = launch(launcher, [*arguments, "--json", str(path)], script=SCRIPT, OMP_NUM_THREADS=threads)
         assert done.returncode == 0, done.stderr
