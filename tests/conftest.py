@@ -7,6 +7,9 @@ imports Triton) can be.
 import os
 import sys
 
+# equal bits whatever the alignment of a tensor, for tests that compare runs byte by byte; MKL reads it when first used
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+
 import torch
 
 if not torch.cuda.is_available():

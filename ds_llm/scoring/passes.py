@@ -28,19 +28,12 @@ def schema(scorer) -> pa.Schema:
 
 
 class Worker:
-    """This rank's share of the batches `missing`.
+    """This rank's share of the batches `missing`."""
 
-    tensor_parallel: so many consecutive ranks hold one model together; they take the same batches and the first of them
-    writes.
-    """
-
-    def __init__(self, scorer, index: Index, batches: Plan, missing: np.ndarray, tensor_parallel: int = 1):
+    def __init__(self, scorer, index: Index, batches: Plan, missing: np.ndarray):
         self.scorer, self.index, self.batches, self.missing = scorer, index, batches, missing
-        self.shares = plan.assign(batches, missing, max(1, world_size() // tensor_parallel))
-        self.share = self.shares[rank() // tensor_parallel]
-        self.writes = rank() % tensor_parallel == 0
-        # every rank makes the same calls: a pass that only one repeats in halves would be waited for in vain
-        self.together = scorer.collective or tensor_parallel > 1
+        self.shares = plan.assign(batches, missing, world_size())
+        self.share = self.shares[rank()]
         self.most: int | None = None  # tokens of a pass, once memory has not sufficed
         self._schema = schema(scorer)
 
@@ -61,23 +54,22 @@ class Worker:
             batch = int(self.share[step])
             rows = self.batches.rows(self.index, batch)
             found = self._score(self.index.samples(rows), rows)
-            if self.writes:
-                columns = {name: [row.get(name) for row in found] for name in self._schema.names}
-                part.append(batch, pa.RecordBatch.from_pydict(columns, self._schema).serialize().to_pybytes())
-                ranks.progress["rows"] += len(rows)
-                ranks.progress["tokens"] += int(self.batches.tokens[batch])
+            columns = {name: [row.get(name) for row in found] for name in self._schema.names}
+            part.append(batch, pa.RecordBatch.from_pydict(columns, self._schema).serialize().to_pybytes())
+            ranks.progress["rows"] += len(rows)
+            ranks.progress["tokens"] += int(self.batches.tokens[batch])
             show()
 
     def _score(self, samples: list[Sample], rows: np.ndarray) -> list[dict]:
         """Scores of samples; in halves where memory does not suffice for all, from then on at once."""
         longest = max(map(len, samples))
-        if len(samples) > 1 and self.most is not None and longest * len(samples) > self.most and not self.together:
+        if len(samples) > 1 and self.most is not None and longest * len(samples) > self.most:
             middle = len(samples) // 2
             return self._score(samples[:middle], rows[:middle]) + self._score(samples[middle:], rows[middle:])
         found = attempt(self.scorer, samples)
         if found is not None:
             return found
-        if self.together:
+        if self.scorer.collective:  # the others would wait in vain for a pass that only this rank repeats in halves
             raise UserError("too little memory for a forward pass; give score.tokens_per_batch a smaller number")
         if len(samples) == 1:
             raise UserError(
@@ -100,15 +92,15 @@ def attempt(scorer, samples: list[Sample]) -> list[dict] | None:
     return None
 
 
-def tokens_that_fit(scorer, index: Index, together: bool) -> int:
+def tokens_that_fit(scorer, index: Index) -> int:
     """What `tokens_per_batch=auto` means here: the largest power of two with which the longest rows pass.
 
     It is tried out on a GPU. On a CPU, and where ranks pass through the model together, it is a fixed number. Either
     way it is at most what leaves enough batches to share out.
     """
     limit = plan.auto_limit(index)
-    if together or not torch.cuda.is_available():
-        return min(limit, SHARED_TOKENS if together else CPU_TOKENS)
+    if scorer.collective or not torch.cuda.is_available():
+        return min(limit, SHARED_TOKENS if scorer.collective else CPU_TOKENS)
     return largest(lambda size: attempt(scorer, index.samples(plan.probe_rows(index, size))) is not None, limit)
 
 

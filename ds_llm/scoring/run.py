@@ -102,7 +102,7 @@ def _lead(job: Job, ranks: Ranks) -> dict:
         write_atomically(job.folder / "manifest.json", dump(manifest))
         batches = plan.make(index, settings["tokens_per_batch"])
         missing = _missing(job, batches, settings)
-        worker = Worker(scorer, index, batches, missing, job.config.tensor_parallel)
+        worker = Worker(scorer, index, batches, missing)
         _describe(batches, worker, settings["tokens_per_batch"])
         ranks.announce("ready", settings=settings, attempt=len(attempts))
         ready = time.monotonic()
@@ -142,7 +142,7 @@ def _follow(job: Job, ranks: Ranks) -> dict:
                 index = Index(job.folder / "index")
                 batches = plan.make(index, settings["tokens_per_batch"])
                 missing = np.load(job.folder / "missing.npy")
-                worker = Worker(scorer, index, batches, missing, job.config.tensor_parallel)
+                worker = Worker(scorer, index, batches, missing)
                 _work(job, worker, ranks, settings, told["attempt"])
         ranks.wait_for("finished")
     return jobs.read_json(job.folder / "statistics.json")
@@ -162,7 +162,7 @@ def _budget(job: Job, manifest: dict, scorer: Scorer, index: Index) -> int:
         return manifest["settings"]["tokens_per_batch"]
     if job.config.tokens_per_batch != "auto":
         return job.config.tokens_per_batch
-    return tokens_that_fit(scorer, index, scorer.collective or job.config.tensor_parallel > 1)
+    return tokens_that_fit(scorer, index)
 
 
 def _missing(job: Job, batches: plan.Plan, settings: dict) -> np.ndarray:

@@ -43,7 +43,7 @@ def content(out: Path) -> list[bytes]:
 def test_a_job_of_which_a_rank_is_killed_goes_on_anywhere(chats, data, tmp_path):
     out = tmp_path / "scores.jsonl"
     folder = tmp_path / "scores.jsonl.d"
-    job = start("torchrun", arguments(chats, data, out), SCRIPT)
+    job = start("forked", arguments(chats, data, out), SCRIPT)
     try:
         end = time.monotonic() + 120
         while sum(path.stat().st_size > 6_000 for path in folder.glob("parts/part-*.bin")) < 2:
@@ -61,7 +61,7 @@ def test_a_job_of_which_a_rank_is_killed_goes_on_anywhere(chats, data, tmp_path)
     assert statistics["attempts"] == 2 and statistics["rows"] == 601 and statistics["errors"] == {"bad JSON": 1}
     undisturbed = tmp_path / "undisturbed.jsonl"
     assert score_here(chats, data, undisturbed)["attempts"] == 1
-    job = launch("torchrun", arguments(chats, data, out), script=SCRIPT)
+    job = launch("forked", arguments(chats, data, out), script=SCRIPT)
     assert job.returncode == 0, job.stderr
     assert "scoring (continued)" in job.stdout or "of them done before" in job.stdout
     assert content(alone) == content(undisturbed) == content(out)
