@@ -111,9 +111,11 @@ def write_report(scores: Path | Sequence[Path], fields: Sequence[str], out: Path
         collected.add(record, next(lengths, None))
     if collected.rows and next(lengths, None) is not None:
         raise UserError(f"{paths[0]}: has fewer rows than were scored; run the scoring again")
-    lacking = [score.name for score in collected.scores if not score.count]
-    if not collected.rows or lacking:
-        raise UserError(f"{paths[0]}: no row has a number in '{lacking[0]}'" if lacking else f"{paths[0]}: is empty")
+    if not collected.rows:
+        raise UserError(f"{paths[0]}: is empty")
+    for score in collected.scores:
+        if not score.count:
+            raise UserError(f"{paths[0]}: no row has a number in '{score.name}'")
     temporary = beside(out := Path(out), ".tmp")
     try:
         temporary.write_text(build(collected, paths), encoding="utf-8")
@@ -227,7 +229,7 @@ def _records(paths: list[Path]) -> Iterator[dict]:
                     raise UserError(f"{path}: line {number}: not JSON ({error})") from None
                 if not isinstance(record, dict):
                     raise UserError(f"{path}: line {number}: is not an object")
-                merged = record | merged
+                merged |= {name: value for name, value in record.items() if name not in merged}
             yield merged
     finally:
         for file in files:
