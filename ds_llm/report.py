@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from ds_llm import cli, metrics
+from ds_llm import cli, metrics, report_sparsity
 from ds_llm.config import Config, to_dict
 from ds_llm.errors import UserError
 from ds_llm.progress import duration
@@ -58,13 +58,18 @@ def build(records: list[dict], output: Path) -> str:
     shown = [e for e in events if e.get("event") != "start"]
     kept = shown if len(shown) <= SHOWN_EVENTS else shown[: SHOWN_EVENTS // 4] + shown[-(SHOWN_EVENTS * 3) // 4 :]
     environment = _json(output / "environment.json") or {}
+    figures = plots(steps, evals, start)
+    pruned = report_sparsity.read(output)
+    if picture := report_sparsity.picture(pruned):
+        figures.append(picture)
     return render(
         name=output.resolve().name,
         subtitle=_subtitle(records, start),
         status=_status(records, events, summary, start),
         tiles=_tiles(steps, evals, start),
-        plots=[{"title": plot.title, "svg": draw(plot)} for plot in plots(steps, evals, start)],
+        plots=[{"title": plot.title, "svg": draw(plot)} for plot in figures],
         evaluations=_evaluations(evals),
+        sparsity=report_sparsity.rows(pruned),
         samples=[{"step": e["step"], "rows": e["samples"]} for e in reversed(evals) if e.get("samples")],
         events=[_event(e) for e in kept],
         events_left_out=len(shown) - len(kept),
@@ -205,6 +210,12 @@ def _tiles(steps: list[dict], evals: list[dict], start: dict) -> list[dict]:
     if evals and evals[-1].get("accuracy") is not None:
         note = f"{evals[0]['accuracy']:.1%} at first" if evals[0].get("accuracy") is not None else ""
         tile("Held-out accuracy", f"{evals[-1]['accuracy']:.1%}", note)
+    if sparse := start.get("sparse"):
+        tile(
+            "Kept weights", f"{sparse['density']:.1%}", f"of {_short(sparse['prunable'])} in {sparse['layers']} tensors"
+        )
+        saved = f"{sparse['dense_state_bytes'] / 1e9:,.2f} GB when dense"
+        tile("Weights, gradients, optimizer", f"{sparse['state_bytes'] / 1e9:,.2f} GB", saved)
     if not steps:
         return tiles
     last = steps[-1]

@@ -80,12 +80,17 @@ class Plot:
 
 @dataclass
 class HeatMap:
-    """A table of values [rows, columns] as colours; 1 is the middle of the scale."""
+    """A table of values [rows, columns] as colours, from 0 to `highest` (none: at least 2, so that 1 is in the middle).
+
+    `columns` names the columns, which are numbered without.
+    """
 
     title: str
     values: np.ndarray
     row_label: str
     column_label: str
+    highest: float | None = None
+    columns: list[str] | None = None
 
 
 def draw(plot: Plot | HeatMap) -> str:
@@ -159,12 +164,14 @@ def _lines(axes, plot: Plot) -> None:
 
 def _heat_map(figure, axes, plot: HeatMap) -> None:
     rows, columns = plot.values.shape
-    highest = max(2.0, float(np.nanmax(plot.values)))
+    highest = plot.highest or max(2.0, float(np.nanmax(plot.values)))
     # edges in the colour of the face close the hairlines that renderers leave between cells
     mesh = axes.pcolormesh(plot.values, cmap="viridis", vmin=0, vmax=highest, edgecolors="face", linewidth=0.4)
     for axis, count, most in ((axes.yaxis, rows, 12), (axes.xaxis, columns, 16)):
         shown = range(0, count, math.ceil(count / most))
         axis.set_ticks([i + 0.5 for i in shown], [str(i) for i in shown])
+    if plot.columns is not None:
+        axes.xaxis.set_ticks([i + 0.5 for i in range(columns)], plot.columns, rotation=30, ha="right")
     axes.invert_yaxis()
     axes.grid(False)
     axes.spines[:].set_visible(False)

@@ -85,6 +85,18 @@ _PAGE = """<!doctype html>
 </table>
 {% else %}<span class="soft">None were made.</span>{% endif %}
 </section>
+{% if sparsity %}
+<h2>Pruned weights</h2>
+<section class="card scroll"><details><summary>{{ sparsity | length }} tensors</summary>
+<table id="sparsity">
+<tr><th>weight</th><th class="number">shape</th><th class="number">weights</th><th class="number">kept</th>
+<th class="number">not 0</th></tr>
+{% for row in sparsity %}
+<tr><td class="wide"><code>{{ row[0] }}</code></td>{% for cell in row[1:] %}<td class="number">{{ cell }}</td>
+{% endfor %}</tr>
+{% endfor %}
+</table></details></section>
+{% endif %}
 {% if samples %}
 <h2>Generated samples</h2>
 <section class="card">

@@ -26,7 +26,8 @@ from ds_llm.sparsity.linear import merged
 from ds_llm.sparsity.masks import from_bits
 from ds_llm.sparsity.model import sparse_tensors
 
-FILE, FORMAT, VERSION = "sparse.safetensors", "ds_llm sparse", "1"
+FILE, VERSION = "sparse.safetensors", 1
+ABOUT = "ds_llm_sparse"  # one key of the metadata, because safetensors writes several in a random order
 TABLE = "sparsity.json"
 
 
@@ -66,8 +67,8 @@ def save(model: nn.Module, weights: dict[str, Tensor] | None, folder: str | os.P
     model.config.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
-    about = {"format": FORMAT, "version": VERSION, "shapes": json.dumps(shapes)}
-    save_file({n: t.contiguous() for n, t in (tensors | weights).items()}, folder / FILE, metadata=about)
+    about = json.dumps({"version": VERSION, "shapes": shapes})
+    save_file({n: t.contiguous() for n, t in (tensors | weights).items()}, folder / FILE, metadata={ABOUT: about})
     (folder / TABLE).write_text(json.dumps(table, indent=1))
 
 
@@ -115,9 +116,9 @@ def _opened(folder: str | os.PathLike) -> Iterator[tuple[object, dict[str, list[
     path = Path(folder) / FILE
     try:
         with safe_open(path, "pt") as file:
-            about = file.metadata() or {}
-            if about.get("format") != FORMAT or about.get("version") != VERSION:
+            about = json.loads((file.metadata() or {}).get(ABOUT, "{}"))
+            if about.get("version") != VERSION:
                 raise UserError(f"{path}: not a sparse model of version {VERSION}")
-            yield file, json.loads(about["shapes"])
+            yield file, about["shapes"]
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise UserError(f"{path}: damaged or incomplete ({str(error).splitlines()[0]})") from None

@@ -1,0 +1,200 @@
+"""The sparse mode: runs, continues and exports a pruned model without losing a zero, and refuses what would."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from distributed.test_resume import same_state
+from jobs import VOCAB
+from transformers import AutoTokenizer
+
+from ds_llm import config, metrics, trainer
+from ds_llm.errors import ConfigError, UserError
+from ds_llm.export import export
+from ds_llm.models.decoder import DecoderConfig, DecoderForCausalLM
+from ds_llm.models.loading import load_model
+from ds_llm.modes import sparse
+from ds_llm.sparsity import compact_checkpoint
+from ds_llm.sparsity.masks import load_masks, save_masks
+from ds_llm.sparsity.targets import prunable
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def pruned(corpus, tmp_path_factory) -> Path:
+    """Folder of a small decoder with experts of which every layer keeps 30 %, with masks and tokenizer."""
+    folder = tmp_path_factory.mktemp("pruned")
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    experts = {"use_moe": True, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    model = DecoderForCausalLM(DecoderConfig(vocab_size=VOCAB, max_position_embeddings=64, **sizes, **experts))
+    masks = {}
+    for target in prunable(model):
+        scores = torch.rand_like(target.weight)
+        masks[target.name] = scores <= scores.flatten().kthvalue(round(0.3 * scores.numel())).values
+        target.weight.mul_(masks[target.name])
+    model.save_pretrained(folder)
+    save_masks(folder, masks, {})
+    AutoTokenizer.from_pretrained(corpus / "tokenizer").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(corpus, tmp_path_factory) -> Path:
+    """Texts to evaluate on, of the corpus' words."""
+    path = tmp_path_factory.mktemp("text") / "val.jsonl"
+    rows = [{"text": " ".join(f"w{(start + i) % 57}" for i in range(30))} for start in range(0, 50, 7)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"no": "text"}]))
+    return path
+
+
+@pytest.fixture
+def arguments(corpus, pruned, text) -> list[str]:
+    return [
+        "mode=sparse",
+        f"model.path={pruned}",
+        f"data.train={corpus / 'train.bin'}",
+        f"data.val={text}",
+        "data.seq_len=32",
+        "train.batch_size=2",
+        "train.dtype=fp32",
+        f"train.max_steps={STEPS}",
+        "optim.lr=1e-2",
+        "checkpoint.every_steps=2",
+        "checkpoint.keep=0",
+        "tracking.log_every=1",
+        "tracking.tensorboard=false",
+    ]
+
+
+def run(arguments: list[str], output: Path) -> list[dict]:
+    assert trainer.train(config.load(None, [*arguments, f"output={output}"])) == 0
+    return metrics.read(output / "metrics.jsonl")
+
+
+def test_a_continued_run_ends_bitwise_alike_and_keeps_every_zero(arguments, pruned, tmp_path):
+    arguments = [*arguments, "zero=2", "ema.enabled=true", "sparse.density=0.3"]
+    arguments += ["sparse.samples=10", "sparse.scale_lr=true"]
+    whole = run(arguments, tmp_path / "whole")
+    output, early = tmp_path / "continued", "checkpoints/step-00000002"
+    shutil.copytree(tmp_path / "whole" / early, output / early)
+    resumed = metrics.deterministic(run(arguments, output))
+    assert resumed == [r for r in metrics.deterministic(whole) if r["step"] > 2]
+    last = f"checkpoints/step-{STEPS:08d}"
+    same_state(tmp_path / "whole" / last, output / last)
+    steps, evals = ([r for r in whole if r["kind"] == kind] for kind in ("step", "eval"))
+    assert max(r["lr"] for r in steps) == pytest.approx(1e-2 * math.sqrt(2))
+    assert [r["step"] for r in evals] == [0, 5, STEPS]  # an epoch of 10 samples is 5 steps of 2
+    assert evals[-1]["perplexity"] < evals[0]["perplexity"] == evals[-1]["baseline_perplexity"]
+    masks = load_masks(pruned)
+    for path in sorted(output.glob("checkpoints/*/model")):
+        table = json.loads((path / "sparsity.json").read_text())
+        assert {row["name"]: row["kept"] for row in table} == {name: mask.nnz for name, mask in masks.items()}
+    assert not (output / "model" / "model.safetensors").exists()
+    trained = load_model(output)
+    found = export(output, tmp_path / "out")
+    assert found.rounding == 0
+    written = dict(load_model(tmp_path / "out").named_parameters())
+    for name, p in trained.named_parameters():
+        assert torch.equal(written[name], p)
+        if name in masks:
+            assert not p[~masks[name].to_dense()].any()
+    assert {n: m.nnz for n, m in load_masks(tmp_path / "out").items()} == {n: m.nnz for n, m in masks.items()}
+    export(tmp_path / "out", tmp_path / "compact", compact=True)
+    assert all(torch.equal(p, written[n]) for n, p in load_model(tmp_path / "compact").named_parameters())
+    page = (output / "report.html").read_text()
+    assert "Kept weights" in page and "experts.down_proj" in page
+
+
+def built(arguments: list[str], *overrides: str):
+    settings = config.load(None, [*arguments, *overrides])
+    data = sparse.check(settings)
+    return sparse.build(settings, data), data
+
+
+def test_masks_come_from_zeros_a_file_or_a_compact_folder(arguments, pruned, tmp_path):
+    job, data = built(arguments)
+    expected = job.info["sparse"]["kept"]
+    plain = tmp_path / "plain"
+    export(pruned, plain)
+    (plain / "masks.safetensors").rename(tmp_path / "elsewhere.safetensors")
+    from_zeros, _ = built(arguments, f"model.path={plain}")
+    from_file, other = built(arguments, f"model.path={plain}", f"sparse.masks={tmp_path / 'elsewhere.safetensors'}")
+    export(pruned, tmp_path / "compact", compact=True)
+    assert compact_checkpoint.is_compact(tmp_path / "compact")
+    from_compact, _ = built(arguments, f"model.path={tmp_path / 'compact'}")
+    for one in (from_zeros, from_file, from_compact):
+        assert one.info["sparse"]["kept"] == expected
+    assert other.fingerprint["masks"] and "masks" not in data.fingerprint
+    with pytest.raises(ConfigError, match=r"sparse.density: 0.5 is asked for, the 12 masks keep 0."):
+        built(arguments, f"model.path={plain}", "sparse.density=0.5")
+
+
+def test_what_is_trained(arguments):
+    def trained(*overrides):
+        model = built(arguments, *overrides)[0].model
+        return {n for n, p in model.named_parameters() if p.requires_grad}
+
+    everything, kept = trained(), trained("sparse.train_dense=false")
+    assert kept == {n for n in everything if n.endswith("_values")} and len(kept) == 12 and len(everything) > 12
+    adapters = trained("lora.enabled=true", "lora.r=2", "lora.targets=[q_proj,v_proj]")
+    assert len(adapters) == 8 and all("lora_" in n and ("q_proj" in n or "v_proj" in n) for n in adapters)
+
+
+def test_an_epoch_of_a_fixed_number_of_samples(arguments):
+    job, data = built(arguments, "sparse.samples=7")
+    assert len(job.samples) == 7 and len(set(job.samples.chosen)) == 7
+    more = len(data.inner.train) + 5
+    job, _ = built(arguments, f"sparse.samples={more}")
+    assert len(job.samples) == more and set(job.samples.chosen) == set(range(len(data.inner.train)))
+    expected = data.inner.train.batch(job.samples.chosen[[3, more - 1]])
+    assert all(torch.equal(t, expected[n]) for n, t in job.samples.batch([3, more - 1]).items())
+
+
+@pytest.mark.parametrize(
+    "overrides, says",
+    [
+        (["model.path=null"], "model.path: sparse fine-tunes a pruned model"),
+        (["sparse.density=0.2"], "sparse.density: 0.2 is asked for, the 12 masks keep 0."),
+        (["sparse.masks=/nowhere"], "/nowhere/masks.safetensors: no such mask file"),
+        (["lora.enabled=true", "lora.dora=true"], "lora.dora: True is not possible on a sparse model"),
+        (["lora.enabled=true", "lora.dropout=0.1"], "lora.dropout: 0.1 is not possible"),
+        (["sparse.scale_lr=true", "deepspeed={scheduler: {type: WarmupLR, params: {}}}"], "sparse.scale_lr"),
+        (["eval.token_length=500"], "eval.token_length: 500 tokens are more than the model's 64 positions"),
+    ],
+)
+def test_mistakes_are_found_before_a_model_is_loaded(arguments, overrides, says):
+    with pytest.raises((ConfigError, UserError)) as raised:
+        sparse.check(config.load(None, [*arguments, *overrides]))
+    assert says in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_a_dense_model_is_refused(arguments, corpus, tmp_path):
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    DecoderForCausalLM(DecoderConfig(vocab_size=VOCAB, max_position_embeddings=64, **sizes)).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(corpus / "tokenizer").save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="has no pruned layer; prune it first"):
+        built(arguments, f"model.path={tmp_path}")
+
+
+def test_an_adapter_that_would_fill_the_zeros_is_not_merged(chats, tmp_path):
+    from chats import adapted, randomise
+
+    from ds_llm.models import adapters
+
+    model = load_model(chats / "llama")
+    masks = {}
+    for target in prunable(model):
+        masks[target.name] = torch.rand_like(target.weight) < 0.5
+        target.weight.mul_(masks[target.name])
+    base = tmp_path / "llama"
+    model.save_pretrained(base)
+    save_masks(base, masks, {})
+    AutoTokenizer.from_pretrained(chats / "llama").save_pretrained(base)
+    peft = adapted(tmp_path, "llama")
+    adapters.save_adapter(peft, randomise(peft), tmp_path / "adapter")
+    with pytest.raises(UserError, match="would fill the zeros of a pruned model"):
+        export(tmp_path / "adapter", tmp_path / "out")
