@@ -24,7 +24,7 @@ from pathlib import Path
 
 CONTESTANTS = ("dense", "re-masked", "utils.prune", "compact", "compact frozen")
 SHAPES = {  # share of the embedding in all weights: 3.9 % as in a Llama of 7B, and SmolLM2's 21 %
-    "default": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 6, "vocab_size": 3072},
+    "default": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 4, "vocab_size": 2048},
     "smollm2": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "vocab_size": 49152},
     "tiny": {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 128},
 }
