@@ -1,9 +1,9 @@
 """The forward pass of scoring: samples in, one row of columns for each out.
 
-Samples of a batch go through the model without an attention mask: with flash-attn as one row of documents (its
-variable-length kernel keeps them apart), else as rows padded at their end. Attention is causal, so padding behind a
-sample cannot reach it. A batch of rows is split where samples of different lengths would pad each other too much. The
-output head runs on scored positions only, and its logits exist one chunk at a time (`linear_token_stats`).
+With flash-attn, and on a CPU with `document_attention`, the samples of a batch go through the model as one row of
+documents that do not see each other. Elsewhere they are rows padded at their end, without a mask: attention is causal,
+so what is behind a sample cannot reach it; a batch is split where samples of different lengths would pad each other too
+much. The output head runs on scored positions only, and its logits exist one chunk at a time (`linear_token_stats`).
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from ds_llm.errors import UserError
 from ds_llm.hardware import share_cores
 from ds_llm.models.head import attach_loss_head, backbone, document_lengths
 from ds_llm.models.loading import TORCH_DTYPES, load_model, load_tokenizer, match_tokenizer
+from ds_llm.scoring.attention import attend_by_document
 from ds_llm.scoring.metrics import Batch, Sample, create, without_prompt
 from ds_llm.scoring.reference import model_fingerprint
 
@@ -100,7 +101,8 @@ class Scorer:
         self._unconditional = any(metric.unconditional for metric in self.metrics)
         self._prefix = self._find_prefix() if self._unconditional else None
         body = backbone(model)
-        self._packed = "flash" in (body.config._attn_implementation or "")
+        on_cpu = torch.device(device or _accelerator()).type == "cpu"
+        self._packed = "flash" in (body.config._attn_implementation or "") or (on_cpu and attend_by_document(model))
         self._takes_token_mask = getattr(body, "takes_token_mask", False)
         self._vocabulary = model.get_input_embeddings().num_embeddings
         self._open = ExitStack()
@@ -116,7 +118,7 @@ class Scorer:
             self._run = run.to(self.device)
 
     def score(self, samples: list[Sample]) -> list[dict[str, Any]]:
-        """A row of `columns` for each sample, in order.
+        """A row of `columns` for each of at least one sample, in order.
 
         A sample to which the model gives a probability that is not finite gets `error`, what is wrong, and None in the
         columns that depend on it. torch.OutOfMemoryError is the caller's: with half the samples it may fit. Raises

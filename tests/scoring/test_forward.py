@@ -1,9 +1,13 @@
 """The scorer: scores from the definition, samples that do not see each other, routing, wrapped models."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 import transformers
+from jobs import launch
 from tiny_models import VOCAB, build, expected, samples, save
 
 from ds_llm.errors import UserError
@@ -20,7 +24,9 @@ def folder(corpus, tmp_path_factory):
     return save("llama", tmp_path_factory.mktemp("scored") / "llama", corpus / "tokenizer")
 
 
-def test_scores_are_those_of_the_definition_in_float64(folder):
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_scores_are_those_of_the_definition_in_float64(kind, corpus, tmp_path):
+    folder = save(kind, tmp_path / kind, corpus / "tokenizer")
     scorer = Scorer(folder, ["entropy", "logprob", "perplexity", "ifd"], dtype="fp32", device="cpu", per_token=True)
     reference = transformers.AutoModelForCausalLM.from_pretrained(folder)
     rows = samples(RANDOM, LENGTHS)
@@ -49,10 +55,12 @@ def test_samples_of_a_batch_do_not_see_each_other(kind, corpus, tmp_path, monkey
     scorer = Scorer(save(kind, tmp_path / kind, corpus / "tokenizer"), metrics, dtype="fp32", device="cpu")
     rows = samples(RANDOM, LENGTHS)
     alone = [scorer.score([row])[0] for row in rows]
-    for packed, split in ((False, 1), (False, 10**6), (True, 1)):
-        # what flash attention gets as one row of documents; here SDPA's block mask keeps them apart
+    ways = [(True, "ds_llm_documents", 1), (True, "sdpa", 1), (False, "sdpa", 1), (False, "sdpa", 10**6)]
+    for packed, attention, split in ways:
+        # one row of documents, as flash attention gets it too, or rows padded at their end, split or together
         monkeypatch.setattr(scorer, "_packed", packed)
         monkeypatch.setitem(forward.SPLIT_TOKENS, "cpu", split)
+        scorer.model.set_attn_implementation(attention)
         for one, out in zip(alone, scorer.score(rows), strict=True):
             for name in scorer.columns:
                 if one[name] is None:
@@ -82,11 +90,35 @@ def test_routing_is_the_mean_of_the_gates_over_tokens(kind, corpus, tmp_path):
         assert out["routing_entropy"] == pytest.approx(float(-(shares * shares.log()).sum(-1).mean()), rel=1e-4)
 
 
+def test_sharded_and_split_models_score_as_one_process_does(corpus, tmp_path):
+    save("wide", tmp_path / "model", corpus / "tokenizer")
+    rows = samples(RANDOM, LENGTHS)
+    data = [(row.input_ids.tolist(), row.scored.tolist()) for row in rows]
+    (tmp_path / "rows.json").write_text(json.dumps(data))
+    whole = Scorer(tmp_path / "model", ["entropy", "ifd"], dtype="fp32", device="cpu")
+    expected_rows = whole.score(rows)
+    size = sum(p.numel() for p in whole.model.parameters())
+    done = launch("forked", [str(tmp_path)], script=Path(__file__).with_name("scorer_worker.py"))
+    assert done.returncode == 0, done.stderr
+    ranks = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2)]
+    for way in ("zero3", "offload", "tensor_parallel"):
+        assert all(found[way]["held"] < 0.6 * size for found in ranks)
+        assert all(found[way]["fingerprint"] == whole.fingerprint for found in ranks)
+        scores = [row for found in ranks for row in found[way]["scores"]]
+        for one, out in zip(expected_rows, scores, strict=True):
+            assert all(out[name] == (v if v is None else pytest.approx(v, rel=1e-5)) for name, v in one.items())
+
+
 def test_what_cannot_be_scored_is_said(folder, corpus, tmp_path):
     with pytest.raises(UserError, match="no experts"):
         Scorer(folder, ["router"], device="cpu")
-    with pytest.raises(UserError, match="set zero3"):
-        Scorer(folder, ["entropy"], device="cpu", offload=True)
+    for options, reason in (
+        ({"offload": True}, "set zero3"),
+        ({"tensor_parallel": 2}, "must divide the number of processes, 1"),
+        ({"tensor_parallel": 2, "zero3": True}, "not together"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            Scorer(folder, ["entropy"], device="cpu", **options)
     scorer = Scorer(folder, ["entropy", "logprob"], dtype="fp32", device="cpu")
     with pytest.raises(ValueError, match="not within the model's 61 tokens"):
         scorer.score([Sample(np.array([1, VOCAB]), np.ones(2, bool))])

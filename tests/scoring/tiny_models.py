@@ -27,7 +27,13 @@ EXPERTS = SMALL | {"num_experts": 4, "num_experts_per_tok": 2}
 
 
 def build(kind: str) -> torch.nn.Module:
-    """A random causal language model: llama, decoder (ours, with experts), olmoe or qwen3_moe."""
+    """A random causal language model: llama, wide, qwen2 (with a window), decoder (ours, with
+    experts), olmoe or qwen3_moe."""
+    if kind == "wide":  # ZeRO-3 leaves weights of less than 100,000 numbers whole
+        return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL | {"intermediate_size": 3200}))
+    if kind == "qwen2":
+        window = {"use_sliding_window": True, "sliding_window": 7, "layer_types": ["sliding_attention"] * 2}
+        return transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**SMALL, **window))
     if kind == "llama":
         return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL))
     if kind == "decoder":
