@@ -1,11 +1,9 @@
 """Export: the merged model is the model with its adapter, whole, or nothing is written."""
 
-import subprocess
-
 import pytest
 import torch
 from chats import EXPERTS, adapted, randomise
-from jobs import ROOT, command, environment
+from jobs import ROOT, launch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ds_llm.errors import UserError
@@ -48,12 +46,8 @@ def test_merged_logits_are_those_of_the_adapter(adapter, tmp_path, chats, name):
 def test_command_writes_bf16_and_the_adapter_generates_alike(adapter, tmp_path):
     source, _ = adapter("llama")
     out = tmp_path / "out"
-    done = subprocess.run(
-        command("python", ["--model", str(source), "--out", str(out), "--dtype", "bf16"], ROOT / "launch/export.py"),
-        env=environment(),
-        capture_output=True,
-        text=True,
-    )
+    arguments = ["--model", str(source), "--out", str(out), "--dtype", "bf16"]
+    done = launch("forked-1", arguments, script=ROOT / "launch/export.py")
     assert done.returncode == 0, done.stderr
     assert "merged against adapter, fp32: largest difference of the logits" in done.stdout and done.stderr == ""
     assert load_model(out).dtype == torch.bfloat16

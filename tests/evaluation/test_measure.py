@@ -157,6 +157,6 @@ def test_mistakes_are_named(corpus, model, tmp_path):
 
 def test_a_mistake_is_one_line_on_the_command_line(corpus, tmp_path):
     missing = str(tmp_path / "missing")
-    done = launch("python", ["perplexity", "--model", missing, "--data", str(corpus / "val.bin")], script=SCRIPT)
+    done = launch("forked-1", ["perplexity", "--model", missing, "--data", str(corpus / "val.bin")], script=SCRIPT)
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.startswith(f"error: {missing}: no such file or folder") and done.stderr.count("\n") == 1
