@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from chats import adapted, randomise
 from distributed.test_resume import same_state
 from jobs import VOCAB
 from transformers import AutoTokenizer
@@ -14,9 +15,11 @@ from transformers import AutoTokenizer
 from ds_llm import config, metrics, trainer
 from ds_llm.errors import ConfigError, UserError
 from ds_llm.export import export
+from ds_llm.models import adapters
 from ds_llm.models.decoder import DecoderConfig, DecoderForCausalLM
+from ds_llm.models.head import attach_loss_head
 from ds_llm.models.loading import load_model
-from ds_llm.modes import sparse
+from ds_llm.modes import sft, sparse
 from ds_llm.sparsity import compact_checkpoint
 from ds_llm.sparsity.masks import load_masks, save_masks
 from ds_llm.sparsity.targets import prunable
@@ -49,6 +52,20 @@ def text(corpus, tmp_path_factory) -> Path:
     rows = [{"text": " ".join(f"w{(start + i) % 57}" for i in range(30))} for start in range(0, 50, 7)]
     path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"no": "text"}]))
     return path
+
+
+@pytest.fixture(scope="module")
+def pruned_llama(chats, tmp_path_factory) -> Path:
+    """Folder of the chat model `llama` with half of its layers' weights, and masks."""
+    folder = tmp_path_factory.mktemp("chat") / "llama"
+    model, masks = load_model(chats / "llama"), {}
+    for target in prunable(model):
+        masks[target.name] = torch.rand_like(target.weight) < 0.5
+        target.weight.mul_(masks[target.name])
+    model.save_pretrained(folder)
+    save_masks(folder, masks, {})
+    AutoTokenizer.from_pretrained(chats / "llama").save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture
@@ -180,21 +197,19 @@ def test_a_dense_model_is_refused(arguments, corpus, tmp_path):
         built(arguments, f"model.path={tmp_path}")
 
 
-def test_an_adapter_that_would_fill_the_zeros_is_not_merged(chats, tmp_path):
-    from chats import adapted, randomise
+def test_conversations_are_trained_on_as_in_fine_tuning(arguments, chats, pruned_llama, monkeypatch, tmp_path):
+    monkeypatch.setenv("DS_LLM_CACHE", str(tmp_path))
+    rows = [f"data.{name}={chats / f'{name}.jsonl'}" for name in ("train", "val")]
+    job, data = built([*arguments, f"model.path={pruned_llama}", "data.seq_len=96", *rows])
+    assert data.kind is sft and job.info["sparse"]["layers"] == 14
+    batch = job.samples.batch([0])
+    loss = job.objective(**batch)[0]
+    dense = sft.SupervisedLoss(attach_loss_head(load_model(pruned_llama, "fp32")))
+    torch.testing.assert_close(loss, dense(**batch)[0])
 
-    from ds_llm.models import adapters
 
-    model = load_model(chats / "llama")
-    masks = {}
-    for target in prunable(model):
-        masks[target.name] = torch.rand_like(target.weight) < 0.5
-        target.weight.mul_(masks[target.name])
-    base = tmp_path / "llama"
-    model.save_pretrained(base)
-    save_masks(base, masks, {})
-    AutoTokenizer.from_pretrained(chats / "llama").save_pretrained(base)
-    peft = adapted(tmp_path, "llama")
-    adapters.save_adapter(peft, randomise(peft), tmp_path / "adapter")
+def test_an_adapter_that_would_fill_the_zeros_is_not_merged(pruned_llama, tmp_path):
+    model = adapted(pruned_llama.parent, pruned_llama.name)
+    adapters.save_adapter(model, randomise(model), tmp_path / "adapter")
     with pytest.raises(UserError, match="would fill the zeros of a pruned model"):
         export(tmp_path / "adapter", tmp_path / "out")
