@@ -42,6 +42,7 @@ class ScoreConfig:
     tokens_per_batch: Any = key("auto", "Tokens of a forward pass with its padding; auto: the most that fits")
     only_idx: bool = key(False, "Write only idx (number of the row, from 0) and the fields, not the input row")
     per_token: bool = key(False, "Also write the values of every scored token, to OUT.d/tokens.parquet")
+    report: bool = key(True, "Write OUT.d/report.html, a page about the scores")
     dtype: str = key("auto", "Type to compute in; auto: as saved on a GPU, fp32 on a CPU", choices=("auto", *DTYPES))
     zero3: bool = key(False, "Shard the weights over all ranks (ZeRO-3 inference)")
     offload: bool = key(False, "With zero3: keep the weights in the CPUs' memory")

@@ -8,6 +8,7 @@ OUT.d/
     rows.parquet      idx, length, truncated, tokens (that count), all scores and error of each row
     tokens.parquet    idx, positions and values of the tokens that count, with per_token
     statistics.json   counts, distributions and speed
+    report.html       the same as a page, with figures and the rows at both ends
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from ds_llm.scoring.options import ScoreConfig
 from ds_llm.scoring.parts import Part
 from ds_llm.scoring.passes import Worker, schema, tokens_that_fit
 from ds_llm.scoring.ranks import Elsewhere, Ranks
+from ds_llm.scoring.report import write_report
 
 SHOW_SECONDS = 1.0
 
@@ -126,6 +128,9 @@ def _lead(job: Job, ranks: Ranks) -> dict:
     }
     result = statistics.collect(output, index, batches, errors, speed)
     write_atomically(job.folder / "statistics.json", dump(result))
+    fields = [name for name, column in result["columns"].items() if column["count"]]
+    if job.config.report and fields:
+        write_report(job.out, fields, job.folder / "report.html")
     write_atomically(job.folder / "manifest.json", dump(jobs.finish(job, manifest)))
     return _finish(job, ranks, f"{result['rows']:,} rows, {sum(errors.values()):,} with an error")
 

@@ -28,11 +28,17 @@ def data(tmp_path) -> str:
 
 def arguments(chats, data, out) -> list[str]:
     flags = ["--model", str(chats / "llama"), "--data", data, "--metric", "entropy", "ifd", "--field", "e0", "i0"]
-    return [*flags, "--out", str(out), "score.tokens_per_batch=64"]  # small batches: time to be killed in
+    return [
+        *flags,
+        "--out",
+        str(out),
+        "score.tokens_per_batch=64",
+        "score.report=false",
+    ]  # small batches: time to be killed in
 
 
 def score_here(chats, data, out) -> dict:
-    flags = {"model": str(chats / "llama"), "data": [data], "out": str(out), "tokens_per_batch": 64}
+    flags = {"model": str(chats / "llama"), "data": [data], "out": str(out), "tokens_per_batch": 64, "report": False}
     return run.score(options.load(flags={**flags, "metric": ["entropy", "ifd"], "field": ["e0", "i0"]}))
 
 

@@ -45,7 +45,7 @@ def data(tmp_path):
 
 
 def configure(model, data, out, **more):
-    flags = {"model": model, "data": data, "out": str(out), "tokens_per_batch": 160, **more}
+    flags = {"model": model, "data": data, "out": str(out), "tokens_per_batch": 160, "report": False, **more}
     return options.load(flags=flags)
 
 
@@ -59,7 +59,7 @@ def everything(out):
 
 def test_every_row_has_one_line_with_the_scores_it_has_alone(tmp_path, model, data):
     out = tmp_path / "scores.jsonl"
-    config = configure(model, data, out, metric=["entropy", "logprob", "ifd"], field=["e0", "l0", "ifd"])
+    config = configure(model, data, out, metric=["entropy", "logprob", "ifd"], field=["e0", "l0", "ifd"], report=True)
     statistics = run.score(config)
     given = [line for name in data for line in Path(name).read_text().splitlines()]
     found = lines(out)
@@ -95,6 +95,7 @@ def test_every_row_has_one_line_with_the_scores_it_has_alone(tmp_path, model, da
     assert [row["e0"] for row in table] == [row["e0"] for row in found]
     values = [row["e0"] for row in found if row["e0"] is not None]
     assert statistics["columns"]["e0"]["mean"] == pytest.approx(np.mean(values))
+    assert "e0" in (tmp_path / "scores.jsonl.d" / "report.html").read_text()
     manifest = json.loads((tmp_path / "scores.jsonl.d" / "manifest.json").read_text())
     assert manifest["attempts"][0]["versions"]["torch"] and manifest["options"]["metric"] == config.metric
 
@@ -169,7 +170,7 @@ def test_where_memory_runs_out_batches_are_halved_and_nothing_is_lost(tmp_path, 
 
 def test_a_finished_run_is_left_alone_and_another_one_is_refused(tmp_path, model, data, chats, monkeypatch):
     out = tmp_path / "scores.jsonl"
-    first = compute_entropy_for_model(model, data, out, "entropy_0", tokens_per_batch=160)
+    first = compute_entropy_for_model(model, data, out, "entropy_0", tokens_per_batch=160, report=False)
     assert all("entropy_0" in row for row in lines(out))
     before = out.stat().st_mtime_ns
     with monkeypatch.context() as patch:
@@ -214,10 +215,10 @@ def other_weights(chats, tmp_path) -> str:
 
 def test_scores_are_added_to_scored_rows_under_another_name(tmp_path, model, data):
     one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
-    compute_entropy_for_model(model, data, one, "entropy_0")
+    compute_entropy_for_model(model, data, one, "entropy_0", report=False)
     with pytest.raises(UserError, match=r"one.jsonl line \d+: has a field entropy_0 already"):
         compute_entropy_for_model(model, one, two, "entropy_0", format="text")
-    compute_entropy_for_model(model, one, two, "entropy_1", format="text")
+    compute_entropy_for_model(model, one, two, "entropy_1", format="text", report=False)
     for row in lines(two):
         assert row["entropy_0"] == row["entropy_1"] if "text" in row else "error" in row
     assert all(line.count('"error"') <= 1 for line in two.read_text().splitlines())
