@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 
 from ds_llm.data.resume import beside
 from ds_llm.errors import UserError
+from ds_llm.progress import progress
 from ds_llm.report_page import render
 from ds_llm.scoring import report_plots as plots
 from ds_llm.scoring.report_template import PAGE
@@ -28,6 +29,7 @@ from ds_llm.scoring.report_template import PAGE
 SAMPLE_ROWS = 200_000  # the figures are drawn from so many at most
 SHOWN_ROWS, SHOWN_CHARACTERS, SHOWN_ERRORS = 8, 700, 20
 MOST_PAIRS = 6  # of fields drawn against each other
+STEP_ROWS = 1000  # between two looks at the progress
 GUESS_ROWS = 100  # that tell which fields are scores, where none are named
 COUNTS = ("idx", "line", "tokens", "length")  # numbers in a row that are no scores
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -97,8 +99,8 @@ def write_report(scores: Path | Sequence[Path], fields: Sequence[str], out: Path
 
     scores: JSONL with one row per input row, or several such files of the same input, whose rows are taken together
     line by line. fields: names of the scores; empty: every number of the rows that is one. A row's length in tokens
-    comes from `rows.parquet` in the run's folder beside the file, where there is one. Raises `UserError` for files that
-    are missing, damaged or of different inputs, and for fields that no row has.
+    comes from `rows.parquet` in the folder of the first run that has left one beside its file. Raises `UserError` for
+    files that are missing, damaged or of different inputs, and for fields that no row has.
     """
     paths = [Path(scores)] if isinstance(scores, (str, os.PathLike)) else [Path(path) for path in scores]
     for path in paths:
@@ -106,9 +108,14 @@ def write_report(scores: Path | Sequence[Path], fields: Sequence[str], out: Path
             raise UserError(f"{path}: no such file; name the output of a scoring run")
     fields = list(fields) or _guess(paths)
     collected = Collected(fields)
-    lengths = _lengths(paths)
-    for record in _records(paths):
-        collected.add(record, next(lengths, None))
+    table = next((rows for path in paths if (rows := beside(path, ".d") / "rows.parquet").is_file()), None)
+    lengths = _lengths(table) if table else iter(())
+    count = pq.read_metadata(table).num_rows if table else None
+    with progress("reading scores", count, "rows") as task:
+        for record in _records(paths):
+            collected.add(record, next(lengths, None))
+            if collected.rows % STEP_ROWS == 0:
+                task.advance(STEP_ROWS)
     if collected.rows and next(lengths, None) is not None:
         raise UserError(f"{paths[0]}: has fewer rows than were scored; run the scoring again")
     if not collected.rows:
@@ -246,12 +253,8 @@ def _guess(paths: list[Path]) -> list[str]:
     return list(found)
 
 
-def _lengths(paths: list[Path]) -> Iterator[int]:
-    """Tokens of each row, from the `rows.parquet` of the first run that has left one; nothing where none has."""
-    for path in paths:
-        rows = beside(path, ".d") / "rows.parquet"
-        if rows.is_file():
-            with pq.ParquetFile(rows) as file:
-                for batch in file.iter_batches(columns=["length"]):
-                    yield from batch.column(0).to_pylist()
-            return
+def _lengths(table: Path) -> Iterator[int]:
+    """Tokens of each row, from a run's `rows.parquet`."""
+    with pq.ParquetFile(table) as file:
+        for batch in file.iter_batches(columns=["length"]):
+            yield from batch.column(0).to_pylist()
