@@ -115,8 +115,12 @@ class Recipe:
         for other in gone:
             product = self.stages[other].product
             (self.output / ".stages" / f"{other}.json").unlink(missing_ok=True)
-            for path in product.parent.glob(f"{product.name}*"):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            left = list(product.parent.glob(f"{product.name}*"))
+            for path in [*left, self.output / "compare"] if other == "compare" else left:
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
 
     def _key(self, stage: Stage) -> dict:
         earlier = {name: self._key(self.stages[name]) for name in stage.after}
@@ -197,7 +201,6 @@ class Recipe:
         settings = self._inputs(model) | {
             "recipe": recipe.read_text(),
             "overrides": [*self.config.training, *overrides],
-            "launcher": self.config.launcher,
         }
         run = lambda: self._fit(name, model, data, overrides)  # noqa: E731
         return Stage(name, self.output / name, settings, after, run)
@@ -269,7 +272,6 @@ class Recipe:
             words += ["--master_port", str(_free_port())]
         command = [program, *words[1:], str(self.launch / script), *arguments]
         console.print(f"$ {shlex.join(command)}", style="dim", markup=False)
-        (self.output / "compare").mkdir(parents=True, exist_ok=True)
         child = subprocess.Popen(command)
         before = {n: signal.signal(n, lambda n, _: child.send_signal(n)) for n in (signal.SIGTERM, signal.SIGINT)}
         try:
@@ -278,9 +280,8 @@ class Recipe:
             for number, handler in before.items():
                 signal.signal(number, handler)
         if code:
-            raise UserError(
-                f"{script} ended with exit code {code}; the same command goes on from here", exit_code=code % 256
-            )
+            code = code if code > 0 else 128 - code  # as a shell counts a signal
+            raise UserError(f"{script} ended with exit code {code}; the same command goes on from here", exit_code=code)
 
 
 def _check(config: BoostingConfig) -> None:
