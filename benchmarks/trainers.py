@@ -237,7 +237,7 @@ def main() -> None:
         scratch = Path(scratch)
         model = args.model or corpora.smollm2()["smollm2"]
         if args.layers:
-            model = shorten(model, args.layers, scratch / "model")
+            model = shorten(model, args.layers, scratch / Path(model).name)
         rows = {mode: getattr(corpora, MODES[mode])(scratch / mode)["train"].open().readlines() for mode in args.mode}
         os.environ["DS_LLM_CACHE"] = str(scratch / "cache")
         jobs = {mode: write_job(args, mode, model, rows[mode][:ROWS], scratch) for mode in args.mode}
