@@ -22,15 +22,12 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example base=MODEL sft=[optim.lr=1e-5]")
     arguments = parser.parse_intermixed_args()
 
-    from ds_llm import config
-
-    from ds_llm import boosting  # isort: skip
+    from ds_llm import boosting, config
 
     resolved = config.load(arguments.config, arguments.overrides, boosting.BoostingConfig)
     if arguments.print_config:
         print(config.to_yaml(resolved), end="")
         return
-    boosting.environment()
     recipe = boosting.Recipe(resolved, Path(__file__).resolve().parent)
     if arguments.redo:
         recipe.redo(arguments.redo)
