@@ -8,6 +8,7 @@ nobody. A process whose beat stands still, or that is gone from the same machine
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -26,7 +27,6 @@ from ds_llm.interrupt import EXIT_CODE
 BEAT_SECONDS, POLL_SECONDS = 0.5, 0.1
 SILENCE_SECONDS = 120.0  # without a beat until a rank counts as gone; file systems of clusters show changes late
 START_SECONDS = 300.0  # for all ranks of a launch to appear
-LEAVE_SECONDS = 10.0  # rank 0 gives the others to see that the run is over
 STAGES = ("started", "indexed", "ready", "finished")
 
 
@@ -76,14 +76,25 @@ class Ranks:
             self._own["failed"] = str(error) if isinstance(error, UserError) else f"{kind.__name__}: {error}"
         elif self.rank:
             self.progress["left"] = True
+        else:
+            self._see_off()
         self._over.set()
         self._thread.join()
         self._write()
         if error is None and self.rank == 0:
-            end = time.monotonic() + LEAVE_SECONDS
-            while time.monotonic() < end and not all(o.get("progress", {}).get("left") for o in self._others()):
-                time.sleep(POLL_SECONDS)
             shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _see_off(self) -> None:
+        """Rank 0: stay until every other rank knows that the run is over, also one that is only starting now."""
+        with contextlib.suppress(Elsewhere):  # one that is gone, or never came, is not waited for
+            while True:
+                others = enumerate(self._others(), 1)
+                waiting = [(n, state) for n, state in others if not state.get("progress", {}).get("left")]
+                if not waiting:
+                    return
+                for number, state in waiting:
+                    self._check(number, state or None, None)
+                time.sleep(POLL_SECONDS)
 
     def announce(self, stage: str, **content) -> None:
         """Rank 0: tell all that the run is at `stage`, and what they need for it."""

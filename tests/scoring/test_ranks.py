@@ -77,6 +77,21 @@ def test_stages_content_and_totals_reach_everyone_past_leftovers(tmp_path):
     assert not (tmp_path / "ranks").exists()
 
 
+def test_a_rank_that_starts_late_still_learns_that_all_is_done(tmp_path):
+    def zero():
+        with Ranks(tmp_path / "ranks", 0, 2) as ranks:
+            ranks.announce("finished")
+
+    thread = threading.Thread(target=zero)
+    thread.start()
+    time.sleep(0.3)
+    assert thread.is_alive()
+    with Ranks(tmp_path / "ranks", 1, 2) as ranks:
+        assert ranks.wait_for("indexed")[0] == "finished"
+    thread.join(30)
+    assert not thread.is_alive() and not (tmp_path / "ranks").exists()
+
+
 @pytest.mark.parametrize("failing", [0, 1])
 def test_the_reason_of_a_failure_reaches_the_others(tmp_path, failing):
     def fails(ranks):
