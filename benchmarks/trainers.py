@@ -25,8 +25,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from benchmarks import trainers_run
+from ds_llm import cli
 
 COMMON = ("torch", "deepspeed", "accelerate", "datasets", "transformers.models.llama.modeling_llama")
 MODES = {"sft": "boolq_chat", "dpo": "qa_pairs"}
@@ -218,6 +220,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write the results here")
     args = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # what DeepSpeed would find out too, with a warning
     if args.steps < 2:
         parser.error("--steps: the first one is not measured, so at least 2 are needed")
 
@@ -283,4 +287,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -83,8 +83,6 @@ def trl(job: dict, work: Path) -> dict:
     deepspeed = None if job["stage"] is None else job["deepspeed"][str(job["stage"])]
     if deepspeed is not None:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-        if not gpu:
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")
     options = {
         "output_dir": str(work / "run"),
         "use_cpu": not gpu,
