@@ -19,7 +19,9 @@ FORKED = {"forked": 2, "forked-1": 1}  # processes
 
 
 def environment(**extra: str) -> dict:
-    own = ("TRITON_INTERPRET", "MKL_CBWR")  # of the tests' process; a script sets for itself what it needs
+    # of the tests' process and its group of one; a script sets for itself what it needs
+    own = {"TRITON_INTERPRET", "MKL_CBWR", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE"}
+    own |= {"MASTER_ADDR", "MASTER_PORT"}
     inherited = {k: v for k, v in os.environ.items() if k not in own}
     return inherited | {"DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **extra}
 

@@ -111,6 +111,7 @@ def measure(
         console.print(f"warning: {len(streams.rejected):,} rows left out: {_counts(streams.rejected)}", markup=False)
     if window > (longest := max(map(len, streams.tokens))):
         raise UserError(f"{', '.join(map(str, data))}: {longest:,} tokens, less than one window of {window:,}")
+    opened = not dist.is_initialized()
     device = _join()
     model = load_model(model_path, "fp32" if dtype == "auto" and device.type == "cpu" else dtype)
     match_tokenizer(model, tokenizer)
@@ -127,7 +128,7 @@ def measure(
     except torch.cuda.OutOfMemoryError:
         raise UserError("the GPU has too little memory for this; lower --batch-size", any_rank=True) from None
     finally:
-        if dist.is_initialized():
+        if opened and dist.is_initialized():
             dist.destroy_process_group()
     about = {
         "model": str(model_path),
