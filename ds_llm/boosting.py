@@ -21,9 +21,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from ds_llm.config import key
 from ds_llm.data.resume import dump, write_atomically
 from ds_llm.errors import ConfigError, UserError
+from ds_llm.options import key
 from ds_llm.progress import console, duration
 from ds_llm.selection.resample import ResampleConfig
 

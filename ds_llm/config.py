@@ -1,35 +1,20 @@
 """The whole configuration of a run: typed dataclasses, each field with its meaning, its bounds and its default.
 
-A run is configured by a YAML file and `key=value` overrides (`optim.lr=1e-3`, `model.dim=128`, `zero=3`). Both are
-merged over the defaults below by OmegaConf, so an unknown key or a wrong type is an error. `load` adds the checks that
-types cannot express and raises `ConfigError` with the key and the nearest valid one before anything else is loaded.
+A run is configured by a YAML file and `key=value` overrides (`optim.lr=1e-3`, `model.dim=128`, `zero=3`), merged over
+the defaults below (see `ds_llm.options`). `load` adds the checks of values that must fit each other, and raises
+`ConfigError` before anything else is loaded.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import math
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
+from ds_llm import options
 from ds_llm.errors import ConfigError
+from ds_llm.options import key
 
 DTYPES = ("fp32", "bf16", "fp16")
-
-
-def key(
-    default, help: str, *, choices: tuple = (), at_least: float | None = None, below: float | None = None, **bounds
-):
-    """A documented field. `at_least`, `above`, `at_most`, `below` bound numbers; `choices` lists allowed values."""
-    meta = {"help": help, "choices": choices, "at_least": at_least, "below": below, **bounds}
-    if isinstance(default, (list, dict)):
-        return field(default_factory=lambda: type(default)(default), metadata=meta)
-    return field(default=default, metadata=meta)
 
 
 @dataclass
@@ -313,143 +298,20 @@ class Config:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
 
-def fields(cls=Config, prefix: str = "") -> dict[str, dataclasses.Field]:
-    """Every leaf key, dotted, with its dataclass field, in order of declaration."""
-    found = {}
-    defaults = cls()
-    for f in dataclasses.fields(cls):
-        value = getattr(defaults, f.name)
-        if dataclasses.is_dataclass(value):
-            found.update(fields(type(value), f"{prefix}{f.name}."))
-        else:
-            found[prefix + f.name] = f
-    return found
-
-
-def load(path: str | None = None, overrides: list[str] = (), cls: type = Config):
-    """Merge the defaults of `cls`, the YAML file at `path` and `key=value` overrides; check; return an object of `cls`.
+def load(path: str | None = None, overrides: list[str] = ()) -> Config:
+    """Merge the defaults, the YAML file at `path` and `key=value` overrides, and check the result.
 
     Raises `ConfigError` for an unreadable file, an unknown key, a wrong type or an impossible value.
     """
-    merged = OmegaConf.structured(cls)
-    if path is not None:
-        merged = _merge(merged, _read_yaml(path), path)
-    for text in overrides:
-        name, found, value = text.partition("=")
-        if not found or not name:
-            raise ConfigError(f"'{text}' is not an override: write key=value, for example optim.lr=1e-3")
-        try:
-            single = OmegaConf.from_dotlist([text])
-        except Exception as error:  # YAML errors of the value have no common base class
-            raise ConfigError(f"{name}: cannot read the value {value!r} ({_first_line(error)})") from None
-        merged = _merge(merged, single, "command line")
-    try:
-        config = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{error.full_key or 'configuration'}: {_first_line(error)}") from None
-    check(config)
+    config = options.load(Config, path, overrides)
+    _check_together(config)
     return config
 
 
-def to_dict(config: Config) -> dict:
-    """Plain nested dictionary of the resolved configuration, for YAML and JSON."""
-    return OmegaConf.to_container(OmegaConf.structured(config), resolve=True)
-
-
-def to_yaml(config: Config) -> str:
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
-
-
-def _read_yaml(path: str) -> DictConfig:
-    if not Path(path).is_file():
-        raise ConfigError(f"{path}: no such configuration file")
-    try:
-        loaded = OmegaConf.load(path)  # a safe loader: object tags are refused
-    except Exception as error:  # the YAML and OmegaConf errors share no base class
-        raise ConfigError(f"{path}: not a readable YAML file ({_first_line(error)})") from None
-    if isinstance(loaded, ListConfig):
-        raise ConfigError(f"{path}: must hold keys and values, not a list")
-    return loaded
-
-
-def _merge(base: DictConfig, update: DictConfig, where: str) -> DictConfig:
-    known = fields(OmegaConf.get_type(base))
-    sections = {k.rsplit(".", depth)[0] for k in known for depth in range(1, k.count(".") + 1)}
-    for name in _leaves(update):
-        if name in sections:
-            raise ConfigError(
-                f"{where}: '{name}' is a section: set one of its keys, for example {name}.{_first_key(name, known)}"
-            )
-        if name in known and known[name].type == "list[str]" and isinstance(OmegaConf.select(update, name), str):
-            OmegaConf.update(update, name, [OmegaConf.select(update, name)])
-        if name not in known and not name.startswith("deepspeed."):
-            raise ConfigError(f"{where}: unknown key '{name}'{_nearest(name, known)}")
-    try:
-        return OmegaConf.merge(base, update)
-    except OmegaConfBaseException as error:
-        name = error.full_key or ""
-        raise ConfigError(f"{where}: {name}: {_first_line(error)}") from None
-
-
-def _leaves(node: DictConfig, prefix: str = "") -> list[str]:
-    names = []
-    for name in node:
-        child = node._get_node(name)
-        if isinstance(child, DictConfig) and prefix + str(name) != "deepspeed" and len(child):
-            names += _leaves(child, f"{prefix}{name}.")
-        else:
-            names.append(prefix + str(name))
-    return names
-
-
-def _first_key(section: str, known) -> str:
-    return next(k for k in known if k.startswith(section + "."))[len(section) + 1 :]
-
-
-def _nearest(name: str, known) -> str:
-    last = name.rsplit(".", 1)[-1]
-    by_last = [k for k in known if k.rsplit(".", 1)[-1] == last]
-    close = by_last or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    if not close:
-        close = [k for k in known if difflib.get_close_matches(last, [k.rsplit(".", 1)[-1]], cutoff=0.7)]
-    return f"; did you mean '{close[0]}'?" if close else "; --print-config lists all keys"
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
-
-
-def check(config) -> None:
+def check(config: Config) -> None:
     """Raise `ConfigError` for the first value that is impossible, by itself or together with others."""
-    _check_values(config)
-    if isinstance(config, Config):
-        _check_together(config)
-
-
-def _check_values(config) -> None:
-    for name, f in fields(type(config)).items():
-        value = config
-        for part in name.split("."):
-            value = getattr(value, part)
-        meta = f.metadata
-        if meta["choices"] and value not in meta["choices"]:
-            text = ", ".join(str(c) for c in meta["choices"])
-            near = difflib.get_close_matches(str(value), [str(c) for c in meta["choices"]], n=1)
-            raise ConfigError(
-                f"{name}: {value!r} is not one of {text}" + (f"; did you mean '{near[0]}'?" if near else "")
-            )
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            if not math.isfinite(value):
-                raise ConfigError(f"{name}: {value} is not a finite number")
-            for bound, fails, text in (
-                ("at_least", lambda v, b: v < b, "at least"),
-                ("above", lambda v, b: v <= b, "greater than"),
-                ("at_most", lambda v, b: v > b, "at most"),
-                ("below", lambda v, b: v >= b, "less than"),
-            ):
-                limit = meta.get(bound)
-                if limit is not None and fails(value, limit):
-                    raise ConfigError(f"{name}: {value} must be {text} {limit:g}")
+    options.check(config)
+    _check_together(config)
 
 
 def _check_together(config: Config) -> None:
@@ -480,17 +342,5 @@ def _check_together(config: Config) -> None:
         raise ConfigError("deepspeed: must be a JSON file or a mapping")
 
 
-def markdown(cls: type = Config) -> str:
-    """The table of all keys, as in docs/configuration.md."""
-    lines = ["| key | default | meaning |", "| --- | --- | --- |"]
-    defaults = OmegaConf.structured(cls)
-    for name, f in fields(cls).items():
-        value = OmegaConf.select(defaults, name)
-        shown = "none" if value is None else str(list(value) if isinstance(value, ListConfig) else value)
-        choices = f" ({', '.join(map(str, f.metadata['choices']))})" if f.metadata["choices"] else ""
-        lines.append(f"| `{name}` | `{shown}` | {f.metadata['help']}{choices} |")
-    return "\n".join(lines)
-
-
 if __name__ == "__main__":
-    print(markdown())
+    print(options.markdown(Config))

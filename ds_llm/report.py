@@ -16,8 +16,9 @@ import numpy as np
 import yaml
 
 from ds_llm import cli, metrics, report_sparsity
-from ds_llm.config import Config, to_dict
+from ds_llm.config import Config
 from ds_llm.errors import UserError
+from ds_llm.options import flatten, to_dict
 from ds_llm.progress import duration
 from ds_llm.report_figures import HeatMap, Line, Plot, draw
 from ds_llm.report_page import render
@@ -293,23 +294,13 @@ def _changed(path: Path) -> list[tuple[str, str]]:
         return []
     if not isinstance(saved, dict):
         return []
-    defaults = _flat(to_dict(Config()))
+    defaults = flatten(Config, to_dict(Config()))
     missing = object()
     return [
         (key, json.dumps(value, ensure_ascii=False))
-        for key, value in _flat(saved).items()
+        for key, value in flatten(Config, saved).items()
         if defaults.get(key, missing) != value
     ]
-
-
-def _flat(node: dict, prefix: str = "") -> dict:
-    flat = {}
-    for name, value in node.items():
-        if isinstance(value, dict) and value and prefix + name != "deepspeed":
-            flat.update(_flat(value, f"{prefix}{name}."))
-        else:
-            flat[prefix + str(name)] = value
-    return flat
 
 
 def _machine(environment: dict, start: dict) -> list[tuple[str, str]]:

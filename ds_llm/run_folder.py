@@ -8,8 +8,9 @@ import json
 from pathlib import Path
 
 from ds_llm import checkpoint
-from ds_llm.config import Config, to_dict, to_yaml
+from ds_llm.config import Config
 from ds_llm.errors import UserError
+from ds_llm.options import flatten, to_dict, to_yaml
 
 # What may differ between a run and its continuation: everything else would make it another run under the same name.
 CHANGEABLE = ("output", "resume", "train.epochs", "train.max_steps", "tracking.", "checkpoint.", "eval.", "data.val")
@@ -95,7 +96,7 @@ def check_same_run(config: Config, saved: dict, fingerprint: dict, world_size: i
             f"{path}: was saved by {saved['world_size']} processes and this run has {world_size}; "
             f"start {saved['world_size']}"
         )
-    before, now = _flat(saved["config"]), _flat(to_dict(config))
+    before, now = flatten(Config, saved["config"]), flatten(Config, to_dict(config))
     notes = []
     for name in sorted(before.keys() | now.keys()):
         old, new = before.get(name), now.get(name)
@@ -116,15 +117,5 @@ def check_same_run(config: Config, saved: dict, fingerprint: dict, world_size: i
 
 def measures_alike(config: Config, saved: dict) -> bool:
     """Whether evaluations of the run and of its continuation compare."""
-    before, now = _flat(saved["config"]), _flat(to_dict(config))
+    before, now = flatten(Config, saved["config"]), flatten(Config, to_dict(config))
     return all(before.get(name) == now.get(name) for name in MEASURED_BY)
-
-
-def _flat(node: dict, prefix: str = "") -> dict:
-    flat = {}
-    for name, value in node.items():
-        if isinstance(value, dict) and prefix + name != "deepspeed":
-            flat.update(_flat(value, f"{prefix}{name}."))
-        else:
-            flat[prefix + name] = value
-    return flat

@@ -17,8 +17,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from ds_llm.config import Config, to_dict, to_yaml
+from ds_llm.config import Config
 from ds_llm.errors import UserError
+from ds_llm.options import to_dict, to_yaml
 from ds_llm.progress import console, duration
 
 SHOWN_SAMPLE = 300  # characters of a generated sample on the console; the record has it whole

@@ -11,13 +11,14 @@ import numpy as np
 import torch
 
 from ds_llm import checkpoint, engine, hardware, run_folder
-from ds_llm.config import Config, to_dict
+from ds_llm.config import Config
 from ds_llm.data.order import SampleOrder, hash64, micro_batch
 from ds_llm.engine import Engine
 from ds_llm.errors import UserError
 from ds_llm.interrupt import EXIT_CODE, Interrupt
 from ds_llm.models import adapters
 from ds_llm.modes import Job, count_processed, count_tokens
+from ds_llm.options import to_dict
 from ds_llm.progress import console
 from ds_llm.schedule import learning_rate
 from ds_llm.sparsity import compact_checkpoint

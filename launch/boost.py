@@ -22,11 +22,11 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example base=MODEL sft=[optim.lr=1e-5]")
     arguments = parser.parse_intermixed_args()
 
-    from ds_llm import boosting, config
+    from ds_llm import boosting, options
 
-    resolved = config.load(arguments.config, arguments.overrides, boosting.BoostingConfig)
+    resolved = options.load(boosting.BoostingConfig, arguments.config, arguments.overrides)
     if arguments.print_config:
-        print(config.to_yaml(resolved), end="")
+        print(options.to_yaml(resolved), end="")
         return
     recipe = boosting.Recipe(resolved, Path(__file__).resolve().parent)
     if arguments.redo:

@@ -33,7 +33,7 @@ def main() -> None:
     arguments = vars(parser.parse_intermixed_args())
 
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # equal bits for any number of threads
-    from ds_llm import config
+    from ds_llm.options import to_yaml
     from ds_llm.scoring import options
 
     overrides = arguments.pop("overrides")
@@ -46,7 +46,7 @@ def main() -> None:
     resolved = options.load(path, overrides, given)
     if shown:
         if cli.rank() == 0:
-            print(config.to_yaml(options.Options(resolved)), end="")
+            print(to_yaml(options.Options(resolved)), end="")
         return
 
     import torch

@@ -20,13 +20,13 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example model.dim=128 optim.lr=1e-3")
     arguments = parser.parse_intermixed_args()
 
-    from ds_llm import config
+    from ds_llm import config, options
 
     overrides = arguments.overrides + ([f"resume={arguments.resume}"] if arguments.resume else [])
     resolved = config.load(arguments.config, overrides)
     if arguments.print_config:
         if cli.rank() == 0:
-            print(config.to_yaml(resolved), end="")
+            print(options.to_yaml(resolved), end="")
         return 0
 
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # equal bits whatever the alignment of a tensor in memory

@@ -10,8 +10,9 @@ import torch
 from jobs import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ds_llm import boosting, config
+from ds_llm import boosting
 from ds_llm.errors import ConfigError, UserError
+from ds_llm.options import load
 
 
 @pytest.fixture
@@ -57,8 +58,8 @@ def commands(monkeypatch) -> list[str]:
     return ran
 
 
-def recipe(options: list[str]) -> boosting.Recipe:
-    return boosting.Recipe(config.load(None, options, boosting.BoostingConfig), ROOT / "launch")
+def recipe(arguments: list[str]) -> boosting.Recipe:
+    return boosting.Recipe(load(boosting.BoostingConfig, None, arguments), ROOT / "launch")
 
 
 def held_out_loss(folder: Path, rows: Path) -> tuple[float, int]:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from ds_llm import config, run_folder
+from ds_llm import config, options, run_folder
 from ds_llm.boosting import BoostingConfig
 from ds_llm.errors import ConfigError
 
@@ -22,8 +22,18 @@ def test_file_then_overrides(tmp_path):
 
 def test_saved_configuration_loads_as_the_same(tmp_path):
     before = config.load(None, ["optim.lr=1e-5", "model.use_moe=true", "ema.enabled=true", "zero=3"])
-    (tmp_path / "config.yaml").write_text(config.to_yaml(before))
+    (tmp_path / "config.yaml").write_text(options.to_yaml(before))
     assert config.load(str(tmp_path / "config.yaml")) == before
+
+
+def test_overrides_merge_in_turn():
+    found = config.load(None, ["optim.lr=1", "deepspeed=x.json", "data.val=[a,b]", "optim.lr=2", "data.val=c"])
+    assert (found.optim.lr, found.deepspeed, found.data.val) == (2.0, "x.json", ["c"])
+    found = config.load(None, ["deepspeed=x.json", "deepspeed.a.b=1", "deepspeed={c: 2}", "data.train=${output}/x.bin"])
+    assert found.deepspeed == {"a": {"b": 1}, "c": 2} and found.data.train == ["runs/pretrain/x.bin"]
+    for wrong in ("optim.lr=fast", "optim.lrr=1", "optim.lr=["):
+        with pytest.raises(ConfigError, match=wrong.partition("=")[0]):
+            config.load(None, ["model.dim=64", wrong, "zero=1"])
 
 
 @pytest.mark.parametrize(
@@ -70,18 +80,23 @@ def test_unreadable_files(tmp_path, content, text):
 
 
 def test_every_key_is_documented():
-    assert all(f.metadata.get("help") for f in config.fields().values())
+    assert all(f.metadata.get("help") for f in options.fields(config.Config).values())
     table = (ROOT / "docs" / "configuration.md").read_text()
-    assert config.markdown() in table, "run: python -m ds_llm.config, and put its table into docs/configuration.md"
+    assert options.markdown(config.Config) in table, (
+        "run python -m ds_llm.config, and put its table into docs/configuration.md"
+    )
 
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "ds_configs" / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
 def test_recipes_are_valid(recipe):
-    config.load(str(recipe), cls=BoostingConfig if recipe.stem == "boost" else config.Config)
+    if recipe.stem == "boost":
+        options.load(BoostingConfig, str(recipe))
+    else:
+        config.load(str(recipe))
 
 
 def test_evaluations_compare_only_when_measured_alike():
-    saved = {"config": config.to_dict(config.load(None, ["data.val=a.bin", "eval.stride=4", "eval.token_length=8"]))}
+    saved = {"config": options.to_dict(config.load(None, ["data.val=a.bin", "eval.stride=4", "eval.token_length=8"]))}
     same = ["data.val=a.bin", "eval.stride=4", "eval.token_length=8", "eval.every_steps=3", "eval.batch_size=2"]
     assert run_folder.measures_alike(config.load(None, same), saved)
     for other in ("data.val=b.bin", "eval.stride=5", "eval.token_length=9", "eval.max_windows=1"):

@@ -88,8 +88,7 @@ def test_exports_the_best_model_with_averaged_weights(run, corpus, tmp_path):
     assert set(saved(output)) == {30, best["step"]}
     for name in ("config.yaml", "environment.json", "deepspeed.json"):
         assert (output / name).is_file()
-    again = config.load(str(output / "config.yaml"))
-    assert config.to_dict(again)["train"]["max_steps"] == 30
+    assert config.load(str(output / "config.yaml")).train.max_steps == 30
 
 
 def test_stops_early_without_gain(run):

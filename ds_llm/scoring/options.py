@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ds_llm import config as settings
-from ds_llm.config import DTYPES, key
+from ds_llm import options
+from ds_llm.config import DTYPES
 from ds_llm.errors import ConfigError
+from ds_llm.options import key
 
 TOKENS = ("answers", "last", "all")
 FORMATS = ("auto", "messages", "prompt_completion", "alpaca", "text")
@@ -60,14 +61,14 @@ def load(path: str | None = None, overrides: list[str] = (), flags: dict[str, An
 
     Raises `ConfigError` for what is unknown, of the wrong type, impossible or missing.
     """
-    options = settings.load(path, overrides, Options)
+    found = options.load(Options, path, overrides)
     for name, value in (flags or {}).items():
-        if not hasattr(options.score, name):
-            raise ConfigError(f"'{name}' is no option of scoring; known are {', '.join(vars(options.score))}")
-        setattr(options.score, name, value)
-    settings.check(options)
-    check(options.score)
-    return options.score
+        if not hasattr(found.score, name):
+            raise ConfigError(f"'{name}' is no option of scoring; known are {', '.join(vars(found.score))}")
+        setattr(found.score, name, value)
+    options.check(found)
+    check(found.score)
+    return found.score
 
 
 def check(config: ScoreConfig) -> None:

@@ -17,11 +17,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ds_llm.config import key
 from ds_llm.data.resume import dump, write_atomically
 from ds_llm.data.rows import Reject, records, to_json
 from ds_llm.data.sources import resolve
 from ds_llm.errors import UserError
+from ds_llm.options import key
 from ds_llm.progress import console, progress
 
 NEEDS = {"adaboost": 2, "brownboost": 3, "uniform": 1}  # models whose entropies a method compares

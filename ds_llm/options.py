@@ -1,0 +1,184 @@
+"""Typed options: a dataclass whose fields carry meaning and bounds, read from YAML and `key=value` overrides.
+
+A field is declared by `key(default, help, ...)`; one that is itself such a dataclass is a section. OmegaConf merges
+file and overrides over the defaults, so an unknown key or a wrong type is an error; `load` also checks what types
+cannot express. Every error is a `ConfigError` of one line that names the key and, for an unknown one, the nearest that
+there is. A field of type `Any` takes what it is given, mappings too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from dataclasses import field
+from pathlib import Path
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ds_llm.errors import ConfigError
+
+
+def key(
+    default, help: str, *, choices: tuple = (), at_least: float | None = None, below: float | None = None, **bounds
+):
+    """A documented field. `at_least`, `above`, `at_most`, `below` bound numbers; `choices` lists allowed values."""
+    meta = {"help": help, "choices": choices, "at_least": at_least, "below": below, **bounds}
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata=meta)
+    return field(default=default, metadata=meta)
+
+
+def fields(cls, prefix: str = "") -> dict[str, dataclasses.Field]:
+    """Every leaf key, dotted, with its dataclass field, in order of declaration."""
+    found = {}
+    defaults = cls()
+    for f in dataclasses.fields(cls):
+        value = getattr(defaults, f.name)
+        if dataclasses.is_dataclass(value):
+            found.update(fields(type(value), f"{prefix}{f.name}."))
+        else:
+            found[prefix + f.name] = f
+    return found
+
+
+def load(cls, path: str | None = None, overrides: list[str] = ()):
+    """Merge the defaults of `cls`, the YAML file at `path` and `key=value` overrides; check; return an object of `cls`.
+
+    Raises `ConfigError` for an unreadable file, an unknown key, a wrong type or an impossible value.
+    """
+    merged = OmegaConf.structured(cls)
+    if path is not None:
+        merged = _merge(cls, merged, [_read_yaml(path)], path)
+    merged = _merge(cls, merged, [_read_override(text) for text in overrides], "command line")
+    try:
+        found = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key or 'configuration'}: {_first_line(error)}") from None
+    check(found)
+    return found
+
+
+def check(found) -> None:
+    """Raise `ConfigError` for the first value that is none of its field's choices or out of its bounds."""
+    for name, f in fields(type(found)).items():
+        value = found
+        for part in name.split("."):
+            value = getattr(value, part)
+        meta = f.metadata
+        if meta["choices"] and value not in meta["choices"]:
+            text = ", ".join(str(c) for c in meta["choices"])
+            near = difflib.get_close_matches(str(value), [str(c) for c in meta["choices"]], n=1)
+            raise ConfigError(
+                f"{name}: {value!r} is not one of {text}" + (f"; did you mean '{near[0]}'?" if near else "")
+            )
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            if not math.isfinite(value):
+                raise ConfigError(f"{name}: {value} is not a finite number")
+            for bound, fails, text in (
+                ("at_least", lambda v, b: v < b, "at least"),
+                ("above", lambda v, b: v <= b, "greater than"),
+                ("at_most", lambda v, b: v > b, "at most"),
+                ("below", lambda v, b: v >= b, "less than"),
+            ):
+                limit = meta.get(bound)
+                if limit is not None and fails(value, limit):
+                    raise ConfigError(f"{name}: {value} must be {text} {limit:g}")
+
+
+def to_dict(found) -> dict:
+    """Plain nested dictionary of resolved options, for YAML and JSON."""
+    return OmegaConf.to_container(OmegaConf.structured(found), resolve=True)
+
+
+def to_yaml(found) -> str:
+    return OmegaConf.to_yaml(OmegaConf.structured(found))
+
+
+def flatten(cls, values: dict) -> dict:
+    """Dotted names and values of a nested dictionary; what a field of type `Any` holds stays whole."""
+    whole = {name for name, f in fields(cls).items() if f.type == "Any"}
+    flat = {}
+
+    def walk(node: dict, prefix: str) -> None:
+        for name, value in node.items():
+            if isinstance(value, dict) and value and prefix + str(name) not in whole:
+                walk(value, f"{prefix}{name}.")
+            else:
+                flat[prefix + str(name)] = value
+
+    walk(values, "")
+    return flat
+
+
+def markdown(cls) -> str:
+    """The table of all keys, as in docs/configuration.md."""
+    lines = ["| key | default | meaning |", "| --- | --- | --- |"]
+    defaults = OmegaConf.structured(cls)
+    for name, f in fields(cls).items():
+        value = OmegaConf.select(defaults, name)
+        shown = "none" if value is None else str(list(value) if isinstance(value, ListConfig) else value)
+        choices = f" ({', '.join(map(str, f.metadata['choices']))})" if f.metadata["choices"] else ""
+        lines.append(f"| `{name}` | `{shown}` | {f.metadata['help']}{choices} |")
+    return "\n".join(lines)
+
+
+def _read_yaml(path: str) -> DictConfig:
+    if not Path(path).is_file():
+        raise ConfigError(f"{path}: no such configuration file")
+    try:
+        loaded = OmegaConf.load(path)  # a safe loader: object tags are refused
+    except Exception as error:  # the YAML and OmegaConf errors share no base class
+        raise ConfigError(f"{path}: not a readable YAML file ({_first_line(error)})") from None
+    if isinstance(loaded, ListConfig):
+        raise ConfigError(f"{path}: must hold keys and values, not a list")
+    return loaded
+
+
+def _read_override(text: str) -> DictConfig:
+    name, found, value = text.partition("=")
+    if not found or not name:
+        raise ConfigError(f"'{text}' is not an override: write key=value, for example optim.lr=1e-3")
+    try:
+        return OmegaConf.from_dotlist([text])
+    except Exception as error:  # YAML errors of the value have no common base class
+        raise ConfigError(f"{name}: cannot read the value {value!r} ({_first_line(error)})") from None
+
+
+def _merge(cls, base: DictConfig, updates: list[DictConfig], where: str) -> DictConfig:
+    """`updates`, in turn, over `base`, which copying makes the costly part: once for all."""
+    known = fields(cls)
+    sections = {k.rsplit(".", depth)[0] for k in known for depth in range(1, k.count(".") + 1)}
+    for update in updates:
+        for name, value in flatten(cls, OmegaConf.to_container(update)).items():
+            if name in sections:
+                raise ConfigError(
+                    f"{where}: '{name}' is a section: set one of its keys, for example {name}.{_first_key(name, known)}"
+                )
+            if name not in known:
+                raise ConfigError(f"{where}: unknown key '{name}'{_nearest(name, known)}")
+            if known[name].type == "list[str]" and isinstance(value, str):
+                OmegaConf.update(update, name, [value])
+    try:
+        return OmegaConf.merge(base, *updates)
+    except OmegaConfBaseException as error:
+        name = error.full_key or ""
+        raise ConfigError(f"{where}: {name}: {_first_line(error)}") from None
+
+
+def _first_key(section: str, known) -> str:
+    return next(k for k in known if k.startswith(section + "."))[len(section) + 1 :]
+
+
+def _nearest(name: str, known) -> str:
+    last = name.rsplit(".", 1)[-1]
+    by_last = [k for k in known if k.rsplit(".", 1)[-1] == last]
+    close = by_last or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    if not close:
+        close = [k for k in known if difflib.get_close_matches(last, [k.rsplit(".", 1)[-1]], cutoff=0.7)]
+    return f"; did you mean '{close[0]}'?" if close else "; --print-config lists all keys"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
