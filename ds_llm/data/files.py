@@ -67,16 +67,19 @@ class Batch:
     disk: int
 
 
-def find(inputs: Iterable[str | os.PathLike], exclude: Iterable[str | os.PathLike] = ()) -> list[InputFile]:
+def find(
+    inputs: str | os.PathLike | Iterable[str | os.PathLike], exclude: Iterable[str | os.PathLike] = ()
+) -> list[InputFile]:
     """Input files in order: as given, sorted within a folder (searched to any depth) or a glob, each file once.
 
+    inputs: names of files, folders or globs, or one of them.
     exclude: outputs, passed over in folders and globs. `UserError` when a file is missing, of another format or also
     an output, or when nothing is found.
     """
     outputs = {os.path.realpath(path) for path in exclude}
     found: dict[str, InputFile] = {}
-    inputs = [str(name) for name in inputs]
-    for name in inputs:
+    inputs = [inputs] if isinstance(inputs, (str, os.PathLike)) else inputs  # else a name's letters would be searched
+    for name in map(str, inputs):
         if os.path.isfile(name):
             if os.path.realpath(name) in outputs:
                 raise UserError(f"{name}: is both an input and the output; choose another --out")
