@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch.distributed as dist
+from safetensors import SafetensorError
 
 from ds_llm.errors import UserError
 from ds_llm.progress import console
@@ -73,7 +74,7 @@ def save(output: Path, step: int, state: dict, write: Callable[[Path], None], ne
             partial.rename(target)
             _sync_folder(target.parent)
         dist.barrier()
-    except Exception as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         if not _is_disk_error(error):
             raise
         raise UserError(
@@ -201,11 +202,10 @@ def _is_disk_error(error: Exception) -> bool:
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES)
     # torch.save and safetensors report a failed write in words of their own
-    words = {
-        "RuntimeError": ("PytorchStreamWriter", "iostream error", "unexpected pos", "write failed"),
-        "SafetensorError": ("I/O error", "IoError", "os error"),
-    }
-    return any(word in str(error) for word in words.get(type(error).__name__, ()))
+    words = ("PytorchStreamWriter", "iostream error", "unexpected pos", "write failed")
+    if isinstance(error, SafetensorError):
+        words = ("I/O error", "IoError", "os error")
+    return any(word in str(error) for word in words)
 
 
 def _reason(error: Exception) -> str:

@@ -97,7 +97,7 @@ def _compile_job(job: tuple[str, int, int]) -> tuple[str, bool]:
     row = f"{spec.name:58} sm_{capability:<3} {spec.num_warps:5}"
     try:
         used = compile_spec(spec, capability)
-    except Exception as error:
+    except Exception as error:  # whatever the compiler raises belongs into the table
         return f"{row} does not compile: {type(error).__name__}: {str(error).strip().splitlines()[0]}", False
     return f"{row} {used.registers:9} {used.shared:8} {used.spills:7}", used.spills == 0
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -119,7 +120,7 @@ def load_tokenizer(path: str | os.PathLike):
         need("gguf", what=f"{path}: reading a GGUF file")
         try:
             tokenizer = AutoTokenizer.from_pretrained(source.name, gguf_file=source.gguf)
-        except Exception as error:
+        except Exception as error:  # of gguf, tokenizers (a bare Exception) and transformers: all are about this file
             raise UserError(f"{path}: its tokenizer cannot be read ({_reason(error)})") from None
     else:
         tokenizer = read_tokenizer(source.name)
@@ -229,9 +230,7 @@ def _load(source: Source, config, dtype: str, attention: str, compute_dtype: str
             )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise UserError(f"{source.name}: the weights cannot be loaded ({_reason(error)})") from None
-    except Exception as error:
-        if type(error).__name__ != "SafetensorError":
-            raise
+    except SafetensorError as error:
         raise UserError(f"{source.name}: a weight file is damaged or incomplete ({_reason(error)})") from None
     _check_weights(source.name, found)
     if "state_dict" in extra and (Path(source.name) / "generation_config.json").is_file():
