@@ -34,6 +34,7 @@ from ds_llm.scoring.reference import model_fingerprint
 
 SPLIT_TOKENS = {"cpu": 512, "cuda": 8192}  # smaller forward passes leave the device idle
 SPLIT_PADDING = 0.02  # of a larger one's tokens: beyond it, another forward pass costs less
+_EMPTY = Sample(np.zeros(1, np.int64), np.zeros(1, bool))  # a token, none that counts
 
 
 class Pass(nn.Module):
@@ -63,7 +64,7 @@ class Scorer:
     all ranks; offload: and kept in the CPUs' memory while not in use. tensor_parallel: each layer is split over so many
     neighbouring ranks (DeepSpeed AutoTP).
 
-    columns: name -> pyarrow type of what `score` returns. fingerprint: sha256 (hex) of weights and configuration.
+    columns: name -> pyarrow type of what `score` returns; an array's is a float16 tensor of its shape. fingerprint: sha256 (hex) of weights and configuration.
     tokenizer: the model's. max_length: longest sample in tokens; None where the model sets no limit. collective: every
     rank must call `score` or `idle` equally often.
     """
@@ -116,6 +117,9 @@ class Scorer:
         else:
             self.device = torch.device(device or _accelerator())
             self._run = run.to(self.device)
+        if names := [name for metric in self.metrics for name in metric.arrays]:
+            (row,) = self.score([_EMPTY])  # their shapes are the model's own
+            self.columns |= {name: pa.fixed_shape_tensor(pa.float16(), row[name].shape) for name in names}
 
     def score(self, samples: list[Sample]) -> list[dict[str, Any]]:
         """A row of `columns` for each of at least one sample, in order.
@@ -140,7 +144,7 @@ class Scorer:
 
     def idle(self) -> None:
         """Take part in one `score` of the other ranks, where `collective`, without a sample of one's own."""
-        self.score([Sample(np.zeros(1, np.int64), np.zeros(1, bool))])
+        self.score([_EMPTY])
 
     def close(self) -> None:
         """Release what the wrapped model holds; the scorer is of no use afterwards."""

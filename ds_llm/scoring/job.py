@@ -28,14 +28,14 @@ from ds_llm.scoring.parts import differences
 
 VERSION = 1  # of the stored form and of how batches are cut: another one continues no run
 WORK = ("missing.npy", "parts", "index", "merge")  # of no use once the output is there
-RESULTS = ("manifest.json", "statistics.json", "rows.parquet", "tokens.parquet", "report.html", *WORK)
+RESULTS = ("manifest.json", "statistics.json", "rows.parquet", "tokens.parquet", "report.html", "*.npy", *WORK)
 WEIGHTS = (".safetensors", ".bin", ".gguf", ".json")
 
 
 @dataclass
 class Job:
     """settings: what the scores depend on, but for the data and the weights, which are read later. columns: those of
-    the metrics."""
+    the metrics that hold a number; arrays: the others."""
 
     config: ScoreConfig
     folder: Path
@@ -43,6 +43,7 @@ class Job:
     formats: list[str]
     tokenizer: object
     columns: list[str]
+    arrays: list[str]
     settings: dict
 
     @property
@@ -52,7 +53,15 @@ class Job:
     @property
     def fields(self) -> dict[str, str]:
         """Column -> name in the output."""
-        return {column: output_field(column, self.config.metric, self.config.field) for column in self.columns}
+        return self._names(self.columns)
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """Array -> its file."""
+        return {column: self.folder / f"{name}.npy" for column, name in self._names(self.arrays).items()}
+
+    def _names(self, columns: list[str]) -> dict[str, str]:
+        return {column: output_field(column, self.config.metric, self.config.field) for column in columns}
 
     def encoder_arguments(self) -> tuple:
         """Of `samples.encoder`."""
@@ -69,7 +78,9 @@ class Job:
 def prepare(config: ScoreConfig) -> Job:
     """Raise `UserError` for all that can be wrong with options and files, short of reading rows and weights."""
     model_config = load_model_config(config.model)
-    columns = [name for metric in create(config.metric, model_config) for name in metric.columns()]
+    metrics = create(config.metric, model_config)
+    columns = [name for metric in metrics for name in metric.columns()]
+    arrays = [name for metric in metrics for name in metric.arrays]
     positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     if positions and config.max_length and config.max_length > positions:
         raise ConfigError(f"score.max_length: {config.max_length:,}, but {config.model} has {positions:,} positions")
@@ -94,7 +105,13 @@ def prepare(config: ScoreConfig) -> Job:
     }
     for name in ("tokens", "template", "truncate", "per_token", "zero3", "tensor_parallel"):
         settings[name] = getattr(config, name)
-    return Job(config, folder, sources, formats, tokenizer, columns, settings)
+    if arrays:
+        settings["arrays"] = arrays
+    job = Job(config, folder, sources, formats, tokenizer, columns, arrays, settings)
+    for path in job.files.values():
+        if path.parent != folder or path.name == "missing.npy":
+            raise ConfigError(f"score.field: {path.stem}: cannot be the name of a file; choose another one")
+    return job
 
 
 def _without_output(source: Source, own: tuple[Path, Path]) -> Source:
@@ -167,7 +184,7 @@ def start_over(job: Job) -> None:
 
 
 def remove(folder: Path, names: tuple[str, ...]) -> None:
-    for path in (folder / name for name in names):
+    for path in [path for name in names for path in folder.glob(name)]:
         if path.is_dir():
             shutil.rmtree(path)
         else:
@@ -209,7 +226,8 @@ def model_files(path: str) -> list | None:
 
 
 def _shown(job: Job) -> dict:
-    return {"field": list(job.fields.values()), "only_idx": job.config.only_idx}
+    arrays = {"arrays": [path.name for path in job.files.values()]} if job.arrays else {}
+    return {"field": list(job.fields.values()), "only_idx": job.config.only_idx, **arrays}
 
 
 def _lenient(folder: Path) -> dict:

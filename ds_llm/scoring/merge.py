@@ -37,13 +37,15 @@ ROW = "__row"  # column of a bucket that says which input row it is
 @dataclass
 class Output:
     """What is written where. schema: of the records of a part. fields: metric's column -> name in the output;
-    token_columns: those with a list for each row, which go to `tokens.parquet`."""
+    token_columns: those with a list for each row, which go to `tokens.parquet`; arrays: column -> the file for its
+    arrays."""
 
     out: Path
     folder: Path
     schema: pa.Schema
     fields: dict[str, str]
     token_columns: list[str] = field(default_factory=list)
+    arrays: dict[str, Path] = field(default_factory=dict)
     only_idx: bool = False
 
     @property
@@ -73,7 +75,7 @@ def merge(
     sources: list[Source],
     check: Callable[[], None] = lambda: None,
 ) -> Counter:
-    """Write the output, `rows.parquet` and `tokens.parquet`; returns how many rows have which error.
+    """Write the output, `rows.parquet`, `tokens.parquet` and the arrays; returns how many rows have which error.
 
     check: called again and again, raises to end it.
     `UserError` when scores are missing, or the input is no more what was indexed. Files appear when they are whole.
@@ -85,7 +87,7 @@ def merge(
     size = sum(path.stat().st_size for path in output.folder.glob("parts/part-*.bin"))
     width = -(-count // max(1, min(MOST_BUCKETS, -(-size // BUCKET_BYTES))))  # rows of a bucket
     _deal(output, index, plan, settings, scratch, width)
-    writer = _Writer(output, index, None if output.only_idx else _input(sources))
+    writer = _Writer(output, index, None if output.only_idx else input_lines(sources))
     with writer, progress("writing scores", count, "rows") as task:
         for start in range(0, count, width):
             end = min(count, start + width)
@@ -139,7 +141,7 @@ def _bucket(path: Path, output: Output) -> pa.Table:
     return table.take(pa.array(np.argsort(table[ROW].to_numpy(), kind="stable")))
 
 
-def _input(sources: list[Source]) -> Iterator[bytes]:
+def input_lines(sources: list[Source]) -> Iterator[bytes]:
     """Every input row as a line of JSON; whatever bytes where it is none."""
     for source in sources:
         for _, batch in source.batches():
@@ -152,7 +154,7 @@ def _input(sources: list[Source]) -> Iterator[bytes]:
 
 
 class _Writer:
-    """The three outputs, written side by side in the order of the input; a context manager."""
+    """The outputs, written side by side in the order of the input; a context manager."""
 
     def __init__(self, output: Output, index: Index, inputs: Iterator[bytes] | None):
         self.output, self.index, self.inputs = output, index, inputs
@@ -167,6 +169,7 @@ class _Writer:
         self._tokens = None
         if self.output.token_columns:
             self._tokens = self._parquet(self.output.tokens_path, self.output.token_schema())
+        self._arrays = {column: self._array(column, path) for column, path in self.output.arrays.items()}
         return self
 
     def __exit__(self, *error) -> None:
@@ -198,6 +201,11 @@ class _Writer:
         if self._tokens is not None:
             lists = {"idx": scores[ROW], **{name: scores[name] for name in self.output.token_columns}}
             self._tokens.write_table(pa.table(lists, self.output.token_schema()))
+        for column, file in self._arrays.items():
+            found = scores[column].combine_chunks().to_numpy_ndarray()
+            block = np.full((last - first, *found.shape[1:]), np.nan, "<f2")
+            block[present] = found
+            file.write(block.tobytes())
         fields = list(self.output.fields.values())
         values = zip(*(columns[name].to_pylist() for name in fields), strict=True)
         for i, (value, error) in enumerate(zip(values, errors, strict=True)):
@@ -219,6 +227,13 @@ class _Writer:
 
     def _parquet(self, path: Path, schema: pa.Schema) -> pq.ParquetWriter:
         return self._stack.enter_context(pq.ParquetWriter(self._open(path), schema))
+
+    def _array(self, column: str, path: Path):
+        """A .npy file [input rows, ...], its header written."""
+        shape = (len(self.index.rows), *self.output.schema.field(column).type.shape)
+        file = self._open(path)
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f2", "fortran_order": False, "shape": shape})
+        return file
 
     def _errors(self, meta: np.ndarray, found: list[str | None]) -> tuple[list[str | None], list[dict | None]]:
         """Each row's error, and for rows that are no objects where they stand."""

@@ -113,8 +113,9 @@ class Metric(ABC):
 
     name: what the user writes. statistics: needs `Batch.entropy` and `Batch.logprob`. unconditional: needs a second
     pass over the scored tokens without what precedes them. tokens: the attribute of `Batch` that holds its value for
-    each scored token, where it has one. options: keyword arguments of the backbone's forward. A class raises
-    `UserError` in its constructor for a model that it cannot measure.
+    each scored token, where it has one. options: keyword arguments of the backbone's forward. arrays: columns beside
+    those of `columns` that hold an array, of one shape for all samples; each goes to a file of its own, in half
+    precision. A class raises `UserError` in its constructor for a model that it cannot measure.
     """
 
     name: ClassVar[str]
@@ -122,18 +123,20 @@ class Metric(ABC):
     unconditional: ClassVar[bool] = False
     tokens: ClassVar[str | None] = None
     options: ClassVar[dict] = {}
+    arrays: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config):
         self.config = config
 
     def columns(self) -> dict[str, pa.DataType]:
-        """Names and types of the columns."""
+        """Names and types of the columns that hold a number."""
         return {self.name: pa.float64()}
 
     @abstractmethod
     def measure(self, batch: Batch, unconditional: Batch | None) -> dict[str, list]:
-        """A list of one value per sample for each column. `unconditional`: sequence i is what `without_prompt` gives
-        of sample i; None where no metric of the run needs it."""
+        """A list of one value per sample for each column, and float16 [N, ...] for each of `arrays`, NaN where a value
+        is not finite. `unconditional`: sequence i is what `without_prompt` gives of sample i; None where no metric of
+        the run needs it."""
 
 
 METRICS: dict[str, type[Metric]] = {}

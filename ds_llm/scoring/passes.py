@@ -54,8 +54,8 @@ class Worker:
             batch = int(self.share[step])
             rows = self.batches.rows(self.index, batch)
             found = self._score(self.index.samples(rows), rows)
-            columns = {name: [row.get(name) for row in found] for name in self._schema.names}
-            part.append(batch, pa.RecordBatch.from_pydict(columns, self._schema).serialize().to_pybytes())
+            columns = [_column([row.get(field.name) for row in found], field.type) for field in self._schema]
+            part.append(batch, pa.RecordBatch.from_arrays(columns, schema=self._schema).serialize().to_pybytes())
             ranks.progress["rows"] += len(rows)
             ranks.progress["tokens"] += int(self.batches.tokens[batch])
             show()
@@ -78,6 +78,12 @@ class Worker:
             )
         self.most = longest * len(samples) // 2
         return self._score(samples, rows)
+
+
+def _column(values: list, kind: pa.DataType) -> pa.Array:
+    if isinstance(kind, pa.FixedShapeTensorType):
+        return pa.FixedShapeTensorArray.from_numpy_ndarray(np.stack(values))
+    return pa.array(values, kind)
 
 
 def attempt(scorer, samples: list[Sample]) -> list[dict] | None:

@@ -1,9 +1,10 @@
-"""How a mixture of experts routes a sample."""
+"""How a mixture of experts routes a sample, and what its quality gates make of it."""
 
 from __future__ import annotations
 
 from typing import ClassVar
 
+import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
@@ -16,12 +17,13 @@ EXPERTS = ("n_routed_experts", "num_experts", "num_local_experts")  # names that
 
 @register
 class Router(Metric):
-    """`router` [layers, experts]: mean probability that each layer's gate gives to each expert, over all tokens of the
-    sample; `routing_entropy`: mean entropy in nats of these probabilities, over tokens and layers."""
+    """`router` float16 [layers, experts]: mean probability that each layer's gate gives to each expert, over all tokens
+    of the sample; `routing_entropy`: mean entropy in nats of these probabilities, over tokens and layers."""
 
     name = "router"
     statistics = False
     options: ClassVar[dict] = {"output_router_logits": True}
+    arrays = ("router",)
 
     def __init__(self, config):
         super().__init__(config)
@@ -31,18 +33,19 @@ class Router(Metric):
         self.sigmoid = getattr(text, "scoring_func", "softmax") == "sigmoid"
 
     def columns(self) -> dict[str, pa.DataType]:
-        return {"router": pa.list_(pa.list_(pa.float64())), "routing_entropy": pa.float64()}
+        return {"routing_entropy": pa.float64()}
 
-    def measure(self, batch: Batch, unconditional: Batch | None) -> dict[str, list]:
+    def measure(self, batch: Batch, unconditional: Batch | None) -> dict:
         features, entropies = [], []
         for logits in batch.output.router_logits:
             shares = self._shares(logits.flatten(0, -2).float())
             features.append(batch.token_mean(shares))
             entropies.append(batch.token_mean(torch.special.entr(shares).sum(-1)))
-        features = torch.stack(features, 1).tolist()
+        features = torch.stack(features, 1).cpu().numpy()
+        features[~np.isfinite(features)] = np.nan
         entropies = torch.stack(entropies, 1).mean(1).tolist()
         return {
-            "router": [[[number(share) for share in layer] for layer in sample] for sample in features],
+            "router": features.astype(np.float16),
             "routing_entropy": [number(value) for value in entropies],
         }
 
@@ -52,3 +55,20 @@ class Router(Metric):
             return logits.softmax(-1)
         scores = logits.sigmoid()
         return scores / scores.sum(-1, keepdim=True)
+
+
+@register
+class Quality(Metric):
+    """Mean of the quality gates' g = sigmoid(score) over all tokens of the sample, then over the layers that have one:
+    in [0, 1], high where the model trusts its experts. See `ds_llm.models.quality_gate`."""
+
+    name = "quality"
+    statistics = False
+    options: ClassVar[dict] = {"output_quality_scores": True}
+
+    def measure(self, batch: Batch, unconditional: Batch | None) -> dict[str, list]:
+        scores = getattr(batch.output, "quality_scores", None)
+        if not scores:
+            raise UserError(f"metric 'quality': this '{self.config.model_type}' model has no quality gates")
+        layers = [batch.token_mean(layer.flatten(0, 1).double().sigmoid())[:, 0] for layer in scores]
+        return {"quality": [number(value) for value in torch.stack(layers, 1).mean(1).tolist()]}

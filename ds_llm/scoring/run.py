@@ -7,6 +7,7 @@ OUT.d/
     ranks/            what the running ranks tell each other (see `ranks`)
     rows.parquet      idx, length, truncated, tokens (that count), all scores and error of each row
     tokens.parquet    idx, positions and values of the tokens that count, with per_token
+    router.npy        arrays, float16 [rows, ...] in the order of the input, NaN in rows without scores
     statistics.json   counts, distributions and speed
     report.html       the same as a page, with figures and the rows at both ends
 """
@@ -216,8 +217,8 @@ class _Display:
 
 
 def _output(job: Job, scorer: Scorer) -> Output:
-    lists = [name for name in scorer.columns if name != "tokens" and name not in job.columns]
-    return Output(job.out, job.folder, schema(scorer), job.fields, lists, job.config.only_idx)
+    lists = [name for name in scorer.columns if name not in ("tokens", *job.columns, *job.arrays)]
+    return Output(job.out, job.folder, schema(scorer), job.fields, lists, job.files, job.config.only_idx)
 
 
 def _finish(job: Job, ranks: Ranks, what: str) -> dict:

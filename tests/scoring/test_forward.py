@@ -66,7 +66,8 @@ def test_samples_of_a_batch_do_not_see_each_other(kind, corpus, tmp_path, monkey
                 if one[name] is None:
                     assert out[name] is None
                 else:
-                    np.testing.assert_allclose(out[name], one[name], rtol=1e-5, atol=1e-5)
+                    tolerance = 1e-3 if name == "router" else 1e-5  # half precision
+                    np.testing.assert_allclose(out[name], one[name], rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("kind", ["decoder", "olmoe", "qwen3_moe"])
@@ -86,7 +87,8 @@ def test_routing_is_the_mean_of_the_gates_over_tokens(kind, corpus, tmp_path):
         inputs = torch.stack([x.reshape(-1, 32) for x in seen]).double()
         logits = inputs @ torch.stack([gate.weight.detach() for gate in gates]).double().mT
         shares = logits.sigmoid() / logits.sigmoid().sum(-1, keepdim=True) if kind == "decoder" else logits.softmax(-1)
-        np.testing.assert_allclose(out["router"], shares.mean(1), rtol=1e-4)
+        assert out["router"].dtype == np.float16 and scorer.columns["router"].shape == list(out["router"].shape)
+        np.testing.assert_allclose(out["router"], shares.mean(1), rtol=1e-3)
         assert out["routing_entropy"] == pytest.approx(float(-(shares * shares.log()).sum(-1).mean()), rel=1e-4)
 
 
