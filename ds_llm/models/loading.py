@@ -23,7 +23,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import is_flash_attn_2_available
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
-import ds_llm.models.decoder  # noqa: F401 (registers the project's decoder with the Auto classes)
+import ds_llm.models.decoder
+import ds_llm.models.select_moe  # noqa: F401 (they register the project's models with the Auto classes)
 from ds_llm.cli import rank
 from ds_llm.config import DTYPES
 from ds_llm.data.tokenizer import load_tokenizer as read_tokenizer

@@ -151,16 +151,30 @@ def add_gates(body: nn.Module, hidden_size: int, trash: str = "zero") -> int:
 
 
 def _start_recording(_, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    _recording.set(([] if kwargs.pop(OPTION, False) else None, _recording.get()))
+    outer = _recording.get()
+    _recording.set(([] if kwargs.pop(OPTION, False) else outer and outer[0], outer))
     return args, kwargs
 
 
 def _finish_recording(_, __, output):
     scores, outer = _recording.get()
     _recording.set(outer)
-    if scores is not None and output is not None:
+    own = scores is not None and (outer is None or scores is not outer[0])
+    if own and output is not None:
         output["quality_scores"] = tuple(scores)
     return output
+
+
+@contextmanager
+def record_scores() -> Iterator[list[Tensor]]:
+    """Inside the block the scores of all gates are appended to the list, unless a forward pass asks for its own."""
+    scores: list[Tensor] = []
+    outer = _recording.get()
+    _recording.set((scores, outer))
+    try:
+        yield scores
+    finally:
+        _recording.set(outer)
 
 
 def gates(model: nn.Module) -> list[QualityGate]:
