@@ -96,7 +96,8 @@ class Console:
         table = Table(title="Summary", show_header=False, title_justify="left")
         for name, value in r.items():
             if name not in ("kind", "time") and not isinstance(value, (dict, list)):
-                table.add_row(name.replace("_", " "), _number(value) if isinstance(value, float) else str(value))
+                shown = f"{value:,}" if type(value) is int else str(value)
+                table.add_row(name.replace("_", " "), _number(value) if isinstance(value, float) else shown)
         console.print(table)
 
     def sync(self) -> None:

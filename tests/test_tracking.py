@@ -184,7 +184,7 @@ def test_lines_where_there_is_no_terminal(tmp_path, capsys):
             "samples": [{"prompt": "To be", "text": " or [bold]not"}],
         }
     )
-    tracker.summary({"steps": 10, "best_perplexity": 45.0})
+    tracker.summary({"steps": 10, "tokens": 3104086, "best_perplexity": 45.0})
     tracker.close()
     text = capsys.readouterr().out
     shown = [line for line in text.splitlines() if line.startswith("step ")]
@@ -195,7 +195,7 @@ def test_lines_where_there_is_no_terminal(tmp_path, capsys):
     assert "evaluation  step 0  epoch 0.00  perplexity 60.00  the baseline" in text
     assert "perplexity 45.00  -25.0 % against the baseline 60.00  best so far" in text
     assert "'To be' → or [bold]not" in text
-    assert re.search(r"Summary\n.*\n.*steps +│ 10 ", text) and "\x1b" not in text
+    assert re.search(r"Summary\n.*\n.*steps +│ 10 .*\n.*tokens +│ 3,104,086 ", text) and "\x1b" not in text
 
 
 def test_a_live_line_on_a_terminal(tmp_path):
