@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import time
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from ds_llm.errors import UserError
 from ds_llm.options import flatten, to_dict
 from ds_llm.progress import duration
 from ds_llm.report_figures import HeatMap, Line, Plot, draw
-from ds_llm.report_page import render
+from ds_llm.report_page import RUN, render, save
 
 FILE = "report.html"
 SHOWN_EVENTS = 200
@@ -40,14 +39,7 @@ def write(output: Path) -> Path:
     records = metrics.read(output / metrics.FILE)
     if not records:
         raise UserError(f"{output / metrics.FILE}: no metrics here; name the output folder of a run")
-    target = output / FILE
-    temporary = target.with_name(FILE + ".tmp")
-    try:
-        temporary.write_text(build(records, output), encoding="utf-8")
-        os.replace(temporary, target)
-    except OSError as error:
-        raise UserError(f"{target}: cannot be written ({error.strerror})") from None
-    return target
+    return save(build(records, output), output / FILE)
 
 
 def build(records: list[dict], output: Path) -> str:
@@ -64,6 +56,7 @@ def build(records: list[dict], output: Path) -> str:
     if picture := report_sparsity.picture(pruned):
         figures.append(picture)
     return render(
+        RUN,
         name=output.resolve().name,
         subtitle=_subtitle(records, start),
         status=_status(records, events, summary, start),

@@ -1,10 +1,18 @@
-"""The HTML page of a run's report: one file, no scripts, nothing fetched; light or dark as the reader's system is."""
+"""HTML pages of reports: one file each, no scripts, nothing fetched; light or dark as the reader's system is.
+
+`FRAME` is what all pages have, `RUN` the page of a training run; `ds_llm.scoring.report_template` is that of scores.
+"""
 
 from __future__ import annotations
 
-from jinja2 import Environment
+import os
+from pathlib import Path
 
-_STYLE = """
+from jinja2 import DictLoader, Environment
+
+from ds_llm.errors import UserError
+
+STYLE = """
 :root { color-scheme: light dark; --page: #f6f7f9; --card: #ffffff; --text: #1d2129; --soft: #667085; --grid: #d5d9e0;
   --line-1: #2563a8; --line-2: #c2571a; --line-3: #2f8552; --line-4: #8250a8; --good: #2f8552; --bad: #c0392b; }
 @media (prefers-color-scheme: dark) { :root { --page: #14171c; --card: #1d2127; --text: #e3e6eb; --soft: #98a2b3;
@@ -33,7 +41,11 @@ th { text-align: left; font-weight: 500; color: var(--soft); white-space: nowrap
 th, td { padding: 5px 14px 5px 0; border-bottom: 1px solid var(--grid); vertical-align: top; }
 tr:last-child td { border-bottom: 0; }
 td.number, th.number { text-align: right; }
-td.wide { width: 99%; overflow-wrap: anywhere; }
+td.wide, td.text { width: 99%; overflow-wrap: anywhere; }
+td.text { white-space: pre-wrap; }
+td.text details { margin: 0; }
+td.text summary { color: inherit; white-space: normal; }
+td.text details[open] > summary > span { display: none; }
 blockquote { margin: 0 0 14px; padding-left: 12px; border-left: 3px solid var(--line-1); white-space: pre-wrap;
   overflow-wrap: anywhere; }
 blockquote b { color: var(--line-1); font-weight: 600; }
@@ -44,20 +56,20 @@ details { margin-top: 12px; }
 @media print { body { max-width: none; } .card { break-inside: avoid; } }
 """
 
-_PAGE = """<!doctype html>
+FRAME = """<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
-<title>{{ name }} – run report</title>
+<title>{{ name }} – {% block title %}{% endblock %}</title>
 <style>{{ style | safe }}</style>
 </head>
 <body>
 <header>
-<h1>{{ name }}<span class="badge {{ status.tone }}">{{ status.label }}</span></h1>
+<h1>{{ name }}{% block badge %}{% endblock %}</h1>
 <div class="soft">{{ subtitle }}</div>
-{% if status.note %}<div class="{{ status.tone }}">{{ status.note }}</div>{% endif %}
+{% block status %}{% endblock %}
 </header>
 <section class="tiles">
 {% for tile in tiles %}
@@ -65,13 +77,29 @@ _PAGE = """<!doctype html>
 <div class="note {{ tile.tone }}">{{ tile.note }}</div></div>
 {% endfor %}
 </section>
-{% if plots %}
-<h2>Curves</h2>
+{% block body %}{% endblock %}
+</body>
+</html>
+"""
+
+PLOTS = """{% macro figures(plots) %}
 <section class="plots">
 {% for plot in plots %}
-<figure class="card" style="margin: 0"><h3>{{ plot.title }}</h3>{{ plot.svg | safe }}</figure>
+<figure class="card" style="margin: 0"><h3>{{ plot.title }}</h3>{{ plot.svg | safe }}
+{% if plot.note %}<figcaption class="soft">{{ plot.note }}</figcaption>{% endif %}</figure>
 {% endfor %}
 </section>
+{% endmacro %}"""
+
+RUN = """{% extends "frame" %}
+{% from "plots" import figures %}
+{% block title %}run report{% endblock %}
+{% block badge %}<span class="badge {{ status.tone }}">{{ status.label }}</span>{% endblock %}
+{% block status %}{% if status.note %}<div class="{{ status.tone }}">{{ status.note }}</div>{% endif %}{% endblock %}
+{% block body %}
+{% if plots %}
+<h2>Curves</h2>
+{{ figures(plots) }}
 {% endif %}
 <h2>Evaluations</h2>
 <section class="card scroll">
@@ -140,12 +168,24 @@ _PAGE = """<!doctype html>
 <tr><td class="soft" style="white-space: nowrap">{{ key }}</td><td class="wide">{{ value }}</td></tr>{% endfor %}
 </table></section>
 {% endif %}
-</body>
-</html>
+{% endblock %}
 """
 
 
-def render(template: str = _PAGE, **parts) -> str:
-    """The page as text. `parts` are the variables of the template; everything but the SVGs is escaped."""
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(template).render(style=_STYLE, **parts)
+def render(template: str, **parts) -> str:
+    """The page as text. `parts` are the variables of `FRAME` and of the template that extends it; everything but the
+    SVGs is escaped."""
+    loader = DictLoader({"frame": FRAME, "plots": PLOTS})
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, loader=loader)
+    return environment.from_string(template).render(style=STYLE, **parts)
+
+
+def save(page: str, target: Path) -> Path:
+    """Replace the file `target` by the page, whole or not at all; `UserError` where it cannot be written."""
+    temporary = target.with_name(target.name + ".tmp")
+    try:
+        temporary.write_text(page, encoding="utf-8")
+        os.replace(temporary, target)
+    except OSError as error:
+        raise UserError(f"{target}: cannot be written ({error.strerror})") from None
+    return target

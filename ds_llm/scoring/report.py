@@ -22,12 +22,14 @@ import pyarrow.parquet as pq
 from ds_llm.data.resume import beside
 from ds_llm.errors import UserError
 from ds_llm.progress import progress
-from ds_llm.report_page import render
+from ds_llm.report_page import render, save
 from ds_llm.scoring import report_plots as plots
+from ds_llm.scoring.metrics import METRICS
 from ds_llm.scoring.report_template import PAGE
 
 SAMPLE_ROWS = 200_000  # the figures are drawn from so many at most
-SHOWN_ROWS, SHOWN_CHARACTERS, SHOWN_ERRORS = 8, 700, 20
+SHOWN_ROWS, SHOWN_ERRORS = 8, 20
+SHOWN_CHARACTERS, SHOWN_LINES, MOST_CHARACTERS = 300, 4, 6000  # of a text: folded, at most
 MOST_PAIRS = 6  # of fields drawn against each other
 STEP_ROWS = 1000  # between two looks at the progress
 GUESS_ROWS = 100  # that tell which fields are scores, where none are named
@@ -123,13 +125,7 @@ def write_report(scores: Path | Sequence[Path], fields: Sequence[str], out: Path
     for score in collected.scores:
         if not score.count:
             raise UserError(f"{paths[0]}: no row has a number in '{score.name}'")
-    temporary = beside(out := Path(out), ".tmp")
-    try:
-        temporary.write_text(build(collected, paths), encoding="utf-8")
-        os.replace(temporary, out)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror})") from None
-    return out
+    return save(build(collected, paths), Path(out))
 
 
 def build(collected: Collected, paths: list[Path]) -> str:
@@ -145,11 +141,12 @@ def build(collected: Collected, paths: list[Path]) -> str:
     pairs = []
     for a, b in islice(combinations(range(len(scores)), 2), MOST_PAIRS):
         x, y, names = sample[:, a], sample[:, b], (scores[a].name, scores[b].name)
+        alike = _metric(names[0]) is not None and _metric(names[0]) == _metric(names[1])
         pairs.append(
             {
                 "title": f"{names[0]} and {names[1]}",
-                "svg": plots.against(x, y, *names, diagonal=plots.comparable(x, y)),
-                "note": _relation(x, y, *names),
+                "svg": plots.against(x, y, *names, diagonal=alike and plots.comparable(x, y)),
+                "note": _relation(x, y, *names, alike),
             }
         )
     bad = sum(collected.errors.values())
@@ -183,24 +180,41 @@ def _summary(score: Score, values: np.ndarray) -> list[str]:
 def _ends(kept: list[tuple[float, int, str]], sign: int) -> list[dict]:
     """Rows at one end, the outermost first."""
     return [
-        {"value": f"{sign * key:.5g}", "line": f"{1 - row:,}", "text": text} for key, row, text in sorted(kept)[::-1]
+        {"value": f"{sign * key:.5g}", "line": f"{1 - row:,}", **_folded(text)} for key, row, text in sorted(kept)[::-1]
     ]
 
 
-def _relation(x: np.ndarray, y: np.ndarray, first: str, second: str) -> str:
+def _folded(text: str) -> dict:
+    """A text and, where it is long, its beginning as one paragraph."""
+    if len(text) <= SHOWN_CHARACTERS and text.count("\n") < SHOWN_LINES:
+        return {"text": text}
+    line = " ".join(text.split())
+    cut = line.rfind(" ", SHOWN_CHARACTERS // 2, SHOWN_CHARACTERS)  # not where words are not parted by blanks
+    return {"text": text, "beginning": line[: cut if cut > 0 else SHOWN_CHARACTERS]}
+
+
+def _metric(name: str) -> str | None:
+    """The metric that a field is named after, as entropy_0 is after entropy."""
+    return max((m for m in METRICS if name == m or name.startswith(f"{m}_")), key=len, default=None)
+
+
+def _relation(x: np.ndarray, y: np.ndarray, first: str, second: str, alike: bool) -> str:
+    """How two scores of the rows go together; which is lower, only where they are of one metric."""
     both = np.isfinite(x) & np.isfinite(y)
     x, y = x[both], y[both]
     if len(x) < 3:
         return ""
     ranks = [np.argsort(np.argsort(v, kind="stable"), kind="stable") for v in (x, y)]
     spread = min(np.std(x), np.std(y))
-    correlation = f"rank correlation {np.corrcoef(*ranks)[0, 1]:.3f}; " if spread > 0 else ""
-    below = f"{second} is below {first} in {np.mean(y < x):.1%} of the rows"
-    return f"{correlation}{below}; the mean difference is {np.mean(y - x):.4g}"
+    found = [f"rank correlation {np.corrcoef(*ranks)[0, 1]:.3f}"] if spread > 0 else []
+    if alike:
+        found.append(f"{second} is below {first} in {np.mean(y < x):.1%} of the rows")
+        found.append(f"the mean difference is {np.mean(y - x):.4g}")
+    return "; ".join(found)
 
 
 def text_of(record: dict) -> str:
-    """What a row says, for a reader: its text, prompt and answer or turns, cut to `SHOWN_CHARACTERS`."""
+    """What a row says, for a reader: its text, prompt and answer or turns, cut to `MOST_CHARACTERS`."""
     turns = record.get("messages") or record.get("conversations")
     if isinstance(turns, list):
         parts = [
@@ -211,7 +225,7 @@ def text_of(record: dict) -> str:
     else:
         parts = [value for value in record.values() if isinstance(value, str) and value != record.get("error")]
     text = "\n".join(parts)
-    return text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS].rstrip() + " …"
+    return text if len(text) <= MOST_CHARACTERS else text[:MOST_CHARACTERS].rstrip() + " …"
 
 
 def _number(value) -> float:

@@ -1,33 +1,11 @@
-"""The HTML of the page of a scoring run, in the style of a training run's report: no scripts, nothing fetched."""
+"""The HTML of the page of a scoring run, in the frame of `ds_llm.report_page`."""
 
-PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
-<title>{{ name }} – scores</title>
-<style>{{ style | safe }}
-td.text { white-space: pre-wrap; overflow-wrap: anywhere; width: 99%; }
-</style>
-</head>
-<body>
-<header>
-<h1>{{ name }}</h1>
-<div class="soft">{{ subtitle }}</div>
-</header>
-<section class="tiles">
-{% for tile in tiles %}
-<div class="card"><div class="name">{{ tile.name }}</div><div class="value">{{ tile.value }}</div>
-<div class="note {{ tile.tone }}">{{ tile.note }}</div></div>
-{% endfor %}
-</section>
+PAGE = """{% extends "frame" %}
+{% from "plots" import figures %}
+{% block title %}scores{% endblock %}
+{% block body %}
 <h2>Distributions</h2>
-<section class="plots">
-{% for plot in plots %}
-<figure class="card" style="margin: 0"><h3>{{ plot.title }}</h3>{{ plot.svg | safe }}</figure>
-{% endfor %}
-</section>
+{{ figures(plots) }}
 <section class="card scroll" style="margin-top: 14px">
 <table id="quantiles">
 <tr>{% for head in heads %}<th{% if loop.index0 %} class="number"{% endif %}>{{ head }}</th>{% endfor %}</tr>
@@ -40,12 +18,7 @@ all else is of all rows.</div>{% endif %}
 </section>
 {% if pairs %}
 <h2>Two scores against each other</h2>
-<section class="plots">
-{% for plot in pairs %}
-<figure class="card" style="margin: 0"><h3>{{ plot.title }}</h3>{{ plot.svg | safe }}
-<figcaption class="soft">{{ plot.note }}</figcaption></figure>
-{% endfor %}
-</section>
+{{ figures(pairs) }}
 {% endif %}
 {% for score in ends %}
 <h2>Rows at both ends of {{ score.name }}</h2>
@@ -56,7 +29,8 @@ all else is of all rows.</div>{% endif %}
 <tr><th class="number">{{ score.name }}</th><th class="number">row</th><th>text</th></tr>
 {% for row in rows %}
 <tr><td class="number">{{ row.value }}</td><td class="number">{{ row.line }}</td>
-<td class="text">{{ row.text }}</td></tr>
+<td class="text">{% if row.beginning %}<details><summary><span>{{ row.beginning }} …</span></summary>
+{{- row.text }}</details>{% else %}{{ row.text }}{% endif %}</td></tr>
 {% endfor %}
 </table></details>
 {% endfor %}
@@ -80,6 +54,5 @@ all else is of all rows.</div>{% endif %}
 </table></details>
 </section>
 {% endif %}
-</body>
-</html>
+{% endblock %}
 """

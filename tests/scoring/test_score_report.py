@@ -105,9 +105,22 @@ def test_few_equal_and_extreme_scores_have_a_page_too(tmp_path):
     assert "a and b" in write_report(path, [], tmp_path / "two.html").read_text()
 
 
+def test_long_texts_are_folded_and_only_scores_of_one_metric_are_subtracted(tmp_path):
+    texts = ["short", "a word " * 200, "\n".join("abcdefgh"), "字" * 900]
+    found = [{"text": t, "entropy_0": 1.5 + i, "entropy_1": 2.5, "perplexity": 4.5} for i, t in enumerate(texts)]
+    page = write_report(write(tmp_path / "scores.jsonl", found), [], tmp_path / "report.html").read_text()
+    folded = re.findall(r"<details><summary><span>([^<]*) …</span></summary>([^<]*)</details>", page)
+    assert len(folded) == 3 * 3 * 2  # at both ends of each score
+    assert {text for _, text in folded} == set(texts[1:])
+    for beginning, text in folded:
+        assert " ".join(text.split()).startswith(beginning) and len(beginning) <= report.SHOWN_CHARACTERS
+    assert '<td class="text">short</td>' in page
+    assert "entropy_1 is below entropy_0 in 50.0%" in page and page.count("the mean difference is") == 1
+
+
 def test_text_of_rows_of_every_format():
     assert text_of({"text": "a b", "entropy": 1.0, "error": "x"}) == "a b"
     assert text_of({"prompt": "Why?", "completion": "So."}) == "Why?\nSo."
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
     assert text_of({"messages": turns}) == "user: Hi\nassistant: Ho"
-    assert len(text_of({"text": "x" * 5000})) < 800
+    assert text_of({"text": "x " * 5000}) == ("x " * (report.MOST_CHARACTERS // 2)).rstrip() + " …"
