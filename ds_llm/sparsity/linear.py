@@ -14,6 +14,7 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from ds_llm.kernels.sparse_update import PackedMask, compact, expand, expand_into
@@ -91,6 +92,7 @@ class _Product(torch.autograd.Function):
         return F.linear(x, _weight(values, mask), bias)
 
     @staticmethod
+    @once_differentiable  # a graph of this pass would keep the shared memory, which the next product overwrites
     def backward(ctx, grad: Tensor):
         x, values = ctx.saved_tensors
         grad_x = grad_values = grad_bias = None
@@ -117,7 +119,8 @@ _memory = threading.local()
 def _scratch(shape: torch.Size, like: Tensor) -> Tensor | None:
     """Memory on the CPU for one dense weight, the same at every call of a thread; None on other devices.
 
-    Pages fresh from the system cost more than what is written into them: a third of a layer's own time.
+    Pages fresh from the system cost more than what is written into them: a third of a layer's own time. Nothing that is
+    returned or saved for the backward pass may be a view of it.
     """
     if like.device.type != "cpu" or torch.compiler.is_compiling():
         return None

@@ -14,7 +14,7 @@ from ds_llm.models import accelerate
 from ds_llm.models.decoder import DecoderConfig, DecoderForCausalLM
 from ds_llm.models.head import attach_loss_head, lm_loss
 from ds_llm.models.loading import load_model
-from ds_llm.sparsity import compact_checkpoint
+from ds_llm.sparsity import compact_checkpoint, linear
 from ds_llm.sparsity.linear import SparseLinear
 from ds_llm.sparsity.masks import masks_from_zeros
 from ds_llm.sparsity.model import add_lora, freeze_dense, sparse_tensors, sparsify, summary
@@ -161,6 +161,30 @@ def test_layer_under_autocast_and_in_half_precision():
     torch.testing.assert_close(sparse.weight_values.grad, layer.weight.grad[mask.to_dense()], rtol=2e-2, atol=1e-2)
     assert torch.equal(sparse.bfloat16()(x.bfloat16()), layer.bfloat16()(x.bfloat16()))
     assert torch.equal(sparse.weight, layer.weight)
+
+
+def test_no_result_lies_in_the_memory_that_products_share():
+    def spoil():
+        for memory in vars(linear._memory).values():
+            memory.fill_(torch.nan)
+
+    for dtype in (torch.float32, torch.bfloat16):
+        for rows, columns in ((24, 40), (1, 1), (40, 7)):
+            mask = PackedMask.from_dense(torch.rand(rows, columns) < 0.5)
+            layer = SparseLinear(torch.randn(mask.nnz, dtype=dtype), mask, torch.nn.Parameter(torch.randn(rows)))
+            layer = layer.to(dtype)
+            dense, x = layer.weight.detach().clone(), torch.randn(3, columns, dtype=dtype, requires_grad=True)
+            y = layer(x)
+            spoil()
+            grads = torch.autograd.grad(y, [x, *layer.parameters()], torch.ones_like(y))
+            spoil()
+            torch.testing.assert_close(y, torch.nn.functional.linear(x, dense, layer.bias))
+            sums = x.detach().sum(0).expand(rows, columns)
+            for found, expected in zip(grads, (dense.sum(0).expand(3, -1), sums[mask.to_dense()]), strict=False):
+                torch.testing.assert_close(found, expected, rtol=2e-2, atol=5e-2)
+    (grad,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
 
 
 def test_expanding_into_used_memory():
