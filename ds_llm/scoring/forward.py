@@ -64,9 +64,9 @@ class Scorer:
     all ranks; offload: and kept in the CPUs' memory while not in use. tensor_parallel: each layer is split over so many
     neighbouring ranks (DeepSpeed AutoTP).
 
-    columns: name -> pyarrow type of what `score` returns; an array's is a float16 tensor of its shape. fingerprint: sha256 (hex) of weights and configuration.
-    tokenizer: the model's. max_length: longest sample in tokens; None where the model sets no limit. collective: every
-    rank must call `score` or `idle` equally often.
+    columns: name -> pyarrow type of what `score` returns; an array's is a float16 tensor of its shape. fingerprint:
+    sha256 (hex) of weights and configuration. tokenizer: the model's. max_length: longest sample in tokens; None where
+    the model sets no limit. collective: every rank must call `score` or `idle` equally often.
     """
 
     def __init__(

@@ -66,9 +66,15 @@ class Quality(Metric):
     statistics = False
     options: ClassVar[dict] = {"output_quality_scores": True}
 
+    def __init__(self, config):
+        super().__init__(config)
+        if config.model_type != "select_moe":
+            raise UserError(
+                f"metric 'quality': a '{config.model_type}' model has no quality gates; give it some with "
+                "launch/convert.py select-moe, or choose another score"
+            )
+
     def measure(self, batch: Batch, unconditional: Batch | None) -> dict[str, list]:
-        scores = getattr(batch.output, "quality_scores", None)
-        if not scores:
-            raise UserError(f"metric 'quality': this '{self.config.model_type}' model has no quality gates")
-        layers = [batch.token_mean(layer.flatten(0, 1).double().sigmoid())[:, 0] for layer in scores]
+        scores = [layer.flatten(0, 1).double() for layer in batch.output.quality_scores]
+        layers = [batch.token_mean(layer.sigmoid())[:, 0] for layer in scores]
         return {"quality": [number(value) for value in torch.stack(layers, 1).mean(1).tolist()]}

@@ -9,9 +9,10 @@ import torch
 import transformers
 from chats import WORDS
 
+from ds_llm.convert_select_moe import select_moe
 from ds_llm.errors import ConfigError, UserError
-from ds_llm.models.loading import load_tokenizer
-from ds_llm.models.quality_gate import add_gates, gates
+from ds_llm.models.loading import load_model, load_tokenizer
+from ds_llm.models.quality_gate import gates
 from ds_llm.scoring import forward, options, parts, run
 from ds_llm.scoring.metrics import Sample
 
@@ -72,40 +73,46 @@ def test_arrays_lie_by_rows_in_a_file_whatever_interrupts(chats, data, tmp_path,
     assert sorted(path.name for path in out.with_name("scores.jsonl.d").glob("*.npy")) == ["paths.npy"]
 
 
+@pytest.fixture(scope="module")
+def gated(chats, tmp_path_factory):
+    """Folders of Select-MoE models whose gates tell tokens apart."""
+    folder = tmp_path_factory.mktemp("gated")
+    for kind in ("decoder", "qwen3_moe"):
+        select_moe(str(chats / kind), folder / kind)
+        model = load_model(folder / kind, "fp32")
+        for gate in gates(model):
+            gate.reset_parameters(std=0.5)
+        model.save_pretrained(folder / kind)
+    return folder
+
+
 @pytest.mark.parametrize("kind", ["decoder", "qwen3_moe"])
-def test_quality_is_the_mean_of_the_gates_over_tokens_then_layers(kind, chats, monkeypatch):
-    model = transformers.AutoModelForCausalLM.from_pretrained(chats / kind).eval()
-    add_gates(model.model, model.config.hidden_size)
-    for gate in gates(model):
-        gate.reset_parameters(std=0.5)
-    monkeypatch.setattr(forward, "load_model", lambda *_: model)
-    scorer = forward.Scorer(chats / kind, ["quality", "router"], dtype="fp32", device="cpu")
-    rows = [Sample(np.random.default_rng().integers(4, 90, n), np.zeros(n, bool)) for n in (7, 1, 12)]
-    seen = []
-    for row, found in zip(rows, scorer.score(rows), strict=True):
+def test_quality_is_the_mean_of_the_gates_over_tokens_then_layers(kind, gated, monkeypatch):
+    scorer = forward.Scorer(gated / kind, ["quality", "router"], dtype="fp32", device="cpu")
+    rows = [Sample(np.random.default_rng().integers(4, 90, n), np.zeros(n, bool)) for n in (20, 1, 9)]
+    model = load_model(gated / kind, "fp32").eval()
+    expected = []
+    for row in rows:
+        seen = []
+        hooks = [
+            g.register_forward_pre_hook(lambda gate, x, s=seen: s.append(x[0] @ gate.weight.T)) for g in gates(model)
+        ]
         with torch.no_grad():
-            ids = torch.tensor(row.input_ids[None])
-            scores = model.model(input_ids=ids, output_quality_scores=True).quality_scores
-        expected = np.mean([(1 / (1 + np.exp(-layer.double().numpy()))).mean() for layer in scores])
-        assert found["quality"] == pytest.approx(expected, rel=1e-5)
-        seen.append(found["quality"])
-    assert len(set(seen)) == 3 and len(scores) == 2
+            model(input_ids=torch.tensor(row.input_ids[None]))
+        for hook in hooks:
+            hook.remove()
+        assert len(seen) == 2
+        expected.append(np.mean([(1 / (1 + np.exp(-score.double().numpy()))).mean() for score in seen]))
+    assert np.ptp(expected) > 1e-3
+    for packed in (True, False):  # one row of documents, or rows padded to the longest
+        monkeypatch.setattr(scorer, "_packed", packed)
+        monkeypatch.setitem(forward.SPLIT_TOKENS, "cpu", 10**6)
+        scorer.model.set_attn_implementation("ds_llm_documents" if packed else "sdpa")
+        found = scorer.score(rows)
+        assert [row["quality"] for row in found] == pytest.approx(expected, rel=1e-5)
+        assert all(row["router"].shape == (2, 4) for row in found)
 
 
-@pytest.mark.parametrize("packed", [True, False])
-def test_padding_has_no_part_in_quality(chats, monkeypatch, packed):
-    model = transformers.AutoModelForCausalLM.from_pretrained(chats / "decoder").eval()
-    add_gates(model.model, model.config.hidden_size)
-    monkeypatch.setattr(forward, "load_model", lambda *_: model)
-    scorer = forward.Scorer(chats / "decoder", ["quality"], dtype="fp32", device="cpu")
-    rows = [Sample(np.random.default_rng().integers(4, 90, n), np.zeros(n, bool)) for n in (20, 2, 9)]
-    alone = [scorer.score([row])[0]["quality"] for row in rows]
-    monkeypatch.setattr(scorer, "_packed", packed)
-    monkeypatch.setitem(forward.SPLIT_TOKENS, "cpu", 10**6)
-    scorer.model.set_attn_implementation("ds_llm_documents" if packed else "sdpa")
-    assert [row["quality"] for row in scorer.score(rows)] == pytest.approx(alone, rel=1e-5)
-
-
-def test_a_model_without_gates_has_no_quality(chats):
-    with pytest.raises(UserError, match="no quality gates"):
-        forward.Scorer(chats / "decoder", ["quality"], device="cpu").score([Sample(np.ones(2, int), np.zeros(2, bool))])
+def test_a_model_without_gates_has_no_quality(chats, data, tmp_path):
+    with pytest.raises(UserError, match="has no quality gates"):
+        score(chats / "decoder", data, tmp_path / "scores.jsonl", metric=["quality"])
