@@ -8,7 +8,7 @@ import gc
 import io
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -35,12 +35,14 @@ from deepspeed.utils import set_z3_leaf_modules
 from pydantic import ValidationError
 from torch import nn
 
-from ds_llm import leftovers
+from ds_llm import leftovers, masters
+from ds_llm.average import MovingAverage
 from ds_llm.config import Config
 from ds_llm.deepspeed_config import AskedKeys
 from ds_llm.deepspeed_config import build as build_deepspeed_config
 from ds_llm.errors import ConfigError, UserError
 from ds_llm.hardware import share_cores
+from ds_llm.parameters import decay_groups, exact_buffers, leave_out, restore_buffers
 
 # Blocks whose experts run on the tokens routed to them: ZeRO-3 must gather them whole, or ranks whose tokens skip an
 # expert wait for ranks whose tokens use it.
@@ -51,6 +53,15 @@ MOE_BLOCKS = (
     "Qwen2MoeSparseMoeBlock",
     "Qwen3MoeSparseMoeBlock",
 )
+# DeepSpeed's optimizers, and what knows where each has its fp32 weights
+MASTERS = {
+    DeepSpeedZeroOptimizer_Stage3: masters.Zero3,
+    DeepSpeedZeroOptimizer: masters.Zero12,
+    BF16_Optimizer: masters.Zero1Bf16,
+    FP16_Optimizer: masters.Fused16,
+    FP16_UnfusedOptimizer: masters.Unfused16,
+    torch.optim.Optimizer: masters.Plain,
+}
 
 
 @dataclass
@@ -143,14 +154,14 @@ class Engine:
         self.stage = self.settings["zero_optimization"]["stage"]
         if self.stage == 3:
             _keep_experts_whole(module)
-        exact = _exact_buffers(module)
+        exact = exact_buffers(module)
         if self.settings["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none":
             leftovers.announce_build("cpu_adam", "Adam")
         self._frozen = {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
         if self._frozen:
-            _leave_out(module, self._frozen)
+            leave_out(module, self._frozen)
             self._frozen = self._frozen | {name for name, _ in module.named_buffers()}
-        groups = _decay_groups(module, config.optim.weight_decay)
+        groups = decay_groups(module, config.optim.weight_decay)
         try:
             self._engine, self._optimizer, _, _ = deepspeed.initialize(
                 model=module, model_parameters=groups, config=self.settings
@@ -158,17 +169,16 @@ class Engine:
         except (ValueError, AssertionError, ImportError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(f"DeepSpeed cannot use this configuration: {reason}") from error
-        _restore_buffers(module, exact)
-        if isinstance(self._optimizer, (FP16_Optimizer, FP16_UnfusedOptimizer)):
-            self._undo_first_step()
+        restore_buffers(module, exact, device())
+        kind = next(kind for kind in MASTERS if isinstance(self._optimizer, kind))
+        self._masters = MASTERS[kind](self._optimizer)
         self.module = module
         self.has_own_schedule = "scheduler" in self.settings
-        self.ema: list[torch.Tensor] | None = None
-        self.ema_updates = 0
+        self.average: MovingAverage | None = None
         if config.ema.enabled:
             if self.settings["zero_optimization"].get("offload_optimizer", {}).get("device") == "nvme":
                 raise UserError("ema.enabled: not possible with the optimizer offloaded to NVMe; use CPU offload")
-            self.ema = [p.detach().clone() for p in self._masters()]
+            self.average = MovingAverage(self._masters.weights(), config.ema.decay)
 
     # -- training -----------------------------------------------------------------------------------------------------
 
@@ -188,7 +198,7 @@ class Engine:
         # DeepSpeed averages over ranks and divides by the accumulation steps; the caller's losses are parts of a sum.
         micro_steps = self._engine.gradient_accumulation_steps()
         loss = loss * self.world_size * micro_steps
-        if isinstance(self._optimizer, (FP16_Optimizer, FP16_UnfusedOptimizer)):
+        if isinstance(self._masters, masters.Fused16):
             # without ZeRO, DeepSpeed 0.19 divides fp16 gradients by the loss scale but never multiplies the loss by it;
             # setting the gradient, not the loss, is right for versions that do multiply it too
             loss.register_hook(lambda g: torch.full_like(g, self._optimizer.loss_scale / micro_steps))
@@ -199,25 +209,22 @@ class Engine:
         if not self.has_own_schedule:
             for group in self._optimizer.param_groups:
                 group["lr"] = lr
-        plain_norm = self._plain_norm() if self._is_plain() else None
+        plain_norm = self._plain_norm() if isinstance(self._masters, masters.Plain) else None
         if plain_norm is not None and not torch.isfinite(plain_norm):
             veto = True
-        scale = self._optimizer.loss_scale if isinstance(self._optimizer, FP16_UnfusedOptimizer) else 1.0
-        with self._overflow(veto):
+        scale = self._optimizer.loss_scale if isinstance(self._masters, masters.Unfused16) else 1.0
+        with self._masters.overflow(device()) if veto else contextlib.nullcontext():
             self._engine.step()
         applied = not veto and not getattr(self._optimizer, "overflow", False)
         norm = plain_norm if plain_norm is not None else self._engine.get_global_grad_norm()
         norm = norm / scale if norm is not None else None  # this one optimizer reports the norm of scaled gradients
-        if applied and self.ema is not None:
-            self._update_ema()
+        if applied and self.average is not None:
+            self.average.update(self._masters.weights())
         return StepResult(applied, float(norm) if norm is not None else float("nan"), self._loss_scale())
 
     def lr(self) -> float:
         """Learning rate of the latest step."""
         return float(self._optimizer.param_groups[0]["lr"])
-
-    def _is_plain(self) -> bool:
-        return isinstance(self._optimizer, torch.optim.Optimizer)
 
     def _plain_norm(self) -> torch.Tensor:
         grads = [p.grad for p in self.module.parameters() if p.grad is not None]
@@ -227,92 +234,9 @@ class Engine:
         return float(getattr(self._optimizer, "cur_scale", getattr(self._optimizer, "loss_scale", 1.0)))
 
     @contextlib.contextmanager
-    def _overflow(self, force: bool) -> Iterator[None]:
-        """Send the step down DeepSpeed's own path for non-finite gradients, which drops them in every ZeRO stage."""
-        if not force:
-            yield
-            return
-        opt, infinite = self._optimizer, torch.tensor(float("inf"), device=device())
-        if isinstance(opt, DeepSpeedZeroOptimizer_Stage3):
-            owner, name, stand_in = opt, "_get_norm_groups", lambda: [infinite]
-        elif isinstance(opt, DeepSpeedZeroOptimizer):
-            owner, name, stand_in = opt, "scaled_global_norm", lambda *_: infinite
-        elif isinstance(opt, BF16_Optimizer):
-            owner, name, stand_in = opt, "get_grads_for_norm", lambda *_, **__: ([infinite], [])
-        elif isinstance(opt, (FP16_Optimizer, FP16_UnfusedOptimizer)):
-            owner, name, stand_in = opt.overflow_checker, "check", lambda *_, **__: True
-        else:
-            owner, name, stand_in = opt, "step", lambda *_, **__: None
-        setattr(owner, name, stand_in)
-        try:
-            yield
-        finally:
-            delattr(owner, name)
-
-    # -- averaged weights ---------------------------------------------------------------------------------------------
-
-    def _masters(self) -> list[torch.Tensor]:
-        """The fp32 weights this rank updates: its partition under ZeRO, all of them without."""
-        opt = self._optimizer
-        if isinstance(opt, DeepSpeedZeroOptimizer_Stage3):
-            return list(opt.fp32_partitioned_groups_flat)
-        if isinstance(opt, DeepSpeedZeroOptimizer):
-            return list(opt.single_partition_of_fp32_groups)
-        if isinstance(opt, BF16_Optimizer):
-            return list(opt.fp32_groups_flat_partition)
-        if isinstance(opt, FP16_Optimizer):
-            return list(opt.fp32_groups_flat)
-        if isinstance(opt, FP16_UnfusedOptimizer):
-            return [p for group in opt.fp32_groups for p in group]
-        return [p for group in opt.param_groups for p in group["params"]]
-
-    @torch.no_grad()
-    def _undo_first_step(self) -> None:
-        """DeepSpeed's fp16 optimizers without ZeRO are built with a step on zero gradients, which decays the weights
-        and leaves Adam's bias correction one step ahead: take the module's weights again, forget the states."""
-        opt = self._optimizer
-        if isinstance(opt, FP16_Optimizer):
-            for flat, low in zip(opt.fp32_groups_flat, opt.fp16_groups, strict=True):
-                flat.copy_(torch._utils._flatten_dense_tensors(low))
-        else:
-            for high, low in zip(opt.fp32_groups, opt.fp16_groups, strict=True):
-                for master, param in zip(high, low, strict=True):
-                    master.copy_(param)
-        opt.optimizer.state.clear()
-
-    @torch.no_grad()
-    def _push_masters(self) -> None:
-        """Copy the fp32 weights into the module's weights on all ranks."""
-        opt = self._optimizer
-        if isinstance(opt, DeepSpeedZeroOptimizer_Stage3):
-            opt._partition_all_parameters()
-            for i in range(len(opt.fp16_groups)):
-                opt._reassign_or_swap_out_partitioned_parameters(i)
-            if opt.persistent_parameters:
-                opt.persistent_parameters[0].all_gather(opt.persistent_parameters)
-        elif isinstance(opt, (DeepSpeedZeroOptimizer, BF16_Optimizer)):
-            opt.update_lp_params()
-        elif isinstance(opt, FP16_Optimizer):
-            for flat, low in zip(opt.fp32_groups_flat, opt.fp16_groups, strict=True):
-                for view, param in zip(torch._utils._unflatten_dense_tensors(flat, low), low, strict=True):
-                    param.copy_(view)
-        elif isinstance(opt, FP16_UnfusedOptimizer):
-            for high, low in zip(opt.fp32_groups, opt.fp16_groups, strict=True):
-                for master, param in zip(high, low, strict=True):
-                    param.copy_(master)
-
-    @torch.no_grad()
-    def _update_ema(self) -> None:
-        """average = d * average + (1 - d) * weights, with d = min(decay, (1 + t) / (10 + t)) at update t."""
-        decay = min(self.config.ema.decay, (1 + self.ema_updates) / (10 + self.ema_updates))
-        for average, master in zip(self.ema, self._masters(), strict=True):
-            average.lerp_(master.detach().to(average.device), 1 - decay)
-        self.ema_updates += 1
-
-    @contextlib.contextmanager
     def averaged_weights(self) -> Iterator[None]:
         """Inside the block the module holds the moving average; without one, its own weights."""
-        if self.ema is None:
+        if self.average is None:
             yield
             return
         self._swap()
@@ -321,13 +245,9 @@ class Engine:
         finally:
             self._swap()
 
-    @torch.no_grad()
     def _swap(self) -> None:
-        for average, master in zip(self.ema, self._masters(), strict=True):
-            held = master.detach().clone()
-            master.data.copy_(average)
-            average.copy_(held)
-        self._push_masters()
+        self.average.swap(self._masters.weights())
+        self._masters.push()
 
     # -- weights and states -------------------------------------------------------------------------------------------
 
@@ -357,19 +277,16 @@ class Engine:
         self._engine.save_checkpoint(
             str(folder), tag="deepspeed", save_latest=False, exclude_frozen_parameters=bool(self._frozen)
         )
-        if self.ema is not None and (self.rank == 0 or self._ema_is_sharded()):
-            torch.save({"average": self.ema, "updates": self.ema_updates}, folder / self._ema_file())
+        if self.average is not None and (self.rank == 0 or self._average_is_sharded()):
+            torch.save(self.average.state(), folder / self._average_file())
 
     def load(self, folder: Path) -> None:
         """Restore what `save` wrote, bit for bit, at the same world size and ZeRO stage."""
         path, _ = self._engine.load_checkpoint(str(folder), tag="deepspeed", custom_load_fn=self._load_trained)
         if path is None:
             raise UserError(f"{folder}: holds no DeepSpeed state; delete the folder to go on from an older checkpoint")
-        if self.ema is not None:
-            saved = torch.load(folder / self._ema_file(), map_location="cpu", weights_only=True)
-            self.ema_updates = saved["updates"]
-            for average, value in zip(self.ema, saved["average"], strict=True):
-                average.copy_(value)
+        if self.average is not None:
+            self.average.restore(torch.load(folder / self._average_file(), map_location="cpu", weights_only=True))
 
     def _load_trained(self, src: dict, dst: nn.Module) -> None:
         found = dst.load_state_dict(src, strict=False)
@@ -378,21 +295,21 @@ class Engine:
             name = (missing or found.unexpected_keys)[0]
             raise UserError(f"the checkpoint is not of this model: {name} is {'missing' if missing else 'unknown'}")
 
-    def _ema_is_sharded(self) -> bool:
+    def _average_is_sharded(self) -> bool:
         return self.stage > 0
 
-    def _ema_file(self) -> str:
-        return f"ema_rank{self.rank if self._ema_is_sharded() else 0:05d}.pt"
+    def _average_file(self) -> str:
+        return f"ema_rank{self.rank if self._average_is_sharded() else 0:05d}.pt"
 
     def state_bytes(self) -> int:
         """Bytes this rank's part of a checkpoint takes, roughly: master weights, two Adam moments, average, weights."""
-        masters = sum(p.numel() for p in self._masters())
-        per_weight = 4 * 3 + (4 if self.ema is not None else 0)
+        held = sum(p.numel() for p in self._masters.weights())
+        per_weight = 4 * 3 + (4 if self.average is not None else 0)
         if self.stage == 0 and self.rank != 0:
             return 0
         weights = sum(getattr(p, "ds_numel", p.numel()) for p in self.module.parameters() if p.requires_grad)
         # rank 0 writes the weights twice: in DeepSpeed's file and as the exported model
-        return masters * per_weight + (2 * weights * 4 if self.rank == 0 else 0)
+        return held * per_weight + (2 * weights * 4 if self.rank == 0 else 0)
 
     def destroy(self) -> None:
         """Release the engine's hooks and buffers."""
@@ -414,12 +331,12 @@ def inference(module: nn.Module, config: Config) -> Iterator[Callable]:
         run, release = module, lambda: None
     else:
         _keep_experts_whole(module)
-        exact = _exact_buffers(module)
+        exact = exact_buffers(module)
         zero = {k: v for k, v in settings["zero_optimization"].items() if k != "offload_optimizer"}
         names = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "bf16", "fp16", "steps_per_print")
         chosen = {name: settings[name] for name in names if name in settings}
         run, *_ = deepspeed.initialize(model=module, config=chosen | {"zero_optimization": zero})
-        _restore_buffers(module, exact)
+        restore_buffers(module, exact, device())
         run.eval()
         release = run.destroy
 
@@ -441,7 +358,7 @@ def split_layers(module: nn.Module, ranks: int) -> dist.ProcessGroup:
     """
     groups = [dist.new_group(list(range(i, i + ranks))) for i in range(0, dist.get_world_size(), ranks)]
     group = groups[dist.get_rank() // ranks]
-    exact, before = _exact_buffers(module), sum(p.numel() for p in module.parameters())
+    exact, before = exact_buffers(module), sum(p.numel() for p in module.parameters())
     # given a group alone, DeepSpeed 0.19 makes another one of the first ranks
     parallel = {"tp_size": ranks, "tp_group": group, "mpu": SimpleNamespace(get_model_parallel_group=lambda: group)}
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its plan
@@ -450,7 +367,7 @@ def split_layers(module: nn.Module, ranks: int) -> dist.ProcessGroup:
         except (AssertionError, ValueError, RuntimeError, AttributeError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(f"DeepSpeed cannot split a '{module.config.model_type}' model: {reason}") from None
-    _restore_buffers(module, exact)
+    restore_buffers(module, exact, device())
     if sum(p.numel() for p in module.parameters()) == before:
         raise UserError(f"DeepSpeed knows no layers of a '{module.config.model_type}' model that it can split")
     return group
@@ -461,39 +378,3 @@ def _keep_experts_whole(module: nn.Module) -> None:
     blocks = {type(m) for m in module.modules() if type(m).__name__ in MOE_BLOCKS}
     if blocks:
         set_z3_leaf_modules(module, list(blocks), raise_if_not_found=False)
-
-
-def _exact_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Copies of the fp32 buffers: casting a module to bf16 or fp16 would round the rotary frequencies, and with them
-    every position."""
-    return {n: b.detach().clone() for n, b in module.named_buffers() if b.dtype == torch.float32}
-
-
-def _restore_buffers(module: nn.Module, exact: dict[str, torch.Tensor]) -> None:
-    for name, value in exact.items():
-        owner, _, leaf = name.rpartition(".")
-        module.get_submodule(owner)._buffers[leaf] = value.to(device())
-
-
-def _decay_groups(module: nn.Module, weight_decay: float) -> list[dict]:
-    trained = [p for p in module.parameters() if p.requires_grad]
-    # the kept values of a pruned matrix are a vector
-    matrices = [p for p in trained if len(getattr(p, "dense_shape", p.shape)) >= 2]
-    vectors = [p for p in trained if len(getattr(p, "dense_shape", p.shape)) < 2]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return [g for g in groups if g["params"]]
-
-
-def _leave_out(module: nn.Module, names: Iterable[str]) -> None:
-    """Keep parameters out of the module's state, and what bitsandbytes stores beside them (`weight.absmax`, ...).
-
-    DeepSpeed leaves frozen ones out under their first name only, not under those they are tied to.
-    """
-
-    def drop(_, state: dict, prefix: str, __) -> None:
-        for key in list(state):
-            parts = key.removeprefix(prefix).split(".")
-            if any(".".join(parts[: i + 1]) in names for i in range(len(parts))):
-                del state[key]
-
-    module.register_state_dict_post_hook(drop)

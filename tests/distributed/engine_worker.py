@@ -136,7 +136,7 @@ def case(dtype: str, stage: int, accumulation: int, name: str, data, plain, scra
             "resumed_bitwise": after[0] == after[1]
             and all(torch.equal(a[n], b[n]) for a, b in (ends[:2], ends[2:]) for n in a),
             "experts_used_by_rank": per_rank,
-            "average_share": sum(a.numel() for a in engine.ema) / sum(p.numel() for p in weights.values()),
+            "average_share": sum(a.numel() for a in engine.average.tensors) / sum(p.numel() for p in weights.values()),
             "saved_bytes": sum(f.stat().st_size for f in scratch.rglob("*") if f.is_file()),
         }
     needed = engines.all_reduce([engine.state_bytes()])[0]

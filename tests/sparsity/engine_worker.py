@@ -120,7 +120,7 @@ def case(settings: list[str], data, plain, scratch: Path) -> dict:
     engine_of[1].load(scratch)
     after = [train(e, data[:2]) for e in engine_of]
     ends = [e.gather(m) for e, m in zip(engine_of, models, strict=True)]
-    masters, states = (sum(t.numel() for t in group) for group in (engine._masters(), engine.ema))
+    masters, states = (sum(t.numel() for t in group) for group in (engine._masters.weights(), engine.average.tensors))
     moments = [t.numel() for s in engine._optimizer.state.values() for t in s.values() if torch.is_tensor(t)]
     held = engines.all_reduce([masters, states, sum(n for n in moments if n > 1)])
     found = {}

@@ -1,0 +1,46 @@
+"""A module's parameters and buffers: which decay, which are left out of its state, which are cast to no other type."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+
+def decay_groups(module: nn.Module, weight_decay: float) -> list[dict]:
+    """Optimizer groups of the trained parameters: those with fewer than two dimensions get no weight decay."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    # the kept values of a pruned matrix are a vector
+    matrices = [p for p in trained if len(getattr(p, "dense_shape", p.shape)) >= 2]
+    vectors = [p for p in trained if len(getattr(p, "dense_shape", p.shape)) < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [g for g in groups if g["params"]]
+
+
+def leave_out(module: nn.Module, names: Iterable[str]) -> None:
+    """Keep parameters out of the module's state, and what bitsandbytes stores beside them (`weight.absmax`, ...).
+
+    DeepSpeed leaves frozen ones out under their first name only, not under those they are tied to.
+    """
+
+    def drop(_, state: dict, prefix: str, __) -> None:
+        for key in list(state):
+            parts = key.removeprefix(prefix).split(".")
+            if any(".".join(parts[: i + 1]) in names for i in range(len(parts))):
+                del state[key]
+
+    module.register_state_dict_post_hook(drop)
+
+
+def exact_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of the fp32 buffers: casting a module to bf16 or fp16 would round the rotary frequencies, and with them
+    every position."""
+    return {n: b.detach().clone() for n, b in module.named_buffers() if b.dtype == torch.float32}
+
+
+def restore_buffers(module: nn.Module, exact: dict[str, torch.Tensor], device: torch.device) -> None:
+    """Put back what `exact_buffers` copied, on `device`."""
+    for name, value in exact.items():
+        owner, _, leaf = name.rpartition(".")
+        module.get_submodule(owner)._buffers[leaf] = value.to(device)
