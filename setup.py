@@ -24,6 +24,11 @@ INSTALL = [
 ]
 EXTRAS = {
     "wandb": ["wandb>=0.17"],  # online or offline tracking
+    "metrics": [
+        "sacrebleu>=2.3",  # BLEU and chrF of generated answers
+        "rouge-score>=0.1.2",  # ROUGE of generated answers
+    ],
+    "eval": ["lm-eval>=0.4.13", "accelerate>=1.0"],  # benchmarks: prompts, metrics, standard errors
     "gguf": ["gguf>=0.10", "accelerate>=1.0"],  # loads GGUF checkpoints through transformers
     "qlora": ["bitsandbytes>=0.45", "accelerate>=1.0"],  # base models held in 4 bits under adapters
     "gpu": ["triton>=3.6", "liger-kernel>=0.5"],  # kernels on CUDA devices
@@ -31,6 +36,8 @@ EXTRAS = {
 }
 EXTRAS["test"] = [
     *EXTRAS["wandb"],
+    *EXTRAS["metrics"],
+    *EXTRAS["eval"],
     *EXTRAS["gguf"],
     "triton>=3.6",  # the interpreter and the sm_80 / sm_90 compiler run without a GPU
     "pytest>=8",

@@ -44,14 +44,18 @@ class Generator:
 
     model: a causal language model, or what `ds_llm.models.loading.load_model` takes; tokenizer: a tokenizer, or a path,
     needed where `model` is not a path. dtype, attention and device count where the model is loaded here: dtype "auto"
-    is the saved one on a GPU and fp32 on a CPU; device is the first GPU, else the CPU.
+    is the saved one on a GPU and fp32 on a CPU; device is the first GPU, else the CPU. synced: the ranks of the process
+    group generate at the same time, each for prompts of its own, and go on until the last of them is done, as sharded
+    weights (ZeRO-3) need it.
 
     A prompt is text, or a list of messages {"role", "content"} that the tokenizer's chat template renders. Options are
     given as `SamplingParams` or by name: `generate(prompt, max_new_tokens=20)`. Every method raises `UserError` for a
     prompt that leaves no room in the model's context.
     """
 
-    def __init__(self, model, tokenizer=None, *, dtype: str = "auto", attention: str = "auto", device=None):
+    def __init__(
+        self, model, tokenizer=None, *, dtype: str = "auto", attention: str = "auto", device=None, synced=False
+    ):
         if isinstance(model, (str, os.PathLike)):
             device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
             load_model_config(model)  # a wrong name is told before anything is read
@@ -67,6 +71,7 @@ class Generator:
         self.model, self.tokenizer = model, ensure_padding(tokenizer)
         match_tokenizer(self.model, self.tokenizer)
         self.max_positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self.synced = synced
         self._ends = self._end_tokens()
 
     def generate(
@@ -220,6 +225,7 @@ class Generator:
                 generation_config=self._config(params, max(rooms)),
                 logits_processor=_processors(params, padding),
                 stopping_criteria=StoppingCriteriaList([stop]),
+                synced_gpus=self.synced,
             )
         several = params.num_return_sequences
         found = [

@@ -23,7 +23,8 @@ from ds_llm.errors import ConfigError
 def key(
     default, help: str, *, choices: tuple = (), at_least: float | None = None, below: float | None = None, **bounds
 ):
-    """A documented field. `at_least`, `above`, `at_most`, `below` bound numbers; `choices` lists allowed values."""
+    """A documented field. `at_least`, `above`, `at_most`, `below` bound numbers; `choices` lists allowed values,
+    of a list those of its elements."""
     meta = {"help": help, "choices": choices, "at_least": at_least, "below": below, **bounds}
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=meta)
@@ -67,12 +68,13 @@ def check(found) -> None:
         for part in name.split("."):
             value = getattr(value, part)
         meta = f.metadata
-        if meta["choices"] and value not in meta["choices"]:
-            text = ", ".join(str(c) for c in meta["choices"])
-            near = difflib.get_close_matches(str(value), [str(c) for c in meta["choices"]], n=1)
-            raise ConfigError(
-                f"{name}: {value!r} is not one of {text}" + (f"; did you mean '{near[0]}'?" if near else "")
-            )
+        for one in value if isinstance(value, list) else [value]:
+            if meta["choices"] and one not in meta["choices"]:
+                text = ", ".join(str(c) for c in meta["choices"])
+                near = difflib.get_close_matches(str(one), [str(c) for c in meta["choices"]], n=1)
+                raise ConfigError(
+                    f"{name}: {one!r} is not one of {text}" + (f"; did you mean '{near[0]}'?" if near else "")
+                )
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             if not math.isfinite(value):
                 raise ConfigError(f"{name}: {value} is not a finite number")

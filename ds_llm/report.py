@@ -17,6 +17,7 @@ import yaml
 from ds_llm import cli, metrics, report_sparsity
 from ds_llm.config import Config
 from ds_llm.errors import UserError
+from ds_llm.evaluation.text_metrics import LABELS
 from ds_llm.options import flatten, to_dict
 from ds_llm.progress import duration
 from ds_llm.report_figures import HeatMap, Line, Plot, draw
@@ -92,6 +93,7 @@ def plots(steps: list[dict], evals: list[dict], start: dict | None = None) -> li
         found.append(_curve(evals, goal, title, unit, dots=True, level=level, log=True))
         title = "Preference accuracy on the evaluation set"
         found.append(_curve(evals, "accuracy", title, "share of the pairs", dots=True))
+        found.append(_curves(evals, LABELS, "Generated answers against the references", "0 to 100", dots=True))
     found += [
         _curves(
             steps,
@@ -254,6 +256,10 @@ def _evaluations(evals: list[dict]) -> dict:
             f"{e['trend_percent']:+.1f} %" if e.get("trend_percent") is not None and e["step"] else "" for e in evals
         ],
         "accuracy": [f"{e['accuracy']:.1%}" if e.get("accuracy") is not None else "" for e in evals],
+        **{
+            label: [f"{e[name]:.2f}" if e.get(name) is not None else "" for e in evals]
+            for name, label in LABELS.items()
+        },
         "tokens": [f"{e['tokens']:,}" if e.get("tokens") is not None else "" for e in evals],
         "seconds": [f"{e['seconds']:.1f}" if e.get("seconds") is not None else "" for e in evals],
     }

@@ -19,6 +19,7 @@ from rich.text import Text
 
 from ds_llm.config import Config
 from ds_llm.errors import UserError
+from ds_llm.evaluation.text_metrics import LABELS
 from ds_llm.options import to_dict, to_yaml
 from ds_llm.progress import console, duration
 
@@ -74,6 +75,7 @@ class Console:
         ]
         if r.get("accuracy") is not None:
             parts.append(f"accuracy {r['accuracy']:.1%}")
+        parts += [f"{label} {r[name]:.2f}" for name, label in LABELS.items() if r.get(name) is not None]
         if r["step"] == 0:
             parts.append("the baseline")
         elif r.get(f"baseline_{goal}") is not None and r.get("trend_percent") is not None:

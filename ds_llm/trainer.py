@@ -15,6 +15,8 @@ from ds_llm.config import Config
 from ds_llm.data.order import SampleOrder, hash64, micro_batch
 from ds_llm.engine import Engine
 from ds_llm.errors import UserError
+from ds_llm.evaluation import generations
+from ds_llm.evaluation.text_metrics import LABELS
 from ds_llm.interrupt import EXIT_CODE, Interrupt
 from ds_llm.models import adapters
 from ds_llm.modes import Job, count_processed, count_tokens
@@ -24,6 +26,8 @@ from ds_llm.schedule import learning_rate
 from ds_llm.sparsity import compact_checkpoint
 from ds_llm.sparsity.model import is_sparse
 from ds_llm.tracking import Meter, Tracker
+
+RESULTS = ("baseline", "best", "best_step", "texts_at_best", "evals_without_gain")  # of the evaluations so far
 
 
 class Trainer:
@@ -52,6 +56,7 @@ class Trainer:
             "baseline": None,
             "best": None,
             "best_step": None,
+            "texts_at_best": {},
             "evals_without_gain": 0,
         }
         self.last_saved = -1
@@ -248,6 +253,7 @@ class Trainer:
             state["evals_without_gain"] += 1
         state["last_eval"] = step
         self.tracker.evaluation(
+            state["texts_at_best"] = {name: figures[name] for name in LABELS if name in figures}
             {
                 "step": step,
                 "epoch": step * self.global_batch / len(self.job.samples),
@@ -308,9 +314,9 @@ class Trainer:
     def _restore(self, path: Path, saved: dict) -> None:
         self.engine.load(path)
         fresh = self.state
-        self.state = {name: saved[name] for name in fresh}
+        self.state = {name: saved.get(name, value) for name, value in fresh.items()}
         if not run_folder.measures_alike(self.config, saved):
-            self.state |= {name: fresh[name] for name in ("baseline", "best", "best_step", "evals_without_gain")}
+            self.state |= {name: fresh[name] for name in RESULTS}
         if path.resolve().parent == (self.output / "checkpoints").resolve():
             self.last_saved = self.state["step"]
 
@@ -378,6 +384,7 @@ class Trainer:
             summary["model"] = str(checkpoint.publish(self.output, checkpoint.folder(self.output, chosen)))
             summary["model_step"] = chosen
             self.tracker.log_model(self.output / "model")
+                **{f"{name}_at_best_step": value for name, value in state["texts_at_best"].items()},
         if self.rank == 0 and self.config.tracking.report:
             summary["report"] = str(self.output / "report.html")
         self.tracker.summary(summary)
@@ -403,9 +410,12 @@ def train(config: Config) -> int:
         engine.check_settings(config)
         resume, notes = run_folder.resume_point(config, output), []
         if resume:
+    add_generations = generations.prepare(config, data.tokenizer)
             path, saved = resume
             notes = run_folder.check_same_run(config, saved, data.fingerprint, world_size(), path)
-        trainer = Trainer(config, mode.build(config, data), data.fingerprint, interrupt)
+        job = mode.build(config, data)
+        add_generations(job)
+        trainer = Trainer(config, job, data.fingerprint, interrupt)
         if trainer.global_batch > (count := len(trainer.job.samples)):
             notes.append(
                 f"a step takes {trainer.global_batch:,} samples and the data set has {count:,}: each step goes through "

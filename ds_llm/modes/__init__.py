@@ -2,7 +2,7 @@
 
 A mode is a module with `check(config) -> Data`, which reads and checks everything that can be wrong before processes
 meet, and `build(config, data) -> Job`, which makes the model. `Data.fingerprint` is a flat dictionary that names the
-training data: a continued run must have the same.
+training data: a continued run must have the same. `Data.tokenizer` is the model's.
 """
 
 from __future__ import annotations

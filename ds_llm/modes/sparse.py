@@ -35,6 +35,10 @@ class Data:
     masks: dict[str, PackedMask] | None
     fingerprint: dict
 
+    @property
+    def tokenizer(self):
+        return self.inner.tokenizer
+
 
 def check(config: Config) -> Data:
     """Check the data as pretrain does where all of it are token files, else as sft does; read the masks."""
