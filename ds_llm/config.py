@@ -228,6 +228,20 @@ class EvalConfig:
     max_windows: int = key(0, "Use only the first windows (sft: packs, dpo: pairs); 0: all", at_least=0)
     prompts: list[str] = key([], "Prompts answered greedily at every evaluation and logged; sft, dpo: as a chat")
     max_new_tokens: int = key(64, "Tokens generated per prompt", at_least=1)
+    generation_metrics: list[str] = key(
+        [],
+        "Compare greedy answers to prompts with the references of their rows at every evaluation",
+        choices=tuple(METRICS),
+    )
+    generation_data: list[str] = key(
+        [], "Rows with prompts and references, as conversations or prompt and completion; empty: data.val"
+    )
+    generation_rows: int = key(64, "Use only the first usable rows; 0: all", at_least=0)
+    generation_tokenizer: str = key(
+        "13a",
+        "What BLEU and ROUGE count as words: 13a for English and its like, zh for Chinese, intl, char",
+        choices=WORD_TOKENIZERS,
+    )
     early_stopping: bool = key(False, "Stop when the perplexity has not improved for `patience` evaluations")
     patience: int = key(5, "Evaluations without improvement before stopping", at_least=1)
 
@@ -259,20 +273,6 @@ class WandbConfig:
     run_name: str | None = key(None, "Run name; none: the output folder's name")
     mode: str = key("online", "offline writes to disk for `wandb sync`", choices=("online", "offline", "disabled"))
     log_model: bool = key(False, "Upload the exported model as an artifact")
-    generation_metrics: list[str] = key(
-        [],
-        "Compare greedy answers to prompts with the references of their rows at every evaluation",
-        choices=tuple(METRICS),
-    )
-    generation_data: list[str] = key(
-        [], "Rows with prompts and references, as conversations or prompt and completion; empty: data.val"
-    )
-    generation_rows: int = key(64, "Use only the first usable rows; 0: all", at_least=0)
-    generation_tokenizer: str = key(
-        "13a",
-        "What BLEU and ROUGE count as words: 13a for English and its like, zh for Chinese, intl, char",
-        choices=WORD_TOKENIZERS,
-    )
     log_code: bool = key(False, "Upload the source and the resolved configuration as an artifact")
     log_every: int = key(1, "Steps between points sent", at_least=1)
     watch: str = key(

@@ -249,11 +249,11 @@ class Trainer:
         improved = step > 0 and math.isfinite(found) and (state["best"] is None or found < state["best"])
         if improved:
             state["best"], state["best_step"], state["evals_without_gain"] = found, step, 0
+            state["texts_at_best"] = {name: figures[name] for name in LABELS if name in figures}
         elif step > 0:
             state["evals_without_gain"] += 1
         state["last_eval"] = step
         self.tracker.evaluation(
-            state["texts_at_best"] = {name: figures[name] for name in LABELS if name in figures}
             {
                 "step": step,
                 "epoch": step * self.global_batch / len(self.job.samples),
@@ -378,13 +378,13 @@ class Trainer:
                 f"baseline_{self.job.goal}": state["baseline"],
                 f"best_{self.job.goal}": state["best"],
                 "best_step": state["best_step"],
+                **{f"{name}_at_best_step": value for name, value in state["texts_at_best"].items()},
             }
         if self.rank == 0 and (kept := checkpoint.steps(self.output)):
             chosen = state["best_step"] if state["best_step"] in kept and self.config.checkpoint.best else kept[0]
             summary["model"] = str(checkpoint.publish(self.output, checkpoint.folder(self.output, chosen)))
             summary["model_step"] = chosen
             self.tracker.log_model(self.output / "model")
-                **{f"{name}_at_best_step": value for name, value in state["texts_at_best"].items()},
         if self.rank == 0 and self.config.tracking.report:
             summary["report"] = str(self.output / "report.html")
         self.tracker.summary(summary)
@@ -404,13 +404,13 @@ def train(config: Config) -> int:
         console.print(note, markup=False)
     mode = import_module(f"ds_llm.modes.{config.mode}")
     data = mode.check(config)
+    add_generations = generations.prepare(config, data.tokenizer)
     output = Path(config.output)
     with run_folder.lock(output) if rank() == 0 else contextlib.nullcontext():
         engine.init_distributed()
         engine.check_settings(config)
         resume, notes = run_folder.resume_point(config, output), []
         if resume:
-    add_generations = generations.prepare(config, data.tokenizer)
             path, saved = resume
             notes = run_folder.check_same_run(config, saved, data.fingerprint, world_size(), path)
         job = mode.build(config, data)
