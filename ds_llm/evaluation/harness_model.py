@@ -40,6 +40,10 @@ class HarnessModel(HFLM):
         self.truncated = 0
         self._ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
+    def loglikelihood(self, requests: list, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Of each continuation behind its context, as `_loglikelihood_tokens`; without lm-eval's own bar."""
+        return super().loglikelihood(requests, disable_tqdm=True)
+
     @torch.no_grad()
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
