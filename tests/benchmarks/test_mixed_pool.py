@@ -1,5 +1,6 @@
 """The pool of mixed quality is what it says, and its labels tell what was done to each row."""
 
+import json
 import random
 from collections import Counter
 
@@ -39,11 +40,11 @@ def test_pools_share_no_text_with_pretraining_and_held_out_rows(texts, tmp_path,
     counts = Counter(row["kind"] for row in pool)
     assert counts == {"clean": 80, "news": 20, **dict.fromkeys(mixed_pool.KINDS, 20)}
     assert len({row["text"] for row in pool}) == 200
-    others = {name: path.read_text() for name, path in mixed_pool.write_texts(tmp_path).items()}
+    others = [json.loads(line)["text"] for path in mixed_pool.write_texts(tmp_path).values() for line in path.open()]
+    ends = {end for text in others for end in (text[:60], text[-60:])}
     for row in pool:
         if row["kind"] in ("clean", "news"):
-            escaped = row["text"].replace("\\", "\\\\").replace('"', '\\"')
-            assert not any(escaped in text for text in others.values())
+            assert row["text"][:60] not in ends and row["text"][-60:] not in ends
     assert mixed_pool.pool(200, seed=7) == mixed_pool.pool(200, seed=7) != mixed_pool.pool(200, seed=8)
     with pytest.raises(UserError, match="only 40 foreign texts for 50 rows"):
         mixed_pool.pool(500, seed=0)
