@@ -95,6 +95,12 @@ class SelectMoeConfig(PreTrainedConfig):
         """What the load-balancing loss is multiplied by, once; None for a backbone without such a loss."""
         return next((v for key in BALANCE_KEYS if (v := getattr(self.text_config, key, None)) is not None), None)
 
+    def set_load_balancing_weight(self, weight: float) -> None:
+        """For backbones made from now on, and those that read it in every forward pass."""
+        for key in BALANCE_KEYS:
+            if getattr(self.text_config, key, None) is not None:
+                setattr(self.text_config, key, weight)
+
     def quality_options(self) -> QualityOptions:
         return QualityOptions(**{f.name: getattr(self, f.name) for f in dataclasses.fields(QualityOptions)})
 
