@@ -19,12 +19,13 @@ from ds_llm.cli import world_size
 from ds_llm.errors import ConfigError, UserError
 from ds_llm.export import output_dtype
 from ds_llm.models.loading import load_model, load_model_config, load_tokenizer
+from ds_llm.models.source import detect_model_type
 from ds_llm.progress import console
 from ds_llm.sparsity.blockwise import CALIBRATED, METHODS, Pruned, prune_model
 from ds_llm.sparsity.calibrate import Windows, draw_windows
 from ds_llm.sparsity.masks import ZERO_SHARE, load_masks, mask_file, masks_from_zeros, save_masks
 from ds_llm.sparsity.scores import Pattern
-from ds_llm.sparsity.targets import INCLUDE
+from ds_llm.sparsity.targets import BOOSTED, INCLUDE
 
 SCOPES = {"magnitude": "layer", "wanda": "row", "sparsegpt": "layer"}  # of the papers
 REPORT = "pruning.json"
@@ -101,6 +102,8 @@ def prune(source: str | os.PathLike, out: str | os.PathLike, options: Options) -
     out = Path(os.path.expanduser(str(out)))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: holds something already; name a new or empty folder")
+    if detect_model_type(source) == "qwen_boost":
+        raise UserError(f"{source}: {BOOSTED}")
     start = time.perf_counter()
     dtype = output_dtype(source, options.dtype)
     tokenizer = load_tokenizer(source)

@@ -10,10 +10,15 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ds_llm.errors import UserError
+from ds_llm.models.boost import QwenBoostForCausalLM
 from ds_llm.models.moe import Experts, swiglu
 
 INCLUDE = ("head", "embeddings")  # dense unless asked
 ROUTERS = ("gate", "router", "shared_expert_gate")  # linear layers of these names choose experts and stay dense
+BOOSTED = (
+    "a boosted model is not pruned as one: take its models out (launch/convert.py extract), prune each, and join them "
+    "again (launch/convert.py boost)"
+)
 OUT, IN = "down_proj", ("gate_up_proj", "up_proj")  # the 3-D parameters of experts
 
 
@@ -36,7 +41,12 @@ class Target:
 
 
 def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The model's blocks in order, each with its name: the list with as many modules as the model has layers."""
+    """The model's blocks in order, each with its name: the list with as many modules as the model has layers.
+
+    Raises `UserError` for a model without such a list, and for a boosted one, which has several.
+    """
+    if isinstance(model, QwenBoostForCausalLM):
+        raise UserError(BOOSTED)
     depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == depth:

@@ -2,11 +2,12 @@
 
 import multiprocessing
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.sparse import SHAPES, contestant
+from benchmarks.sparse import SHAPES, contestant, peak_bytes, peak_is_new
 
 DENSITY, STEPS = 0.25, 3
 
@@ -47,3 +48,14 @@ def test_contestants_train_the_same_and_hold_what_they_say():
     assert found["compact frozen"][1] == 16 * kept + 4 * rest + counters["kept"]
     assert found["re-masked"][2] == matrices and found["dense"][2] == 0
     assert found["utils.prune"][2] >= 4 * matrices
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of a phase is measured on Linux only")
+def test_the_peak_is_that_of_the_phase():
+    assert peak_is_new()
+    before, size = peak_bytes(), 200 << 20
+    held = torch.ones(size, dtype=torch.uint8)
+    assert before + 0.95 * size < peak_bytes() < before + 1.2 * size
+    del held
+    assert peak_bytes() > before + 0.95 * size  # it stays until it starts anew
+    assert peak_is_new() and peak_bytes() < before + 0.5 * size
