@@ -173,11 +173,12 @@ def batch_loss(
 
 def describe(name: str, powers: Tensor, terms: dict[str, Tensor]) -> str:
     """A line with a loss's terms and the gates' mean and standard deviation, from means of g and g^2: powers [L, 2]."""
-    mean, square = powers.double().unbind(-1)
+    mean, square = powers.detach().double().unbind(-1)
     spread = (square - mean.square()).clamp_min(0).sqrt()
-    parts = ", ".join(f"{term} {float(value):.4g}" for term, value in terms.items())
+    values = {term: float(value.detach()) for term, value in terms.items()}
+    parts = ", ".join(f"{term} {value:.4g}" for term, value in values.items())
     return (
-        f"quality loss {name}: {float(sum(terms.values())):.4g} ({parts}); gates: mean {float(mean.mean()):.4f}, "
+        f"quality loss {name}: {sum(values.values()):.4g} ({parts}); gates: mean {float(mean.mean()):.4f}, "
         f"standard deviation {float(spread.mean()):.4f}"
     )
 
