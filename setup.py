@@ -17,6 +17,7 @@ INSTALL = [
     "zstandard>=0.22",  # .jsonl.zst input
     "psutil>=5.9",  # memory of a process without a GPU
     "filelock>=3.12",  # one preparation at a time per output
+    "scikit-learn>=1.5",  # clustering, principal components
     "matplotlib>=3.8",  # histograms and report plots
     "jinja2>=3.1",  # chat templates, the HTML report
     "tensorboard>=2.16",  # event files

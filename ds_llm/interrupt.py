@@ -21,8 +21,12 @@ class Interrupt:
     def __init__(self):
         self.reason: str | None = None
         self._launcher = _launcher_chain() if "RANK" in os.environ else []
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._on_signal)
+        self._before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def close(self) -> None:
+        """Let signals do again what they did before."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _on_signal(self, number, frame) -> None:
         self.reason = self.reason or signal.Signals(number).name
