@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -9,10 +10,10 @@ import pytest
 import torch
 from chats import adapted, randomise
 from distributed.test_resume import same_state
-from jobs import VOCAB
+from jobs import ROOT, VOCAB, launch
 from transformers import AutoTokenizer
 
-from ds_llm import config, metrics, trainer
+from ds_llm import config, deepspeed_config, metrics, trainer
 from ds_llm.errors import ConfigError, UserError
 from ds_llm.export import export
 from ds_llm.models import adapters
@@ -95,6 +96,11 @@ def run(arguments: list[str], output: Path) -> list[dict]:
 def test_a_continued_run_ends_bitwise_alike_and_keeps_every_zero(arguments, pruned, tmp_path):
     arguments = [*arguments, "zero=2", "ema.enabled=true", "sparse.density=0.3"]
     arguments += ["sparse.samples=10", "sparse.scale_lr=true"]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(
+        "".join(json.dumps({"prompt": f"w{i}", "completion": f"w{i + 1} w{i + 2}"}) + "\n" for i in range(9))
+    )
+    arguments += ["eval.generation_metrics=[rouge]", f"eval.generation_data={rows}", "eval.max_new_tokens=3"]
     whole = run(arguments, tmp_path / "whole")
     output, early = tmp_path / "continued", "checkpoints/step-00000002"
     shutil.copytree(tmp_path / "whole" / early, output / early)
@@ -106,6 +112,7 @@ def test_a_continued_run_ends_bitwise_alike_and_keeps_every_zero(arguments, prun
     assert max(r["lr"] for r in steps) == pytest.approx(1e-2 * math.sqrt(2))
     assert [r["step"] for r in evals] == [0, 5, STEPS]  # an epoch of 10 samples is 5 steps of 2
     assert evals[-1]["perplexity"] < evals[0]["perplexity"] == evals[-1]["baseline_perplexity"]
+    assert all(r["generated"] == 9 and 0 <= r["rouge1"] <= 100 for r in evals)
     masks = load_masks(pruned)
     for path in sorted(output.glob("checkpoints/*/model")):
         table = json.loads((path / "sparsity.json").read_text())
@@ -123,7 +130,7 @@ def test_a_continued_run_ends_bitwise_alike_and_keeps_every_zero(arguments, prun
     export(tmp_path / "out", tmp_path / "compact", compact=True)
     assert all(torch.equal(p, written[n]) for n, p in load_model(tmp_path / "compact").named_parameters())
     page = (output / "report.html").read_text()
-    assert "Kept weights" in page and "experts.down_proj" in page
+    assert "Kept weights" in page and "experts.down_proj" in page and "Share of weights that are not 0" in page
 
 
 def built(arguments: list[str], *overrides: str):
@@ -161,6 +168,25 @@ def test_what_is_trained(arguments):
     assert len(adapters) == 8 and all("lora_" in n and ("q_proj" in n or "v_proj" in n) for n in adapters)
 
 
+def test_the_rate_grows_with_the_root_of_the_global_batch(arguments, monkeypatch):
+    for overrides, processes, batch in (
+        ([], 1, 2),
+        (["train.accumulation_steps=3"], 1, 6),
+        (["train.batch_size=5"], 4, 20),
+    ):
+        monkeypatch.setenv("WORLD_SIZE", str(processes))
+        assert built(arguments, *overrides, "sparse.scale_lr=true")[0].lr_factor == math.sqrt(batch)
+        assert built(arguments, *overrides)[0].lr_factor == 1
+
+
+def test_stops_early_at_the_best_perplexity(arguments, tmp_path):
+    arguments += ["zero=0", "train.max_steps=40", "optim.lr=1e-30", "optim.weight_decay=0", "eval.every_steps=1"]
+    arguments += ["eval.early_stopping=true", "eval.patience=2", "checkpoint.every_steps=0", "tracking.report=false"]
+    records = run(arguments, tmp_path / "run")
+    assert [r["step"] for r in records if r["kind"] == "step"][-1] == 3  # nothing changes: the best is the first
+    assert records[-1]["best_step"] == records[-1]["model_step"] == 1
+
+
 def test_an_epoch_of_a_fixed_number_of_samples(arguments):
     job, data = built(arguments, "sparse.samples=7")
     assert len(job.samples) == 7 and len(set(job.samples.chosen)) == 7
@@ -169,6 +195,46 @@ def test_an_epoch_of_a_fixed_number_of_samples(arguments):
     assert len(job.samples) == more and set(job.samples.chosen) == set(range(len(data.inner.train)))
     expected = data.inner.train.batch(job.samples.chosen[[3, more - 1]])
     assert all(torch.equal(t, expected[n]) for n, t in job.samples.batch([3, more - 1]).items())
+
+
+def presets() -> dict[str, list[str]]:
+    """The overrides of docs/sparse.md by card."""
+    page = (ROOT / "docs" / "sparse.md").read_text()
+    rows = re.findall(r"^\| (up to 4 GB|6 to 8 GB|12 GB and more) \| (.*) \|$", page, re.MULTILINE)
+    return {card: re.search("`(.*)`", cell)[1].split() for card, cell in rows}
+
+
+RECIPE = ROOT / "ds_configs" / "recipes" / "sparse.yaml"
+
+
+@pytest.mark.parametrize("card", ["up to 4 GB", "6 to 8 GB", "12 GB and more"])
+def test_the_settings_for_each_card_are_possible(card, pruned, corpus, text):
+    keys = [f"model.path={pruned}", f"data.train={corpus / 'train.bin'}", f"data.val={text}", "sparse.density=0.3"]
+    settings = config.load(str(RECIPE), [*presets()[card], *keys, "data.seq_len=32", "eval.token_length=32"])
+    job = sparse.build(settings, sparse.check(settings))
+    built_json = deepspeed_config.build(settings, 1)
+    assert settings.train.dtype == "bf16" and built_json["bf16"]["enabled"]
+    offloaded = built_json["zero_optimization"].get("offload_optimizer", {}).get("device")
+    frozen = [n for n, p in job.model.named_parameters() if not p.requires_grad]
+    assert (offloaded == "cpu") == bool(frozen) == (card == "up to 4 GB")
+
+
+def test_the_smallest_card_is_trained_for_on_two_processes(pruned, corpus, text, tmp_path):
+    """The recipe as it is but for the sizes: bf16, ZeRO-2 with the optimizer on the CPU, recomputed layers."""
+    sizes = [f"model.path={pruned}", f"data.train={corpus / 'train.bin'}", f"data.val={text}", "sparse.density=0.3"]
+    sizes += ["data.seq_len=32", "eval.token_length=32", "eval.max_windows=2", "sparse.samples=8", "train.epochs=1"]
+    sizes += ["train.accumulation_steps=2", "optim.lr=1e-2", "tracking.report=false", f"output={tmp_path / 'run'}"]
+    done = launch("forked", ["--config", str(RECIPE), *presets()["up to 4 GB"], *sizes])
+    assert done.returncode == 0, done.stdout + done.stderr
+    evals = [r for r in metrics.read(tmp_path / "run" / "metrics.jsonl") if r["kind"] == "eval"]
+    assert [r["step"] for r in evals] == [0, 2] and evals[-1]["perplexity"] < evals[0]["perplexity"]
+    before, after = (dict(load_model(path, "bf16").named_parameters()) for path in (pruned, tmp_path / "run"))
+    masks = load_masks(pruned)
+    for name, p in after.items():
+        if name in masks:
+            assert not p[~masks[name].to_dense()].any() and not torch.equal(p, before[name])
+        else:
+            assert torch.equal(p, before[name])
 
 
 @pytest.mark.parametrize(
