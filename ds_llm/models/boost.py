@@ -15,7 +15,6 @@ from itertools import pairwise
 from typing import Self
 
 import torch
-import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationMixin
@@ -30,13 +29,12 @@ from transformers.utils import can_return_tuple
 from ds_llm.kernels.token_stats import TokenStats, linear_cross_entropy, linear_token_stats
 from ds_llm.models import predecessor
 from ds_llm.models.head import (
-    IGNORE_INDEX,
     LMHead,
     attach_loss_head,
     backbone,
     balancing_loss,
-    head_loss,
     logit_transform,
+    loss_and_logits,
 )
 
 OWN_KEYS = ("num_sub_models", "sub_model_cfgs", "fusion_lambda", "is_llmboost", "connection")
@@ -390,16 +388,7 @@ class QwenBoostForCausalLM(PreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        hidden, loss, logits = out.last_hidden_state, None, None
-        if labels is not None:
-            shifted = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
-            items = (shifted != IGNORE_INDEX).sum().clamp_min(1) if num_items_in_batch is None else num_items_in_batch
-            loss = head_loss(self.lm_head, hidden, shifted) / items
-            if self.training and out.aux_loss is not None:
-                loss = loss + out.aux_loss
-        if labels is None or not self.training:
-            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(hidden[:, keep])
+        loss, logits = loss_and_logits(self, out, labels, num_items_in_batch, logits_to_keep)
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=out.past_key_values)
 
 

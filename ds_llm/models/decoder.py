@@ -28,7 +28,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ds_llm.config import ModelConfig
 from ds_llm.kernels.rope import apply_rope, rope_tables
-from ds_llm.models.head import IGNORE_INDEX, LMHead, document_lengths, head_loss
+from ds_llm.models.head import LMHead, document_lengths, loss_and_logits
 from ds_llm.models.moe import MLP, Experts, MoEBlock, Router
 
 
@@ -378,17 +378,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        hidden = out.last_hidden_state
-        loss = logits = None
-        if labels is not None:
-            shifted = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
-            items = (shifted != IGNORE_INDEX).sum().clamp_min(1) if num_items_in_batch is None else num_items_in_batch
-            loss = head_loss(self.lm_head, hidden, shifted) / items
-            if self.training and out.aux_loss is not None:
-                loss = loss + out.aux_loss
-        if labels is None or not self.training:
-            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(hidden[:, keep])
+        loss, logits = loss_and_logits(self, out, labels, num_items_in_batch, logits_to_keep)
         return DecoderCausalLMOutput(
             loss=loss,
             logits=logits,
