@@ -18,7 +18,7 @@ from ds_llm.data.order import SampleOrder
 from ds_llm.data.pairs import Pairs, prepare_pairs
 from ds_llm.errors import ConfigError, UserError
 from ds_llm.models import adapters
-from ds_llm.modes import Job, sft
+from ds_llm.modes import Job, lengths
 from ds_llm.preference import METRICS, Preference
 from ds_llm.progress import progress
 from ds_llm.scoring.reference import model_fingerprint, reference_log_probs
@@ -63,7 +63,8 @@ def check(config: Config) -> Data:
     Pairs and reference log-probabilities are stored in the folder `pairs` of the cache, see
     `ds_llm.data.corpora.cache_folder`.
     """
-    from ds_llm.models.loading import load_model_config, load_tokenizer
+    from ds_llm.evaluation.samples import check_prompts
+    from ds_llm.models.loading import load_tokenizer
 
     data, options = config.data, config.dpo
     if config.model.path is None:
@@ -86,15 +87,12 @@ def check(config: Config) -> Data:
     )
     if options.reference and not loss.needs_reference:
         raise ConfigError(f"dpo.reference: the {options.loss} loss has no reference; leave it out")
-    limit = getattr(load_model_config(config.model.path).get_text_config(), "max_position_embeddings", None)
-    seq_len = data.seq_len or min(limit or config.model.max_seq_len, config.model.max_seq_len)
-    if limit and seq_len > limit:
-        raise UserError(f"data.seq_len: {seq_len} tokens are more than the model's {limit} positions")
+    seq_len, limit = lengths(config)
     identity = adapters.check(config)
     tokenizer = load_tokenizer(data.tokenizer or config.model.path)
     if options.reference:
         _check_reference(options.reference, tokenizer, seq_len)
-    sft.check_prompts(config, tokenizer, limit)
+    check_prompts(config, tokenizer, limit, chat=True)
     train, val = (
         Samples(
             prepare_pairs(
@@ -129,6 +127,8 @@ def _check_reference(path: str, tokenizer, seq_len: int) -> None:
 
 def build(config: Config, data: Data) -> Job:
     """Load the model, with adapters where asked, and join it with the pairs."""
+    from ds_llm.evaluation.samples import sampling
+
     model = adapters.start_model(config, data.tokenizer)
     prepare = None
     if data.loss.needs_reference:
@@ -173,7 +173,7 @@ def build(config: Config, data: Data) -> Job:
         data.train,
         data.seq_len,
         _evaluation(config, data) if data.val is not None else None,
-        sft.sampling(config, data, model) if config.eval.prompts else None,
+        sampling(config, data.tokenizer, model, chat=True),
         prepare=prepare,
         count=lambda batch: len(batch["index"]),
         unit="pair",

@@ -12,7 +12,7 @@ from ds_llm.config import Config
 from ds_llm.data.tokens import TokenData
 from ds_llm.errors import ConfigError, UserError
 from ds_llm.models import adapters
-from ds_llm.modes import Job
+from ds_llm.modes import Job, lengths
 from ds_llm.progress import console
 
 if TYPE_CHECKING:
@@ -36,17 +36,12 @@ def check(config: Config) -> Data:
     """Open the token files and the tokenizer; every mistake in them is found here, before any model is built."""
     from ds_llm.evaluation.measure import open_streams
     from ds_llm.evaluation.perplexity import check_length
-    from ds_llm.models.loading import load_model_config, load_tokenizer
+    from ds_llm.evaluation.samples import check_prompts
+    from ds_llm.models.loading import load_tokenizer
 
     if not config.data.train:
         raise ConfigError("data.train: name the token files to train on, for example data.train=data/train.bin")
-    if config.model.path is None:
-        limit = config.model.max_seq_len
-    else:
-        limit = getattr(load_model_config(config.model.path), "max_position_embeddings", None)
-    seq_len = config.data.seq_len or min(limit or config.model.max_seq_len, config.model.max_seq_len)
-    if limit and seq_len > limit:
-        raise UserError(f"data.seq_len: {seq_len} tokens are more than the model's {limit} positions")
+    seq_len, limit = lengths(config)
     train = TokenData(config.data.train, seq_len, config.data.isolate_documents)
     source = config.data.tokenizer or (config.model.path if config.model.path else train.files[0].tokenizer_path)
     if source is None:
@@ -69,10 +64,7 @@ def check(config: Config) -> Data:
         if len(val.rejected) > SHOWN_ROWS:
             console.print(f"warning: data.val: {len(val.rejected):,} rows in all are not evaluated on", markup=False)
         check_length(val.tokens, length)
-    for prompt in config.eval.prompts:
-        length = len(tokenizer(prompt).input_ids)
-        if limit and length >= limit:
-            raise ConfigError(f"eval.prompts: {prompt[:40]!r}... has {length} tokens, the model {limit} positions")
+    check_prompts(config, tokenizer, limit, chat=False)
     fingerprint = {
         "files": [file.meta["sha256"] for file in train.files],
         "seq_len": seq_len,
@@ -105,9 +97,11 @@ def build(config: Config, data: Data) -> Job:
 
 def job(config: Config, data: Data, model: nn.Module) -> Job:
     """Join a model whose loss head is attached with the data."""
+    from ds_llm.evaluation.samples import sampling
+
     objective = LanguageModeling(model)
     evaluate = _evaluation(config, data) if data.val is not None else None
-    sample = _sampling(config, data, model) if config.eval.prompts else None
+    sample = sampling(config, data.tokenizer, model, chat=False)
     return Job(model, objective, data.tokenizer, data.train, data.seq_len, evaluate, sample)
 
 
@@ -153,16 +147,3 @@ def _evaluation(config: Config, data: Data):
         }
 
     return evaluate
-
-
-def _sampling(config: Config, data: Data, model: nn.Module):
-    from ds_llm.generation import Generator, SamplingParams
-
-    greedy = SamplingParams(max_new_tokens=config.eval.max_new_tokens, temperature=0.0)
-    plain = adapters.without_wrapper(model)
-
-    def sample(engine) -> list[dict]:
-        texts = Generator(plain, data.tokenizer).batch_generate(config.eval.prompts, greedy)
-        return [{"prompt": p, "text": t} for p, t in zip(config.eval.prompts, texts, strict=True)]
-
-    return sample

@@ -15,7 +15,7 @@ from ds_llm.data.corpora import cache_folder
 from ds_llm.data.packing import GroupedSamples, PackedSamples
 from ds_llm.errors import ConfigError, UserError
 from ds_llm.models import adapters
-from ds_llm.modes import Job
+from ds_llm.modes import Job, lengths
 from ds_llm.progress import console, progress
 
 
@@ -35,7 +35,8 @@ def check(config: Config) -> Data:
 
     Samples are stored in the folder `supervised` of the cache, see `ds_llm.data.corpora.cache_folder`.
     """
-    from ds_llm.models.loading import load_model_config, load_tokenizer
+    from ds_llm.evaluation.samples import check_prompts
+    from ds_llm.models.loading import load_tokenizer
 
     data = config.data
     if config.model.path is None:
@@ -52,16 +53,13 @@ def check(config: Config) -> Data:
         )
     if data.packing and data.tokens_per_batch is not None:
         raise ConfigError("data.tokens_per_batch: is for data.packing=false; a packed batch has train.batch_size rows")
-    limit = getattr(load_model_config(config.model.path).get_text_config(), "max_position_embeddings", None)
-    seq_len = data.seq_len or min(limit or config.model.max_seq_len, config.model.max_seq_len)
-    if limit and seq_len > limit:
-        raise UserError(f"data.seq_len: {seq_len} tokens are more than the model's {limit} positions")
+    seq_len, limit = lengths(config)
     budget = data.tokens_per_batch or 4 * seq_len
     if budget < seq_len:
         raise ConfigError(f"data.tokens_per_batch: {budget} is less than data.seq_len={seq_len}")
     identity = adapters.check(config)
     tokenizer = load_tokenizer(data.tokenizer or config.model.path)
-    check_prompts(config, tokenizer, limit)
+    check_prompts(config, tokenizer, limit, chat=True)
     documents = _prepare(config, data.train, tokenizer, seq_len, "train", data.weights)
     if data.packing:
         train = PackedSamples(documents, seq_len, tokenizer.pad_token_id)
@@ -111,24 +109,6 @@ def _prepare(config: Config, sources: list[str], tokenizer, seq_len: int, what: 
     return documents
 
 
-def check_prompts(config: Config, tokenizer, limit: int | None) -> None:
-    """Refuse `eval.prompts` that leave no room for an answer within the model's `limit` positions."""
-    for prompt in config.eval.prompts:
-        message = as_prompt(prompt, tokenizer)
-        if isinstance(message, str):
-            length = len(tokenizer(message)["input_ids"])
-        else:
-            text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-            length = len(tokenizer(text, add_special_tokens=False)["input_ids"])
-        if limit and length >= limit:
-            raise ConfigError(f"eval.prompts: {prompt[:40]!r}... has {length} tokens, the model {limit} positions")
-
-
-def as_prompt(text: str, tokenizer) -> str | list[dict]:
-    """A user's message for the chat template, or the text itself where the tokenizer has none."""
-    return [{"role": "user", "content": text}] if tokenizer.chat_template else text
-
-
 def build(config: Config, data: Data) -> Job:
     """Load the model, with adapters where asked, and join it with the data."""
     return job(config, data, adapters.start_model(config, data.tokenizer))
@@ -136,8 +116,10 @@ def build(config: Config, data: Data) -> Job:
 
 def job(config: Config, data: Data, model: nn.Module) -> Job:
     """Join a model whose loss head is attached with the data."""
+    from ds_llm.evaluation.samples import sampling
+
     evaluate = _evaluation(config, data.val) if data.val is not None else None
-    sample = sampling(config, data, model) if config.eval.prompts else None
+    sample = sampling(config, data.tokenizer, model, chat=True)
     return Job(model, SupervisedLoss(model), data.tokenizer, data.train, data.seq_len, evaluate, sample)
 
 
@@ -190,18 +172,3 @@ def _evaluation(config: Config, val: PackedSamples):
         }
 
     return evaluate
-
-
-def sampling(config: Config, data, model: nn.Module):
-    """The function that answers `eval.prompts` as a chat, greedily; `data` has the tokenizer."""
-    from ds_llm.generation import Generator, SamplingParams
-
-    greedy = SamplingParams(max_new_tokens=config.eval.max_new_tokens, temperature=0.0)
-    plain = adapters.without_wrapper(model)
-    prompts = [as_prompt(text, data.tokenizer) for text in config.eval.prompts]
-
-    def sample(engine) -> list[dict]:
-        texts = Generator(plain, data.tokenizer).batch_generate(prompts, greedy)
-        return [{"prompt": p, "text": t} for p, t in zip(config.eval.prompts, texts, strict=True)]
-
-    return sample
