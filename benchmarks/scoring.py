@@ -160,7 +160,7 @@ def floor_batch(model, rows, scored: float) -> dict:
 
 
 def measure(units: dict[str, list[Callable]], model, cuda: bool) -> dict[str, dict]:
-    """One round: every contestant's units, the one that is furthest behind goes next."""
+    """One round: every contestant's units, the one that is furthest behind goes next. The model is left as it was."""
     import torch
 
     from ds_llm.scoring.attention import NAME
@@ -182,6 +182,7 @@ def measure(units: dict[str, list[Callable]], model, cuda: bool) -> dict[str, di
             own["cpu_seconds"] += time.process_time() - cpu
         own["peak_bytes"] = max(own["peak_bytes"], memory.bytes)
         done[name] += 1
+    model.set_attn_implementation(attention)
     return state
 
 

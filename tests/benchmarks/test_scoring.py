@@ -26,7 +26,9 @@ def test_all_score_the_same_documents_alike(corpus, tmp_path):
         "floor": scoring.floor(*arguments, 64),
     }
     with torch.no_grad():
+        attention = scorer.model.config._attn_implementation
         found = scoring.measure(batches, scorer.model, scorer.device.type == "cuda")
+    assert scorer.model.config._attn_implementation == attention  # of the next round
     for name in ("ours", "padded"):
         assert scoring.disagreement(found["batch 1"]["scores"], found[name]["scores"]) < 1e-3
         assert sorted(found[name]["scores"]) == list(range(len(ids)))
