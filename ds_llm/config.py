@@ -65,7 +65,7 @@ class DataConfig:
     train: list[str] = key(
         [],
         "What to train on. pretrain: token files (.bin). sft: JSONL, JSON or Parquet files, folders or patterns, or "
-        "the hub name of a data set; dpo: such files with preference pairs; sparse: as pretrain or as sft",
+        "the hub name of a data set; dpo: such files with preference pairs; sparse, router: as pretrain or as sft",
     )
     val: list[str] = key(
         [],
@@ -94,6 +94,12 @@ class DataConfig:
     )
     weights: list[float] = key(
         [], "sft: share of each data.train entry that is used, 0.5 half of it, 2 all of it twice; empty: all once"
+    )
+    subset_ratio: float | None = key(
+        None,
+        "router: share of the samples that is trained on, drawn once by train.seed; none: 0.05",
+        above=0,
+        at_most=1,
     )
     packing: bool = key(
         True, "sft: put several samples into a row of data.seq_len tokens; false: batches of samples of similar length"
@@ -174,6 +180,31 @@ class SparseConfig:
         at_least=1,
     )
     scale_lr: bool = key(False, "Multiply optim.lr by the square root of the global batch")
+
+
+@dataclass
+class RouterConfig:
+    train_routers: bool = key(False, "Train the routers too, not only the gates; lora.enabled: by low-rank adapters")
+    quality_loss: str = key(
+        "sigmoid",
+        "Loss on the gates: sigmoid, mse, beta_moment_matching, mean_variance_regularization; contrastive and ranking "
+        "tell samples from corrupted copies; or a registered one",
+    )
+    quality_weight: float = key(0.01, "Weight of the quality loss", at_least=0)
+    balance_weight: float | None = key(None, "Weight of the load-balancing loss; none: the model's own", at_least=0)
+    beta_target_mean: float = key(0.5, "beta_moment_matching: mean that the gates are to have", at_least=0, at_most=1)
+    beta_target_var: float = key(0.05, "beta_moment_matching: variance that the gates are to have", at_least=0)
+    w_mean: float = key(1.0, "beta_moment_matching: weight of the mean's term", at_least=0)
+    w_var: float = key(1.0, "beta_moment_matching: weight of the variance's term", at_least=0)
+    lambda_var: float = key(0.1, "mean_variance_regularization: weight of the variance", at_least=0)
+    corruptions: list[str] = key(
+        ["shuffle", "repeat", "replace"],
+        "contrastive, ranking: how copies are corrupted; one is drawn for each document",
+    )
+    held_out: int = key(
+        64, "contrastive, ranking: samples outside the subset on which the gates are evaluated; 0: none", at_least=0
+    )
+    quality_loss_debug: bool = key(False, "Print the terms of the quality loss at every step")
 
 
 @dataclass
@@ -291,7 +322,7 @@ class TrackingConfig:
 
 @dataclass
 class Config:
-    mode: str = key("pretrain", "What is trained", choices=("pretrain", "sft", "dpo", "sparse"))
+    mode: str = key("pretrain", "What is trained", choices=("pretrain", "sft", "dpo", "sparse", "router"))
     output: str = key("runs/pretrain", "Folder of the run: checkpoints, metrics, report, exported model")
     resume: str = key(
         "auto", "auto: continue from the newest whole checkpoint; never: start anew; or a checkpoint folder"
@@ -307,6 +338,7 @@ class Config:
     lora: LoraConfig = field(default_factory=LoraConfig)
     dpo: DpoConfig = field(default_factory=DpoConfig)
     sparse: SparseConfig = field(default_factory=SparseConfig)
+    router: RouterConfig = field(default_factory=RouterConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -354,6 +386,8 @@ def _check_together(config: Config) -> None:
         )
     if config.eval.early_stopping and not config.data.val:
         raise ConfigError("eval.early_stopping: needs data.val, the token files to evaluate on")
+    if config.data.subset_ratio is not None and config.mode != "router":
+        raise ConfigError(f"data.subset_ratio: is for router; {config.mode} trains on all of data.train")
     if config.deepspeed is not None and not isinstance(config.deepspeed, (str, dict)):
         raise ConfigError("deepspeed: must be a JSON file or a mapping")
 

@@ -374,7 +374,21 @@ def split_layers(module: nn.Module, ranks: int) -> dist.ProcessGroup:
 
 
 def _keep_experts_whole(module: nn.Module) -> None:
-    """Have ZeRO-3 gather the blocks of `MOE_BLOCKS` as one."""
-    blocks = {type(m) for m in module.modules() if type(m).__name__ in MOE_BLOCKS}
+    """Have ZeRO-3 gather the blocks of `MOE_BLOCKS` as one.
+
+    It takes a block's gradients when that of the block's input is there; of an input without one, below which all is
+    frozen, before they are. So inputs always get one.
+    """
+    blocks = [m for m in module.modules() if type(m).__name__ in MOE_BLOCKS]
+    for block in blocks:
+        if any(p.requires_grad for p in block.parameters()):
+            block.register_forward_pre_hook(_require_gradient)
     if blocks:
-        set_z3_leaf_modules(module, list(blocks), raise_if_not_found=False)
+        set_z3_leaf_modules(module, list({type(m) for m in blocks}), raise_if_not_found=False)
+
+
+def _require_gradient(_, args: tuple) -> tuple:
+    hidden, *rest = args
+    if torch.is_grad_enabled() and not hidden.requires_grad:
+        hidden = hidden.detach().requires_grad_()
+    return hidden, *rest

@@ -18,7 +18,7 @@ from ds_llm.errors import UserError
 from ds_llm.evaluation import generations
 from ds_llm.evaluation.text_metrics import LABELS
 from ds_llm.interrupt import EXIT_CODE, Interrupt
-from ds_llm.models import adapters
+from ds_llm.models import adapters, partial
 from ds_llm.modes import Job, count_processed, count_tokens
 from ds_llm.options import to_dict
 from ds_llm.progress import console
@@ -136,7 +136,11 @@ class Trainer:
         valid, tokens, processed, stop = engine.all_reduce([*sums, float(self.interrupt.requested())])
         self.stopping = stop > 0
         # dropout of a step is a function of seed, step and rank, so that there is no generator state to save
-        torch.manual_seed(int(hash64(np.array([step * self.world + self.rank]), c.train.seed, 0)[0] >> np.uint64(1)))
+        seed = int(hash64(np.array([step * self.world + self.rank]), c.train.seed, 0)[0] >> np.uint64(1))
+        torch.manual_seed(seed)
+        if self.job.begin_step is not None:
+            self.job.begin_step(self.engine, batches, valid)
+            torch.manual_seed(seed)
         loss_sum, aux, report, counts, extras = 0.0, 0.0, 0.0, None, torch.zeros(len(self.job.metrics))
         for i, batch in enumerate(batches):
             self.engine.begin_micro_step(last=i == count - 1)
@@ -299,11 +303,13 @@ class Trainer:
 
     def _write(self, folder: Path) -> None:
         self.engine.save(folder)
-        adapter = adapters.is_adapter(self.job.model)
+        adapter, part = adapters.is_adapter(self.job.model), partial.is_partial(self.job.model)
         with self.engine.averaged_weights():
-            weights = self.engine.gather(self.job.model, trained_only=adapter)
+            weights = self.engine.gather(self.job.model, trained_only=adapter or part)
         if self.rank == 0:
-            if adapter:
+            if part:
+                partial.save(self.job.model, weights, folder / "model")
+            elif adapter:
                 adapters.save_adapter(self.job.model, weights, folder / "model")
             elif is_sparse(self.job.model):
                 compact_checkpoint.save(self.job.model, weights, folder / "model")

@@ -21,11 +21,11 @@ from ds_llm.progress import console
 EDGE_BYTES = 1 << 20  # read at both ends of a weight file to recognise it
 
 
-def start_model(config: Config, tokenizer) -> nn.Module:
+def start_model(config: Config, tokenizer, dtype: str | None = None) -> nn.Module:
     """The model at `model.path`, ready for training: kernels, loss head, adapters, recomputation as configured.
 
-    Adapters leave out the parts that `model.freeze` names. Frozen weights need no fp32 copy: with adapters the base is
-    loaded in `train.dtype`.
+    Adapters leave out the parts that `model.freeze` names. dtype: what the weights are loaded in; None: fp32, and with
+    adapters `train.dtype`, as frozen weights need no fp32 copy.
     """
     from ds_llm.models.head import attach_loss_head
     from ds_llm.models.loading import load_model, match_tokenizer
@@ -33,7 +33,7 @@ def start_model(config: Config, tokenizer) -> nn.Module:
     lora = config.lora
     model = load_model(
         config.model.path,
-        dtype=config.train.dtype if lora.enabled else "fp32",
+        dtype=dtype or (config.train.dtype if lora.enabled else "fp32"),
         attention=config.model.attention,
         compute_dtype=config.train.dtype,
         quantize=lora.quantize if lora.enabled else "none",

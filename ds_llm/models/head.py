@@ -211,6 +211,27 @@ class LMLoss(NamedTuple):
     expert_counts: Tensor | None
 
 
+def run_backbone(
+    model: nn.Module,
+    input_ids: Tensor,
+    position_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    token_mask: Tensor | None = None,
+    **options,
+):
+    """What the backbone of a causal language model returns for a batch without a cache; arguments as for `lm_loss`,
+    options as the backbone takes them."""
+    body = backbone(model)
+    if token_mask is not None and getattr(body, "takes_token_mask", False):
+        options["token_mask"] = token_mask
+    flash = "flash" in (getattr(body.config, "_attn_implementation", None) or "")
+    if flash and position_ids is not None and attention_mask is None:
+        options.update(document_lengths(position_ids))
+    return body(
+        input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, use_cache=False, **options
+    )
+
+
 def lm_loss(
     model: nn.Module,
     input_ids: Tensor,
@@ -228,18 +249,9 @@ def lm_loss(
     the experts' statistics. Mixture-of-experts models of transformers use their own load-balancing loss and coefficient
     where they define one. per_row: the loss as a sum per row [B].
     """
-    body = backbone(model)
-    config = body.config
-    extra = {}
-    if token_mask is not None and getattr(body, "takes_token_mask", False):
-        extra["token_mask"] = token_mask
     balanced = balancing_loss(model)
-    if balanced is not None:
-        extra["output_router_logits"] = True
-    flash = "flash" in (getattr(config, "_attn_implementation", None) or "")
-    if flash and position_ids is not None and attention_mask is None:
-        extra.update(document_lengths(position_ids))
-    out = body(input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, use_cache=False, **extra)
+    extra = {} if balanced is None else {"output_router_logits": True}
+    out = run_backbone(model, input_ids, position_ids, attention_mask, token_mask, **extra)
     hidden = out.last_hidden_state
     loss_sum = head_loss(model.get_output_embeddings(), hidden, labels, "none" if per_row else "sum")
     if per_row:

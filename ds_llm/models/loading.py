@@ -29,8 +29,9 @@ from ds_llm.cli import rank
 from ds_llm.config import DTYPES
 from ds_llm.data.tokenizer import load_tokenizer as read_tokenizer
 from ds_llm.errors import UserError
+from ds_llm.models import partial
 from ds_llm.models.boost import QwenBoostConfig
-from ds_llm.models.source import Source, detect_model_type, did_you_mean, locate, nearest
+from ds_llm.models.source import PARTIAL_FILE, Source, detect_model_type, did_you_mean, locate, nearest
 from ds_llm.sparsity import compact_checkpoint
 
 TORCH_DTYPES = dict(zip(DTYPES, (torch.float32, torch.bfloat16, torch.float16), strict=True))
@@ -169,11 +170,12 @@ def load_model(
     """A causal language model with its weights, on the CPU, in evaluation mode.
 
     dtype: fp32, bf16, fp16, or auto for the one it was saved in. attention: see `attention_kernel`; compute_dtype: the
-    type it will compute in where that is not the one it is loaded in. A peft adapter is merged into its base, or, with
-    merge=False, kept apart: the model is then a peft model. quantize "nf4" holds the linear layers but the output head
-    in 4 bits, on the process's GPU where there is one (needs bitsandbytes). Raises `UserError` where anything in the
-    files is missing, damaged or does not fit: no weight is ever left at random. A folder that only seems to hold a
-    boosted model is loaded as a standard one, which is said on stderr.
+    type it will compute in where that is not the one it is loaded in. A model's trained part is put into its base. A
+    peft adapter is merged into its base, or, with merge=False, kept apart: the model is then a peft model. quantize
+    "nf4" holds the linear layers but the output head in 4 bits, on the process's GPU where there is one (needs
+    bitsandbytes). Raises `UserError` where anything in the files is missing, damaged or does not fit: no weight is ever
+    left at random. A folder that only seems to hold a boosted model is loaded as a standard one, which is said on
+    stderr.
     """
     source = locate(path)
     if source.adapter:
@@ -296,6 +298,9 @@ def _check_weights(name: str, found: dict) -> None:
 def _load_adapter(
     source: Source, dtype: str, attention: str, compute_dtype: str | None, merge: bool
 ) -> torch.nn.Module:
+    if Path(source.adapter).name == PARTIAL_FILE:
+        base = load_model(source.base(), dtype, attention, compute_dtype)
+        return partial.load(base, Path(source.name), source.base())
     need("peft", what=f"{source.name}: loading an adapter")
     from peft import PeftConfig, PeftModel
 

@@ -1,7 +1,7 @@
 """Where a model lies that a user named, and what kind it is.
 
 A model is named by a hub name, a Hugging Face folder, the output folder of a run or of one of its checkpoints (their
-`model/` is taken), a `.gguf` file, or a folder with a peft adapter.
+`model/` is taken), a `.gguf` file, or a folder with a peft adapter or with the trained part of a model.
 """
 
 from __future__ import annotations
@@ -24,12 +24,14 @@ from ds_llm.errors import UserError
 
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 BOOST_KEYS = ("ensemble_config", "num_submodels", "num_sub_models")
+PARTIAL_FILE = "partial_config.json"  # of `ds_llm.models.partial`
 BOOST_FILES = ("ensemble_weights.json", "submodel_weights.json")
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model lies: `name` is a folder or hub name, `gguf` the file in it; `adapter` the adapter's file."""
+    """Where a model lies: `name` is a folder or hub name, `gguf` the file in it; `adapter` the file that describes an
+    adapter, or the trained part of a model."""
 
     name: str
     gguf: str | None = None
@@ -40,7 +42,7 @@ class Source:
         settings = json.loads(Path(self.adapter).read_text())
         name = settings.get("base_model_name_or_path")
         if not name:
-            raise UserError(f"{self.name}: adapter_config.json names no base model (base_model_name_or_path)")
+            raise UserError(f"{self.adapter}: names no base model (base_model_name_or_path)")
         return name
 
 
@@ -63,8 +65,9 @@ def locate(path: str | os.PathLike) -> Source:
 
 def _locate_folder(folder: Path) -> Source:
     for place in (folder, folder / "model"):
-        if (place / "adapter_config.json").is_file():
-            return Source(str(place), adapter=str(place / "adapter_config.json"))
+        for name in ("adapter_config.json", PARTIAL_FILE):
+            if (place / name).is_file():
+                return Source(str(place), adapter=str(place / name))
         if (place / "config.json").is_file():
             return Source(str(place))
     ggufs = sorted(p.name for p in folder.glob("*.gguf"))

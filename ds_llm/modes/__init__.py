@@ -65,7 +65,9 @@ class Job:
     returns the figures of an evaluation, `goal` among them, of which the lowest is the best; `sample(engine)` a list
     of {"prompt", "text"}. `prepare(engine, stop)` runs before training, while the engine still holds the start model;
     it calls the collective `stop()` now and then and returns False where that says to end. Every rank calls all three,
-    or they are None. The scheduled learning rate is multiplied by `lr_factor`; `info` is recorded with the run's start.
+    or they are None. `begin_step(engine, batches, valid)`, collective too, sees this rank's micro-batches of a step
+    before their forward passes; valid: what `count` gives of the global batch. The scheduled
+    learning rate is multiplied by `lr_factor`; `info` is recorded with the run's start.
     """
 
     model: nn.Module
@@ -76,6 +78,7 @@ class Job:
     evaluate: Callable | None
     sample: Callable | None
     prepare: Callable | None = None
+    begin_step: Callable[[Any, list[dict[str, torch.Tensor]], float], None] | None = None
     count: Callable[[dict[str, torch.Tensor]], int] = count_tokens
     unit: str = "token"
     metrics: tuple[str, ...] = ()
