@@ -96,7 +96,7 @@ def check_same_run(config: Config, saved: dict, fingerprint: dict, world_size: i
             f"{path}: was saved by {saved['world_size']} processes and this run has {world_size}; "
             f"start {saved['world_size']}"
         )
-    before, now = flatten(Config, saved["config"]), flatten(Config, to_dict(config))
+    before, now = _keys(saved["config"]), _keys(to_dict(config))
     notes = []
     for name in sorted(before.keys() | now.keys()):
         old, new = before.get(name), now.get(name)
@@ -117,5 +117,10 @@ def check_same_run(config: Config, saved: dict, fingerprint: dict, world_size: i
 
 def measures_alike(config: Config, saved: dict) -> bool:
     """Whether evaluations of the run and of its continuation compare."""
-    before, now = flatten(Config, saved["config"]), flatten(Config, to_dict(config))
+    before, now = _keys(saved["config"]), _keys(to_dict(config))
     return all(before.get(name) == now.get(name) for name in MEASURED_BY)
+
+
+def _keys(values: dict) -> dict:
+    """Dotted keys of a configuration; one that an earlier version saved lacks some, which are at their defaults."""
+    return flatten(Config, to_dict(Config())) | flatten(Config, values)

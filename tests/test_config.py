@@ -6,7 +6,7 @@ import pytest
 
 from ds_llm import config, options, run_folder
 from ds_llm.boosting import BoostingConfig
-from ds_llm.errors import ConfigError
+from ds_llm.errors import ConfigError, UserError
 
 ROOT = Path(__file__).parents[1]
 
@@ -101,3 +101,13 @@ def test_evaluations_compare_only_when_measured_alike():
     assert run_folder.measures_alike(config.load(None, same), saved)
     for other in ("data.val=b.bin", "eval.stride=5", "eval.token_length=9", "eval.max_windows=1"):
         assert not run_folder.measures_alike(config.load(None, [*same, other]), saved), other
+
+
+def test_a_run_of_an_earlier_version_continues(tmp_path):
+    now = config.load(None, ["data.train=a.bin", "tracking.wandb.log_every=3"])
+    saved = {"config": options.to_dict(now), "fingerprint": {}, "world_size": 1}
+    del saved["config"]["lora"], saved["config"]["data"]["truncate"]
+    assert run_folder.check_same_run(now, saved, {}, 1, tmp_path) == []
+    other = config.load(None, ["data.train=a.bin", "data.truncate=drop"])
+    with pytest.raises(UserError, match=r"data\.truncate: the run in .* has 'right', not 'drop'"):
+        run_folder.check_same_run(other, saved, {}, 1, tmp_path)
