@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 from ds_llm.errors import UserError
 
@@ -43,10 +45,25 @@ def _verbose() -> bool:
     return os.environ.get("DS_LLM_VERBOSE") == "1"
 
 
+def import_extensions() -> None:
+    """Run the Python files that DS_LLM_EXTENSIONS names (several with the separator of PATH between them): what they
+    register, such as metrics and losses, is known to the command. Raises `UserError` for one that cannot be run."""
+    for name in filter(None, os.environ.get("DS_LLM_EXTENSIONS", "").split(os.pathsep)):
+        try:
+            spec = importlib.util.spec_from_file_location(f"ds_llm_extension_{Path(name).stem}", name)
+            module = importlib.util.module_from_spec(spec)
+            sys.modules[spec.name] = module
+            spec.loader.exec_module(module)
+        except Exception as error:  # whatever the file raises
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(f"DS_LLM_EXTENSIONS: {name} cannot be run: {reason}") from error
+
+
 def run(main: Callable[[], int | None]) -> None:
     """Run `main` and exit with its result. A `UserError` becomes one line on stderr and its exit code."""
     quiet()
     try:
+        import_extensions()
         code = main() or 0
     except UserError as error:
         if rank() == 0 or error.any_rank:

@@ -1,0 +1,35 @@
+"""Files that extend the commands: what they register is known, and a broken one is a line."""
+
+import os
+
+import pytest
+
+from ds_llm import cli
+from ds_llm.errors import UserError
+from ds_llm.models.quality_loss import QUALITY_LOSSES
+
+
+def test_extensions_register_what_they_define(tmp_path, monkeypatch):
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.py").write_text(
+            "from ds_llm.models.quality_loss import register_quality_loss\n"
+            f"FACTOR = {len(name)}\n\n\n"
+            f"@register_quality_loss('{name}')\n"
+            "def loss(good, mask):\n    return FACTOR * good\n"
+        )
+    files = os.pathsep.join(str(tmp_path / f"{name}.py") for name in ("one", "two"))
+    monkeypatch.setenv("DS_LLM_EXTENSIONS", files)
+    cli.import_extensions()
+    try:
+        assert [QUALITY_LOSSES[name].function(2, None) for name in ("one", "two")] == [6, 6]
+    finally:
+        del QUALITY_LOSSES["one"], QUALITY_LOSSES["two"]
+
+
+@pytest.mark.parametrize("text", [None, "1 / 0", "def ("])
+def test_a_broken_extension_is_named(text, tmp_path, monkeypatch):
+    if text is not None:
+        (tmp_path / "broken.py").write_text(text)
+    monkeypatch.setenv("DS_LLM_EXTENSIONS", str(tmp_path / "broken.py"))
+    with pytest.raises(UserError, match=r"broken\.py cannot be run: \S"):
+        cli.import_extensions()
