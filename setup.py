@@ -29,6 +29,10 @@ EXTRAS = {
         "sacrebleu>=2.3",  # BLEU and chrF of generated answers
         "rouge-score>=0.1.2",  # ROUGE of generated answers
     ],
+    "sweep": [
+        "optuna>=5",  # chooses the values of trials: TPE, random; importance of parameters
+        "scipy>=1.10",  # beta distributions
+    ],
     "eval": ["lm-eval>=0.4.13", "accelerate>=1.0"],  # benchmarks: prompts, metrics, standard errors
     "gguf": ["gguf>=0.10", "accelerate>=1.0"],  # loads GGUF checkpoints through transformers
     "qlora": ["bitsandbytes>=0.45", "accelerate>=1.0"],  # base models held in 4 bits under adapters
@@ -38,6 +42,7 @@ EXTRAS = {
 EXTRAS["test"] = [
     *EXTRAS["wandb"],
     *EXTRAS["metrics"],
+    *EXTRAS["sweep"],
     *EXTRAS["eval"],
     *EXTRAS["gguf"],
     "triton>=3.6",  # the interpreter and the sm_80 / sm_90 compiler run without a GPU
