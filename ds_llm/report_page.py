@@ -82,17 +82,21 @@ FRAME = """<!doctype html>
 </html>
 """
 
-PLOTS = """{% macro figures(plots) %}
+PARTS = """{% macro figures(plots) %}
 <section class="plots">
 {% for plot in plots %}
 <figure class="card" style="margin: 0"><h3>{{ plot.title }}</h3>{{ plot.svg | safe }}
 {% if plot.note %}<figcaption class="soft">{{ plot.note }}</figcaption>{% endif %}</figure>
 {% endfor %}
 </section>
-{% endmacro %}"""
+{% endmacro %}
+{% macro text(row) %}
+<td class="text">{% if row.beginning %}<details><summary><span>{{ row.beginning }} …</span></summary>
+{{- row.text }}</details>{% else %}{{ row.text }}{% endif %}</td>
+{%- endmacro %}"""
 
 RUN = """{% extends "frame" %}
-{% from "plots" import figures %}
+{% from "parts" import figures %}
 {% block title %}run report{% endblock %}
 {% block badge %}<span class="badge {{ status.tone }}">{{ status.label }}</span>{% endblock %}
 {% block status %}{% if status.note %}<div class="{{ status.tone }}">{{ status.note }}</div>{% endif %}{% endblock %}
@@ -175,7 +179,7 @@ RUN = """{% extends "frame" %}
 def render(template: str, **parts) -> str:
     """The page as text. `parts` are the variables of `FRAME` and of the template that extends it; everything but the
     SVGs is escaped."""
-    loader = DictLoader({"frame": FRAME, "plots": PLOTS})
+    loader = DictLoader({"frame": FRAME, "parts": PARTS})
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, loader=loader)
     return environment.from_string(template).render(style=STYLE, **parts)
 

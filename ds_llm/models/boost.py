@@ -388,7 +388,9 @@ class QwenBoostForCausalLM(PreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        loss, logits = loss_and_logits(self, out, labels, num_items_in_batch, logits_to_keep)
+        loss, logits = loss_and_logits(
+            self, out.last_hidden_state, labels, num_items_in_batch, logits_to_keep, out.aux_loss
+        )
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=out.past_key_values)
 
 

@@ -74,25 +74,26 @@ def head_loss(head: nn.Module, hidden: Tensor, labels: Tensor, reduction: str = 
 
 def loss_and_logits(
     model: nn.Module,
-    out,
+    hidden: Tensor,
     labels: Tensor | None,
     num_items_in_batch: int | Tensor | None,
     logits_to_keep: int | Tensor,
+    aux_loss: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """What the `forward` of a causal language model returns, from the output of its backbone, [B, S, hidden].
+    """What the `forward` of a causal language model returns, from the last hidden states [B, S, H].
 
     The loss is None without `labels` [B, S] (not shifted, `IGNORE_INDEX` where there is nothing to learn): their summed
-    cross-entropy divided by `num_items_in_batch`, or by how many are valid, and in training the backbone's `aux_loss`
-    added. The logits, None in training with labels, are of the last `logits_to_keep` positions (0: all) or of those of
-    an index tensor.
+    cross-entropy divided by `num_items_in_batch`, or by how many are valid, and in training `aux_loss` added. The
+    logits, None in training with labels, are of the last `logits_to_keep` positions (0: all) or of those of an index
+    tensor.
     """
-    hidden, loss, logits = out.last_hidden_state, None, None
+    loss = logits = None
     if labels is not None:
         shifted = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
         items = (shifted != IGNORE_INDEX).sum().clamp_min(1) if num_items_in_batch is None else num_items_in_batch
         loss = head_loss(model.lm_head, hidden, shifted) / items
-        if model.training and out.aux_loss is not None:
-            loss = loss + out.aux_loss
+        if model.training and aux_loss is not None:
+            loss = loss + aux_loss
     if labels is None or not model.training:
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = model.lm_head(hidden[:, keep])

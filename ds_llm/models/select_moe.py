@@ -10,7 +10,6 @@ import dataclasses
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin
@@ -27,7 +26,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from transformers.utils import can_return_tuple
 
 from ds_llm.errors import UserError
-from ds_llm.models.head import IGNORE_INDEX, LMHead, balancing_loss, head_loss
+from ds_llm.models.head import LMHead, balancing_loss, loss_and_logits
 from ds_llm.models.quality_gate import OPTION, QualityGate, add_gates
 from ds_llm.models.quality_loss import QualityOptions, batch_loss, describe, power_sums
 
@@ -188,21 +187,13 @@ class SelectMoeForCausalLM(PreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        hidden, loss, logits, aux, quality = out.last_hidden_state, None, None, None, None
-        if labels is not None:
-            shifted = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
-            items = (shifted != IGNORE_INDEX).sum().clamp_min(1) if num_items_in_batch is None else num_items_in_batch
-            loss = head_loss(self.lm_head, hidden, shifted) / items
+        aux = quality = None
         if learning:
             aux = out.get("aux_loss") if balanced is None else balanced(out.router_logits, attention_mask)[0]
-            if aux is not None:
-                loss = loss + aux
-            if kwargs.get(OPTION):
-                quality = self._quality_loss(out.quality_scores, attention_mask)
-                loss = loss + self.config.quality_loss_weight * quality
-        else:
-            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(hidden[:, keep])
+        loss, logits = loss_and_logits(self, out.last_hidden_state, labels, num_items_in_batch, logits_to_keep, aux)
+        if learning and kwargs.get(OPTION):
+            quality = self._quality_loss(out.quality_scores, attention_mask)
+            loss = loss + self.config.quality_loss_weight * quality
         return SelectMoeOutput(
             loss=loss,
             logits=logits,

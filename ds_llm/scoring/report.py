@@ -180,12 +180,12 @@ def _summary(score: Score, values: np.ndarray) -> list[str]:
 def _ends(kept: list[tuple[float, int, str]], sign: int) -> list[dict]:
     """Rows at one end, the outermost first."""
     return [
-        {"value": f"{sign * key:.5g}", "line": f"{1 - row:,}", **_folded(text)} for key, row, text in sorted(kept)[::-1]
+        {"value": f"{sign * key:.5g}", "line": f"{1 - row:,}", **folded(text)} for key, row, text in sorted(kept)[::-1]
     ]
 
 
-def _folded(text: str) -> dict:
-    """A text and, where it is long, its beginning as one paragraph."""
+def folded(text: str) -> dict:
+    """A text as a page shows it: with its beginning as one paragraph where it is long."""
     if len(text) <= SHOWN_CHARACTERS and text.count("\n") < SHOWN_LINES:
         return {"text": text}
     line = " ".join(text.split())

@@ -1,7 +1,7 @@
 """The HTML of the page of a scoring run, in the frame of `ds_llm.report_page`."""
 
 PAGE = """{% extends "frame" %}
-{% from "plots" import figures %}
+{% from "parts" import figures, text %}
 {% block title %}scores{% endblock %}
 {% block body %}
 <h2>Distributions</h2>
@@ -29,8 +29,7 @@ all else is of all rows.</div>{% endif %}
 <tr><th class="number">{{ score.name }}</th><th class="number">row</th><th>text</th></tr>
 {% for row in rows %}
 <tr><td class="number">{{ row.value }}</td><td class="number">{{ row.line }}</td>
-<td class="text">{% if row.beginning %}<details><summary><span>{{ row.beginning }} …</span></summary>
-{{- row.text }}</details>{% else %}{{ row.text }}{% endif %}</td></tr>
+{{ text(row) }}</tr>
 {% endfor %}
 </table></details>
 {% endfor %}

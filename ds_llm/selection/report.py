@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from ds_llm.data.resume import beside
 from ds_llm.progress import console
-from ds_llm.report_page import render
-from ds_llm.scoring.report import text_of
+from ds_llm.report_page import render, save
+from ds_llm.scoring.report import folded, text_of
 from ds_llm.selection import report_plots as plots
 from ds_llm.selection.clustering import UNUSABLE
 from ds_llm.selection.features import Features
@@ -123,15 +121,13 @@ def write(out: Path, result: dict, rows: Rows, shown: list[tuple[str, list[int]]
             {
                 "title": title,
                 "rows": [
-                    {"row": f"{i + 1:,}", "value": f"{rows.quality[i]:.5g}", "text": _text(lines[i])} for i in some
+                    {"row": f"{i + 1:,}", "value": f"{rows.quality[i]:.5g}", **folded(_text(lines[i]))} for i in some
                 ],
             }
             for title, some in shown
         ],
     )
-    scratch = beside(out, ".tmp")
-    scratch.write_text(page, encoding="utf-8")
-    os.replace(scratch, out)
+    save(page, out)
 
 
 def show(out: Path, result: dict) -> None:

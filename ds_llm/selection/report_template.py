@@ -1,34 +1,11 @@
-"""The HTML of the page of a selection, in the style of a training run's report: no scripts, nothing fetched."""
+"""The HTML of the page of a selection, in the frame of `ds_llm.report_page`."""
 
-PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
-<title>{{ name }}</title>
-<style>{{ style | safe }}
-td.text { white-space: pre-wrap; overflow-wrap: anywhere; width: 99%; }
-</style>
-</head>
-<body>
-<header>
-<h1>{{ name }}</h1>
-<div class="soft">{{ subtitle }}</div>
-</header>
-<section class="tiles">
-{% for tile in tiles %}
-<div class="card"><div class="name">{{ tile.name }}</div><div class="value">{{ tile.value }}</div>
-<div class="note {{ tile.tone }}">{{ tile.note }}</div></div>
-{% endfor %}
-</section>
+PAGE = """{% extends "frame" %}
+{% from "parts" import figures, text %}
+{% block title %}selection{% endblock %}
+{% block body %}
 <h2>Clusters and quality</h2>
-<section class="plots">
-{% for plot in plots %}
-<figure class="card" style="margin: 0"><h3>{{ plot.title }}</h3>{{ plot.svg | safe }}
-<figcaption class="soft">{{ plot.note }}</figcaption></figure>
-{% endfor %}
-</section>
+{{ figures(plots) }}
 <section class="card scroll" style="margin-top: 14px">
 <details{% if clusters | length <= 20 %} open{% endif %}><summary>{{ clusters | length }} clusters</summary>
 <table id="clusters">
@@ -59,11 +36,10 @@ td.text { white-space: pre-wrap; overflow-wrap: anywhere; width: 99%; }
 <tr><th class="number">{{ quality }}</th><th class="number">row</th><th>text</th></tr>
 {% for row in group.rows %}
 <tr><td class="number">{{ row.value }}</td><td class="number">{{ row.row }}</td>
-<td class="text">{{ row.text }}</td></tr>
+{{ text(row) }}</tr>
 {% endfor %}
 </table>
 {% endfor %}
 </section>
-</body>
-</html>
+{% endblock %}
 """
