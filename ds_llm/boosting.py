@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from ds_llm.data.resume import dump, write_atomically
@@ -260,8 +261,12 @@ class Recipe:
     def _inputs(self, model) -> dict:
         from ds_llm.models.adapters import identity
 
-        found = {"train": _content(self.config.train)}
+        found = {"train": self._data}
         return found | ({"base": identity(self.config.base)} if model == self.config.base else {})
+
+    @cached_property
+    def _data(self) -> str:
+        return _content(self.config.train)
 
     def _command(self, script: str, arguments: list[str]) -> None:
         """Run a launch script to its end under the launcher; SIGTERM and Ctrl-C are passed on to it."""

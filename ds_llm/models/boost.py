@@ -33,6 +33,7 @@ from ds_llm.models.head import (
     attach_loss_head,
     backbone,
     balancing_loss,
+    expert_figures,
     logit_transform,
     loss_and_logits,
 )
@@ -244,11 +245,8 @@ class MixedBackbone(nn.Module):
             hidden.append(out.last_hidden_state)
             if extra.get("output_hidden_states"):
                 states = predecessor.attention_inputs(part, out.hidden_states)
-            if getattr(out, "expert_counts", None) is not None:
-                experts.append((part, out.aux_loss, out.aux_report, out.expert_counts))
-            elif balanced is not None and out.router_logits:
-                mask = attention_mask if token_mask is None else token_mask.long()
-                experts.append((part, *balanced(out.router_logits, mask)))
+            if figures := expert_figures(out, balanced, attention_mask if token_mask is None else token_mask.long()):
+                experts.append((part, *figures))
         found = MixedOutput(last_hidden_state=torch.cat(hidden, -1), past_key_values=past_key_values)
         learning = [entry for entry in experts if any(p.requires_grad for p in entry[0].parameters())]
         if learning and len({entry[3].shape[-1] for entry in learning}) == 1:

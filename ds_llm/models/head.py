@@ -257,12 +257,18 @@ def lm_loss(
     loss_sum = head_loss(model.get_output_embeddings(), hidden, labels, "none" if per_row else "sum")
     if per_row:
         loss_sum = loss_sum.view(labels.shape).sum(-1)
-    aux, report, counts = loss_sum.new_zeros(()), None, None
+    experts = expert_figures(out, balanced, attention_mask if token_mask is None else token_mask.long())
+    return LMLoss(loss_sum, *(experts or (loss_sum.new_zeros(()), None, None)))
+
+
+def expert_figures(out, balanced, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor] | None:
+    """(aux loss, its report, expert counts) of a backbone's output, see `LMLoss`; None where it has no experts.
+
+    balanced: what `balancing_loss` gives of the model; mask [B, S]: 0 where padding.
+    """
     if getattr(out, "expert_counts", None) is not None:
-        aux, report, counts = out.aux_loss, out.aux_report, out.expert_counts
-    elif balanced is not None and out.router_logits:
-        aux, report, counts = balanced(out.router_logits, attention_mask if token_mask is None else token_mask.long())
-    return LMLoss(loss_sum, aux, report, counts)
+        return out.aux_loss, out.aux_report, out.expert_counts
+    return balanced(out.router_logits, mask) if balanced is not None and out.router_logits else None
 
 
 def balancing_loss(model: nn.Module):

@@ -104,8 +104,7 @@ def load_dense(folder: str | os.PathLike, dtype: torch.dtype | None = None) -> d
             if dtype is not None and tensor.is_floating_point():
                 tensor = tensor.to(dtype)
             if name in shapes and part == "values":
-                tensor = expand(tensor, from_bits(file.get_tensor(f"{name}.bits"), shapes[name]))
-                state[name] = tensor
+                state[name] = expand(tensor, from_bits(file.get_tensor(f"{name}.bits"), shapes[name]))
             else:
                 state[key] = tensor
         return state
