@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ds_llm import engine as processes
 from ds_llm.models import adapters, quality_loss
+from ds_llm.models.head import IGNORE_INDEX, run_backbone
 from ds_llm.models.quality_gate import record_scores
 from ds_llm.modes import count_processed
 from ds_llm.progress import console
@@ -83,23 +84,24 @@ class RouterLoss(nn.Module):
         if not self.training and corrupted_ids is None:
             return self.inner(**batch)
         if powers:
-            return quality_loss.power_sums(self._scores(batch["input_ids"], batch)[0], _mask(batch))
+            return quality_loss.power_sums(self._scores(batch["input_ids"], batch), _mask(batch))
         if not self.training:
-            clean, copies = (self._scores(ids, batch)[0] for ids in (batch["input_ids"], corrupted_ids))
+            clean, copies = (self._scores(ids, batch) for ids in (batch["input_ids"], corrupted_ids))
             return self._pair_sums(clean, copies, documents)
         totals = self.totals
         with record_scores() as scores:
-            loss_sum, aux, report, counts = self.inner(**batch)
+            loss_sum, aux, report, counts = self.inner(**_with_copies(batch, corrupted_ids))
+        rows = len(batch["input_ids"])
+        scores, copies = [score[:rows] for score in scores], [score[rows:] for score in scores]
         sums = quality_loss.power_sums(scores, _mask(batch))
         gate_mean = sums[:, 0].mean().detach() / totals.tokens
-        figures, link = [gate_mean], 0.0
+        figures = [gate_mean]
         if self.loss.over == "tokens":
             share = quality_loss.token_sums(scores, _mask(batch), self.loss) / totals.tokens
             value = share.detach()
         elif self.loss.over == "moments":
             share, value = self._linearised(sums)
         else:
-            copies, link = self._scores(corrupted_ids, batch)
             found = self._pair_sums(scores, copies, documents) / totals.pairs
             share, value = found[0], found[0].detach()
             figures += [found[2].detach(), found[3].detach()]
@@ -107,7 +109,7 @@ class RouterLoss(nn.Module):
             here = value * totals.parts
             line = quality_loss.describe(self.name, sums.detach() / count_processed(batch), {"this micro-batch": here})
             console.print(line, markup=False)
-        extra = aux + link + totals.parts * self.weight * share
+        extra = aux + (totals.parts * self.weight * share).to(aux.dtype)
         return loss_sum, extra, report, counts, torch.stack([value.double(), *figures]) * totals.valid
 
     def _linearised(self, sums: Tensor) -> tuple[Tensor, Tensor]:
@@ -130,15 +132,23 @@ class RouterLoss(nn.Module):
         above = (means[0] > means[1]).sum()
         return torch.stack([x.double() for x in (self.loss.function(*means).sum(), *gates, above)])
 
-    def _scores(self, ids: Tensor, batch: dict[str, Tensor]) -> tuple[list[Tensor], Tensor]:
-        """The gates' scores of these tokens in the place of the batch's; and 0, with all of the model in its graph:
-        ZeRO-3 gathers a layer's weights for the backward pass only where a gradient reaches the layer's output."""
-        from ds_llm.models.head import run_backbone
-
+    def _scores(self, ids: Tensor, batch: dict[str, Tensor]) -> list[Tensor]:
+        """The gates' scores of these tokens in the place of the batch's, without the output head."""
         names = ("position_ids", "attention_mask", "token_mask")
         with record_scores() as scores:
-            out = run_backbone(self.inner.model, ids, **{name: batch[name] for name in names if name in batch})
-        return scores, out.last_hidden_state.float().mean() * 0.0
+            run_backbone(self.inner.model, ids, **{name: batch[name] for name in names if name in batch})
+        return scores
+
+
+def _with_copies(batch: dict[str, Tensor], corrupted_ids: Tensor | None) -> dict[str, Tensor]:
+    """The batch, and below its rows those of the copies, which carry no loss of the language model.
+
+    They go through the model together: ZeRO-3 takes the gradients of a block of experts once per backward pass.
+    """
+    if corrupted_ids is None:
+        return batch
+    other = {"input_ids": corrupted_ids, "labels": torch.full_like(batch["labels"], IGNORE_INDEX)}
+    return {name: torch.cat([value, other.get(name, value)]) for name, value in batch.items()}
 
 
 def _mask(batch: dict[str, Tensor]) -> Tensor | None:
