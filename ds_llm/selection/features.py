@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ds_llm.errors import UserError
 
-BLOCK_ROWS = 2048
+BLOCK_NUMBERS, SMALLEST_BLOCK, LARGEST_BLOCK = 1 << 21, 512, 8192  # numbers of a block; rows of it
 GRID = float(1 << 24)
 HELD_SHARE = 0.5  # of the free memory that rows may take to be kept as they are used
 
@@ -43,18 +43,22 @@ class Features:
         return len(self.rows)
 
     @property
+    def block_rows(self) -> int:
+        return min(LARGEST_BLOCK, max(SMALLEST_BLOCK, BLOCK_NUMBERS // self.width))
+
+    @property
     def width(self) -> int:
         return self._table.shape[1]
 
     @property
     def blocks(self) -> int:
-        return -(-len(self) // BLOCK_ROWS)
+        return -(-len(self) // self.block_rows)
 
     def usable(self) -> np.ndarray:
         """bool [rows]: whether a row has a direction, that is only finite numbers, and one that is not 0."""
         found = np.empty(len(self), bool)
         for number in range(self.blocks):
-            part = slice(number * BLOCK_ROWS, (number + 1) * BLOCK_ROWS)
+            part = slice(number * self.block_rows, (number + 1) * self.block_rows)
             values = torch.from_numpy(self._table[self.rows[part]])
             found[part] = (values.isfinite().all(1) & (values != 0).any(1)).numpy()
         return found
@@ -83,14 +87,14 @@ class Features:
     def parts(self, numbers: range) -> Iterator[tuple[slice, Tensor]]:
         """(positions, rows) of blocks."""
         for number in numbers:
-            first, last = number * BLOCK_ROWS, min(len(self), (number + 1) * BLOCK_ROWS)
+            first, last = number * self.block_rows, min(len(self), (number + 1) * self.block_rows)
             block = self._held.get(number)
             yield slice(first, last), self.at(np.arange(first, last)) if block is None else block
 
     def hold(self, numbers: range) -> None:
         """Keep blocks in memory for further use, as far as they fit."""
         free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else _free_memory()
-        fitting = int(HELD_SHARE * free / (BLOCK_ROWS * self.width * 4))
+        fitting = int(HELD_SHARE * free / (self.block_rows * self.width * 4))
         self._held = {number: block for number, (_, block) in zip(numbers, self.parts(numbers[:fitting]), strict=False)}
 
     def release(self) -> None:

@@ -5,6 +5,7 @@ OUTPUT/
     scores.jsonl, scores.jsonl.d/   quality and router features of every row, see `ds_llm.scoring.run`
     clusters.npy, clusters.json     int32 [rows], `UNUSABLE` for rows without features; how it went
     selected_data.jsonl             the picked rows, as they were, in the order of the data
+    random_data.jsonl               as many rows drawn at random, to compare with
     rows.parquet                    idx, quality, cluster, picked, order (of the pick, from 0) of every row
     report.html, report.json        the page about the pick, and its figures
 """
@@ -16,7 +17,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -136,7 +137,10 @@ def _pick(config: SelectionConfig, job: Job, output: Path, stamp: dict) -> dict:
     picked = np.zeros(len(labels), bool)
     picked[chosen] = True
     examples = report.examples(labels, better, chosen)
-    lines = _write_rows(job, picked, {row for _, rows in examples for row in rows}, out)
+    by_chance = np.zeros(len(labels), bool)
+    by_chance[drawn] = True
+    targets = {out: picked, output / "random_data.jsonl": by_chance}
+    lines = _write_rows(job, targets, {row for _, rows in examples for row in rows})
     order = np.full(len(labels), -1)
     order[chosen] = np.arange(len(chosen))
     table = {
@@ -178,22 +182,26 @@ def _choose(
     return pick.farthest(quality, _features(job, candidates), count)
 
 
-def _write_rows(job: Job, picked: np.ndarray, shown: set[int], out: Path) -> dict[int, bytes]:
-    """Write the picked rows; returns the lines of those in `shown`."""
+def _write_rows(job: Job, targets: dict[Path, np.ndarray], shown: set[int]) -> dict[int, bytes]:
+    """Write to each target the rows that it marks, bool [rows]; returns the lines of those in `shown`."""
     lines, number = {}, 0
-    with open(beside(out, ".tmp"), "wb") as file, progress("writing rows", len(picked), "rows") as task:
+    count = len(next(iter(targets.values())))
+    with ExitStack() as stack, progress("writing rows", count, "rows") as task:
+        files = [(stack.enter_context(open(beside(p, ".tmp"), "wb")), wanted) for p, wanted in targets.items()]
         for number, line in enumerate(input_lines(job.sources), 1):
-            if number > len(picked):
+            if number > count:
                 break
-            if picked[number - 1]:
-                file.write(line + b"\n")
+            for file, wanted in files:
+                if wanted[number - 1]:
+                    file.write(line + b"\n")
             if number - 1 in shown:
                 lines[number - 1] = line
             if number % STEP_ROWS == 0:
                 task.advance(STEP_ROWS)
-    if number != len(picked):
+    if number != count:
         raise UserError("the data was changed since it was scored; run the same command with --overwrite")
-    os.replace(beside(out, ".tmp"), out)
+    for path in targets:
+        os.replace(beside(path, ".tmp"), path)
     return lines
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ds_llm.errors import UserError
 from ds_llm.progress import Task, progress
-from ds_llm.selection.features import BLOCK_ROWS, Features, own_blocks
+from ds_llm.selection.features import Features, own_blocks
 
 SEED_ROWS = 20_000  # of which k-means++ chooses the first centroids
 STILL = 1e-4  # share of the rows that may yet move at the end
@@ -117,8 +117,8 @@ class _State:
     def __init__(self, features: Features, own: range, k: int, together: bool):
         self.features, self.own, self.together = features, own, together
         device = features.device
-        self.first = min(len(features), own.start * BLOCK_ROWS)
-        count = min(len(features), own.stop * BLOCK_ROWS) - self.first
+        self.first = min(len(features), own.start * features.block_rows)
+        count = min(len(features), own.stop * features.block_rows) - self.first
         self.labels = torch.full((count,), -1, dtype=torch.int64, device=device)
         self.similarity = torch.zeros(count, device=device)
         # of each cluster the sum of its rows and, last, their number; below them how many rows have changed

@@ -74,6 +74,8 @@ def test_the_pick_is_of_the_data_as_it_is(model, data, tmp_path):
     assert means["all"] == pytest.approx(quality.mean()) and result["clusters"] == len(set(labels)) == 5
     drawn = {usable[i] for i in pick.random(148, 29, 0)}
     assert result["random"]["common"] == len(drawn & set(expected))
+    by_chance = (output / "random_data.jsonl").read_bytes().splitlines()
+    assert by_chance == [given[i] for i in sorted(drawn)]
     page = (output / "report.html").read_text()
     assert page.count("<svg") == 3 and "Cluster 4: picked" in page and "http:" not in page.replace("http://www.w3", "")
     assert json.loads((output / "report.json").read_text()) == result

@@ -32,7 +32,7 @@ def test_rows_are_directions_and_rows_without_one_are_found(path, monkeypatch):
     values = np.load(path)
     values[3], values[7, 0, 0], values[20, 1, 2] = 0, np.nan, np.inf
     np.save(path, values)
-    monkeypatch.setattr(blocks, "BLOCK_ROWS", 16)
+    monkeypatch.setattr(blocks, "LARGEST_BLOCK", 16)
     usable = Features(path).usable()
     assert np.flatnonzero(~usable).tolist() == [3, 7, 20]
     some = Features(path).subset(np.flatnonzero(usable)).sample(30, 1)
@@ -96,7 +96,7 @@ def test_centroids_without_rows_move_to_far_rows(path, monkeypatch):
 
 
 def test_two_processes_get_the_bits_of_one(path):
-    planted(path, 9001, 9, noise=0.5)  # five blocks, so unequal shares
+    planted(path, 17001, 9, noise=0.3)  # three blocks, so unequal shares
     out = path.parent / "found.npz"
     done = launch("forked", [str(path), "11", str(out)], script=Path(__file__).with_name("kmeans_worker.py"))
     assert done.returncode == 0, done.stderr
