@@ -58,6 +58,7 @@ def task_file(name: str, rows: Path) -> str:
         "dataset_path": "json",
         "dataset_kwargs": {"data_files": {"test": str(rows.resolve())}},
         "test_split": "test",
+        "fewshot_split": "test",  # named, lm-eval takes the question itself out of its examples
         "output_type": "multiple_choice",
         **TASKS[name],
         "doc_to_target": "answer",

@@ -101,7 +101,9 @@ def _evaluate(path, tokenizer, loaded, device, limit, batch_size, dtype, chat_te
     for task in loaded["tasks"].values():
         task.set_fewshot_seed(seed=FEWSHOT_SEED)  # the same examples for every model
     try:
-        found = evaluate(wrapped, loaded, limit=limit, apply_chat_template=chat_template)
+        # examples are turns of the conversation, as on lm-eval's own command line
+        options = {"apply_chat_template": chat_template, "fewshot_as_multiturn": chat_template}
+        found = evaluate(wrapped, loaded, limit=limit, **options)
     except torch.cuda.OutOfMemoryError:
         raise UserError("the GPU has too little memory for this; lower --batch-size", any_rank=True) from None
     except OSError as error:  # a metric that lm-eval fetches from the hub

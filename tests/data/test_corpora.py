@@ -111,6 +111,7 @@ def test_tasks_ask_for_the_right_choice(name, count, prompt, tmp_path):
     (task,) = harness.load_tasks([str(paths["task"])])["tasks"].values()
     task.set_config(key="num_fewshot", value=0)
     task.build_all_requests(limit=20)
+    assert task.fewshot_cfg.split == task.config.test_split  # so that no question is among its own examples
     letters = name in ("mmlu", "commonsense_qa")
     for row, doc_id in zip(rows[:20], range(20), strict=True):
         asked = [request.args for request in task.instances if request.doc_id == doc_id]

@@ -86,7 +86,7 @@ def tasks(tmp_path_factory):
 
     def write(name: str, **content) -> None:
         content = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data)}}, **content}
-        content |= {"task": name, "test_split": "test", "metadata": {"version": 1}}
+        content |= {"task": name, "test_split": "test", "fewshot_split": "test", "metadata": {"version": 1}}
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(content))
 
     choice = {"output_type": "multiple_choice", "doc_to_text": "{{question}}", "doc_to_target": "answer"}
@@ -226,6 +226,31 @@ def test_one_and_two_processes_give_the_same_bits(models, tasks, tmp_path):
     assert group["rows"] == 60 and math.isclose(group["differences"]["fused"]["value"], sum(parts) / 2, abs_tol=1e-12)
     assert group["differences"]["fused"]["stderr"] > 0
     assert figures["tiny_text", "word_perplexity"]["differences"]["fused"]["stderr"] is None  # no mean over rows
+
+
+def test_prompts_are_conversations_with_examples_where_asked_for(chats, tasks, monkeypatch):
+    folder, rows = tasks
+    asked, answer = [], HarnessModel.loglikelihood
+    monkeypatch.setattr(
+        HarnessModel, "loglikelihood", lambda self, reqs: asked.append([r.args for r in reqs]) or answer(self, reqs)
+    )
+    task = str(folder / "tiny_letters.yaml")
+    options = {"against": {"again": str(chats / "llama")}, "limit": 4, "shots": 2, "chat_template": True}
+    result = harness(chats / "llama", [task], **options)
+    first, again = asked
+    assert first == again and len(first) == 12 and result["results"][0]["shots"] == 2
+    tokenizer = load_tokenizer(chats / "llama")
+    for row, (context, _) in zip(rows, first[::3], strict=False):
+        opening = tokenizer.apply_chat_template(
+            [{"role": "user", "content": row["question"]}], tokenize=False, add_generation_prompt=True
+        )
+        assert context.endswith(opening) and context.count("<|im_start|>user\n") == 3  # two examples before it
+        examples = [other for other in rows if other["question"] in context and other is not row]
+        assert len(examples) == 2 and opening not in [other["question"] for other in examples]
+        for other in examples:
+            assert (
+                f"{other['question']}<|im_end|>\n<|im_start|>assistant\n{other['letters'][other['answer']]}" in context
+            )
 
 
 def test_mistakes_are_named_before_weights_are_loaded(models, tasks, tmp_path):
