@@ -7,6 +7,7 @@ import pytest
 from ds_llm import config, options, run_folder
 from ds_llm.boosting import BoostingConfig
 from ds_llm.errors import ConfigError, UserError
+from ds_llm.selection.options import SelectionConfig
 
 ROOT = Path(__file__).parents[1]
 
@@ -89,8 +90,9 @@ def test_every_key_is_documented():
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "ds_configs" / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
 def test_recipes_are_valid(recipe):
-    if recipe.stem == "boost":
-        options.load(BoostingConfig, str(recipe))
+    others = {"boost": BoostingConfig, "select": SelectionConfig}
+    if recipe.stem in others:
+        options.load(others[recipe.stem], str(recipe))
     else:
         config.load(str(recipe))
 
