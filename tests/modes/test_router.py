@@ -1,5 +1,6 @@
 """Training of gates: on any split of the global batch the same, of nothing but gates, and what is refused."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -142,6 +143,19 @@ def test_the_trained_part_loads_on_its_base_and_on_no_other(arguments, models, c
     model.save_pretrained(models / "chat" / "other")
     with pytest.raises(UserError, match="was trained on other weights"):
         partial.load(model, output / "model", str(models / "chat" / "other"))
+
+
+def test_a_continued_run_ends_bitwise_alike(arguments, models, tmp_path):
+    """With noise in the place of what gates hold back, a loss that takes two passes, and averaged weights."""
+    convert(models / "original", tmp_path / "noisy", trash="noise")
+    arguments = [*arguments, f"model.path={tmp_path / 'noisy'}", "router.quality_loss=mean_variance_regularization"]
+    arguments += ["checkpoint.every_steps=1", "checkpoint.keep=0", "ema.enabled=true", "train.batch_size=2"]
+    whole = run(arguments, tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole/checkpoints/step-00000001", tmp_path / "continued/checkpoints/step-00000001")
+    resumed = run(arguments, tmp_path / "continued")
+    assert metrics.deterministic(resumed) == metrics.deterministic(whole)[1:]
+    for name, value in trained(tmp_path / "whole").items():
+        assert torch.equal(trained(tmp_path / "continued")[name], value)
 
 
 def test_low_rank_adapters_of_the_routers_under_zero_3(arguments, models, tmp_path):
