@@ -133,6 +133,23 @@ def test_a_continued_run_ends_bitwise_alike_and_keeps_every_zero(arguments, prun
     assert "Kept weights" in page and "experts.down_proj" in page and "Share of weights that are not 0" in page
 
 
+@pytest.mark.parametrize(
+    "overrides", [["lora.enabled=true", "lora.targets=[q_proj]", "lora.r=2"], ["sparse.train_dense=false"]]
+)
+def test_a_run_that_trains_a_part_continues_and_leaves_the_rest(overrides, arguments, pruned, tmp_path):
+    arguments = [*arguments, *overrides, "zero=3", "train.max_steps=4", "eval.before=false", "tracking.report=false"]
+    whole = run([*arguments, "ema.enabled=true"], tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole/checkpoints/step-00000002", tmp_path / "on/checkpoints/step-00000002")
+    resumed = run([*arguments, "ema.enabled=true"], tmp_path / "on")
+    assert metrics.deterministic(resumed) == [r for r in metrics.deterministic(whole) if r["step"] > 2]
+    same_state(tmp_path / "whole/checkpoints/step-00000004", tmp_path / "on/checkpoints/step-00000004")
+    before, after, masks = dict(load_model(pruned).named_parameters()), load_model(tmp_path / "on"), load_masks(pruned)
+    for name, p in after.named_parameters():
+        trained = name in masks and ("q_proj" in name or "lora.r=2" not in overrides)
+        assert torch.equal(p, before[name]) != trained, name
+        assert name not in masks or not p[~masks[name].to_dense()].any()
+
+
 def built(arguments: list[str], *overrides: str):
     settings = config.load(None, [*arguments, *overrides])
     data = sparse.check(settings)
