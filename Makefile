@@ -1,4 +1,4 @@
-# make demo    set up, then train, score, generate and report on a small model
+# make demo    set up, then train, evaluate, score, generate and report on a small model
 # make test    set up, then run the tests and compile every kernel for sm_80 and sm_90
 # make setup   only the environment in .venv
 PYTHON ?= python3

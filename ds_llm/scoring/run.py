@@ -225,5 +225,7 @@ def _finish(job: Job, ranks: Ranks, what: str) -> dict:
     """Clear away what only an unfinished run needs, and let the other ranks go."""
     jobs.remove(job.folder, jobs.WORK)
     console.print(f"{job.out}: {what}", markup=False)
+    if (report := job.folder / "report.html").is_file():
+        console.print(f"report: {report}", markup=False)
     ranks.announce("finished")
     return jobs.read_json(job.folder / "statistics.json")
