@@ -16,7 +16,6 @@ from itertools import chain
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from ds_llm.errors import UserError
@@ -123,6 +122,8 @@ class _State:
         self.similarity = torch.zeros(count, device=device)
         # of each cluster the sum of its rows and, last, their number; below them how many rows have changed
         self.totals = torch.zeros(k + 1, features.width + 1, dtype=torch.float64, device=device)
+        # rows on their way there; kept, because fresh memory costs more than the sums
+        self._ones = torch.ones(features.block_rows, features.width + 1, dtype=torch.float64, device=device)
 
     @property
     def counts(self) -> Tensor:
@@ -138,11 +139,12 @@ class _State:
             before = self.labels[here]
             changed = (labels != before).nonzero()[:, 0]
             if len(changed):
-                values = F.pad(rows[changed].double(), (0, 1), value=1.0)
+                values = self._ones[: len(changed)]
+                values[:, :-1] = rows if len(changed) == len(rows) else rows[changed]
                 new, old = labels[changed], before[changed]
                 change.index_add_(0, new, values)
-                left = old >= 0
-                change.index_add_(0, old[left], values[left], alpha=-1)
+                if old[0] >= 0:  # all have a cluster but in the first pass
+                    change.index_add_(0, old, values, alpha=-1)
                 change[-1, -1] += len(changed)
                 self.labels[here] = labels
             task.advance(len(rows))
