@@ -24,6 +24,7 @@ def cluster_map(places: np.ndarray, labels: np.ndarray, picked: np.ndarray) -> s
         axes.scatter(*places[picked].T, s=20, facecolors="none", edgecolors=TEXT, linewidths=0.7)
         axes.set_xticks([])
         axes.set_yticks([])
+        axes.spines[:].set_visible(False)
 
     return svg("Map of the clusters", paint)
 
