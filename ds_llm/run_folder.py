@@ -7,10 +7,12 @@ import fcntl
 import json
 from pathlib import Path
 
-from ds_llm import checkpoint
+from ds_llm import checkpoint, hardware
 from ds_llm.config import Config
 from ds_llm.errors import UserError
+from ds_llm.modes import Job
 from ds_llm.options import flatten, to_dict, to_yaml
+from ds_llm.progress import console
 
 # What may differ between a run and its continuation: everything else would make it another run under the same name.
 CHANGEABLE = ("output", "resume", "train.epochs", "train.max_steps", "tracking.", "checkpoint.", "eval.", "data.val")
@@ -47,6 +49,37 @@ def record(config: Config, output: Path, environment: dict, deepspeed: dict) -> 
         (output / "environment.json").write_text(json.dumps(environment, indent=2))
     except OSError as error:
         raise UserError(f"output: {output}: cannot be written ({error.strerror})", any_rank=True) from None
+
+
+def describe(config: Config, job: Job, world: int, device: str, global_batch: int, steps: int) -> dict:
+    """Say on the screen what will be trained on what; returns it for the record of the run's start."""
+    sizes = [(hardware.whole_shape(p).numel(), p.requires_grad) for p in job.model.parameters()]
+    parameters, trained = sum(n for n, _ in sizes), sum(n for n, learns in sizes if learns)
+    share = f" ({trained / 1e6:.2f}M trained)" if trained < parameters else ""
+    t = config.train
+    console.print(
+        f"{type(job.model).__name__}, {parameters / 1e6:.1f}M parameters{share}, {t.dtype}, ZeRO-{config.zero}, "
+        f"{world} {'process' if world == 1 else 'processes'} on {device}",
+        markup=False,
+    )
+    console.print(
+        f"{len(job.samples):,} samples of {job.seq_len} tokens; global batch {global_batch} = "
+        f"{t.batch_size} x {t.accumulation_steps} x {world}; {steps:,} steps",
+        markup=False,
+    )
+    return {
+        "parameters": parameters,
+        "trained_parameters": trained,
+        "world_size": world,
+        "zero": config.zero,
+        "dtype": t.dtype,
+        "samples": len(job.samples),
+        "seq_len": job.seq_len,
+        "global_batch": global_batch,
+        "loss_unit": f"nats per {job.unit}",
+        "flops_per_token": hardware.training_flops_per_token(job.model, job.seq_len),
+        **job.info,
+    }
 
 
 def resume_point(config: Config, output: Path) -> tuple[Path, dict] | None:

@@ -18,13 +18,11 @@ from ds_llm.errors import UserError
 from ds_llm.evaluation import generations
 from ds_llm.evaluation.text_metrics import LABELS
 from ds_llm.interrupt import EXIT_CODE, Interrupt
-from ds_llm.models import adapters, partial
+from ds_llm.models import saving
 from ds_llm.modes import Job, count_processed, count_tokens
 from ds_llm.options import to_dict
 from ds_llm.progress import console
 from ds_llm.schedule import learning_rate
-from ds_llm.sparsity import compact_checkpoint
-from ds_llm.sparsity.model import is_sparse
 from ds_llm.tracking import Meter, Tracker
 
 RESULTS = ("baseline", "best", "best_step", "texts_at_best", "evals_without_gain")  # of the evaluations so far
@@ -76,7 +74,9 @@ class Trainer:
         if resume:
             self._restore(*resume)
         self._record()
-        info = self._info()
+        info = run_folder.describe(
+            self.config, self.job, self.world, engine.device().type, self.global_batch, self.total
+        )
         self.tracker = Tracker(
             self.config, self.output, total_steps=self.total, start_step=self.state["step"], run_info=info
         )
@@ -303,19 +303,10 @@ class Trainer:
 
     def _write(self, folder: Path) -> None:
         self.engine.save(folder)
-        adapter, part = adapters.is_adapter(self.job.model), partial.is_partial(self.job.model)
         with self.engine.averaged_weights():
-            weights = self.engine.gather(self.job.model, trained_only=adapter or part)
+            weights = self.engine.gather(self.job.model, trained_only=saving.needs_trained_only(self.job.model))
         if self.rank == 0:
-            if part:
-                partial.save(self.job.model, weights, folder / "model")
-            elif adapter:
-                adapters.save_adapter(self.job.model, weights, folder / "model")
-            elif is_sparse(self.job.model):
-                compact_checkpoint.save(self.job.model, weights, folder / "model")
-            else:
-                self.job.model.save_pretrained(folder / "model", state_dict=weights)
-            self.job.tokenizer.save_pretrained(folder / "model")
+            saving.save(self.job.model, weights, self.job.tokenizer, folder / "model")
 
     def _restore(self, path: Path, saved: dict) -> None:
         self.engine.load(path)
@@ -331,35 +322,6 @@ class Trainer:
     def _record(self) -> None:
         if self.rank == 0:
             run_folder.record(self.config, self.output, hardware.environment(), self.engine.settings)
-
-    def _info(self) -> dict:
-        model, c = self.job.model, self.config
-        sizes = [(hardware.whole_shape(p).numel(), p.requires_grad) for p in model.parameters()]
-        parameters, trained = sum(n for n, _ in sizes), sum(n for n, learns in sizes if learns)
-        share = f" ({trained / 1e6:.2f}M trained)" if trained < parameters else ""
-        console.print(
-            f"{type(model).__name__}, {parameters / 1e6:.1f}M parameters{share}, {c.train.dtype}, ZeRO-{c.zero}, "
-            f"{self.world} {'process' if self.world == 1 else 'processes'} on {engine.device().type}",
-            markup=False,
-        )
-        console.print(
-            f"{len(self.job.samples):,} samples of {self.job.seq_len} tokens; global batch {self.global_batch} = "
-            f"{c.train.batch_size} x {c.train.accumulation_steps} x {self.world}; {self.total:,} steps",
-            markup=False,
-        )
-        return {
-            "parameters": parameters,
-            "trained_parameters": trained,
-            "world_size": self.world,
-            "zero": c.zero,
-            "dtype": c.train.dtype,
-            "samples": len(self.job.samples),
-            "seq_len": self.job.seq_len,
-            "global_batch": self.global_batch,
-            "loss_unit": f"nats per {self.job.unit}",
-            "flops_per_token": hardware.training_flops_per_token(model, self.job.seq_len),
-            **self.job.info,
-        }
 
     def _report(self) -> None:
         if self.rank == 0 and self.config.tracking.report:
