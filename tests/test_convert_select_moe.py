@@ -2,11 +2,13 @@
 
 import filecmp
 import json
+import runpy
+import sys
 
 import pytest
 import torch
 from gated import convert, save
-from jobs import ROOT, VOCAB, start
+from jobs import ROOT, VOCAB
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, OlmoeConfig
 
@@ -23,14 +25,14 @@ def olmoe(corpus, tmp_path_factory):
     return save("olmoe", tmp_path_factory.mktemp("olmoe") / "original", corpus / "tokenizer", VOCAB)
 
 
-def run(*arguments) -> tuple[int, str, str]:
-    """Exit code and output of the command."""
-    job = start("forked-1", list(map(str, arguments)), ROOT / "launch/convert.py")
-    out, err = job.communicate(240)
-    return job.returncode, out, err
+def test_commands_convert_and_compare(olmoe, tmp_path, monkeypatch, capsys):
+    def run(*arguments) -> tuple[int, str, str]:
+        """Exit code and output of the command, run in this process."""
+        monkeypatch.setattr(sys, "argv", ["convert.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(ROOT / "launch/convert.py"), run_name="__main__")
+        return end.value.code, *capsys.readouterr()
 
-
-def test_commands_convert_and_compare(olmoe, tmp_path):
     out = tmp_path / "gated"
     code, said, errors = run("select-moe", "--model", olmoe, "--out", out, "--init-std", "0.3", "--seed", "5")
     assert code == 0 and not errors, errors
