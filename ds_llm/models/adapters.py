@@ -232,14 +232,20 @@ def without_wrapper(model: nn.Module) -> nn.Module:
     return model.get_base_model() if is_adapter(model) else model
 
 
+def trained_names(model: nn.Module, weights: dict[str, torch.Tensor], what: str) -> list[str]:
+    """Names of the trained weights; `UserError` unless all are in `weights`, whole."""
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    bad = [name for name in names if name not in weights or not weights[name].numel()]
+    if bad or not names:
+        raise UserError(f"{what} was not gathered whole, first {bad[0] if bad else 'all of it'}")
+    return names
+
+
 def save_adapter(model: nn.Module, weights: dict[str, torch.Tensor], folder: Path) -> None:
     """Write a peft folder: adapter_model.safetensors from the gathered `weights`, and adapter_config.json.
 
     Raises `UserError` where a weight is missing or empty: a sharded model saved without gathering gives such files.
     """
-    expected = [name for name, p in model.named_parameters() if p.requires_grad]
-    bad = [name for name in expected if name not in weights or not weights[name].numel()]
-    if bad or not expected:
-        raise UserError(f"{folder}: the adapter was not gathered whole, first {bad[0] if bad else 'all of it'}")
+    trained_names(model, weights, f"{folder}: the adapter")
     model.save_pretrained(folder, state_dict=weights, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty form of a model card

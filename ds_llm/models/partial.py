@@ -37,14 +37,11 @@ def save(model: nn.Module, weights: dict[str, torch.Tensor], folder: Path) -> No
 
     Raises `UserError` where a weight is missing or empty: a sharded model saved without gathering gives such files.
     """
-    from ds_llm.models.adapters import base_name, identity
+    from ds_llm.models.adapters import base_name, identity, trained_names
 
-    expected = [name for name, p in model.named_parameters() if p.requires_grad]
-    bad = [name for name in expected if name not in weights or not weights[name].numel()]
-    if bad or not expected:
-        raise UserError(f"{folder}: the trained part was not gathered whole, first {bad[0] if bad else 'all of it'}")
+    names = trained_names(model, weights, f"{folder}: the trained part")
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: weights[name].contiguous() for name in expected}, folder / WEIGHTS_FILE)
+    save_file({name: weights[name].contiguous() for name in names}, folder / WEIGHTS_FILE)
     found = {"base_model_name_or_path": base_name(model.partial_base), "base_identity": identity(model.partial_base)}
     (folder / PARTIAL_FILE).write_text(json.dumps(found, indent=2) + "\n")
 
