@@ -26,7 +26,8 @@ TOLERANCE = 1e-4  # of the largest logit: float32 rounding in a merge stays well
 class Export:
     """What was written, and the largest differences between logits of random tokens, computed in float32.
 
-    `effect`: adapter on against adapter off; `merge`: merged against adapter on (both None without an adapter);
+    `base`: of an adapter, or of the trained part of a model. `effect`: adapter on against adapter off; `merge`: merged
+    against adapter on (both None without an adapter);
     `rounding`: the folder read back against the model before it was cast to `dtype`. `largest`: the largest logit.
     """
 

@@ -36,6 +36,7 @@ def main() -> None:
     found = export(arguments.model, arguments.out, arguments.dtype, arguments.compact)
     if found.base is not None:
         print(f"base model: {found.base}")
+    if found.effect is not None:
         print(f"the adapter changes the logits by up to {found.effect:.3g} (largest logit {found.largest:.3g})")
         print(f"merged against adapter, fp32: largest difference of the logits {found.merge:.3g}")
     print(f"read back from {found.dtype}: largest difference of the logits {found.rounding:.3g}")

@@ -1,12 +1,14 @@
 """Training of gates: on any split of the global batch the same, of nothing but gates, and what is refused."""
 
+import runpy
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from gated import convert, save
-from jobs import VOCAB, launch
+from jobs import ROOT, VOCAB, launch
 from safetensors.torch import load_file
 
 from ds_llm import config, metrics, trainer
@@ -118,7 +120,7 @@ def test_the_split_of_the_batch_does_not_matter(arguments, models, loss, tmp_pat
     assert one[0]["grad_norm"] == pytest.approx(float(norm), rel=1e-4)
 
 
-def test_the_trained_part_loads_on_its_base_and_on_no_other(arguments, models, chats, tmp_path):
+def test_the_trained_part_loads_on_its_base_and_on_no_other(arguments, models, chats, tmp_path, monkeypatch, capsys):
     output = tmp_path / "run"
     arguments = [*arguments, f"model.path={models / 'chat'}", f"data.train={chats / 'train.jsonl'}", "data.seq_len=96"]
     arguments += [f"data.val={chats / 'val.jsonl'}", "router.train_routers=true", "router.quality_loss=ranking"]
@@ -134,6 +136,12 @@ def test_the_trained_part_loads_on_its_base_and_on_no_other(arguments, models, c
         assert torch.equal(value, weights[name] if name in names else base[name]), name
     assert all(not torch.equal(found[name], base[name]) for name in names)
     assert load_tokenizer(output).chat_template == load_tokenizer(models / "chat").chat_template
+    monkeypatch.setattr(sys, "argv", ["export.py", "--model", str(output), "--out", str(tmp_path / "whole")])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / "launch/export.py"), run_name="__main__")
+    assert end.value.code == 0 and "read back from fp32" in capsys.readouterr().out
+    exported = load_model(tmp_path / "whole").state_dict()
+    assert all(torch.equal(exported[name], value) for name, value in found.items())
     # optimizer states are of the trained weights alone: two moments and the fp32 copy, beside the weights themselves
     state = next((output / "checkpoints").glob("*/deepspeed/*optim_states.pt")).stat().st_size
     assert state < 3 * 4 * sum(value.numel() for value in weights.values()) + 20_000
