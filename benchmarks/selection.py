@@ -3,9 +3,9 @@
 Features are made up: rows of a few hundred topics, each with its own preferences of experts, with noise; probabilities
 [rows, layers, experts] in half precision, in a file. Each contestant runs in a process of its own and reads that file.
 
-selection    what `launch/select.py` does between scores and rows: usable rows, k by the elbow, K-means, round-robin
-k-means      `ds_llm.selection.spherical.kmeans` alone, at the k that the elbow gave
-sklearn      `sklearn.cluster.KMeans` on the same rows and from the same first centroids, all rows in memory
+selection    what `launch/select.py` does between scores and rows: usable rows, k by the elbow, K-means, round-robin;
+             and of it the K-means alone
+sklearn      `sklearn.cluster.KMeans` with the same k, on the same rows and from the same first centroids
 
 Inertia is the sum over the rows of 1 - cosine to the direction of their cluster's mean. Peak memory counts the mapped
 pages of the feature file in. CPU seconds, of all threads, are what other programs on the machine disturb less.
@@ -48,51 +48,59 @@ def make_features(path: Path, rows: int, layers: int, experts: int, seed: int) -
     table.flush()
 
 
-def selection(path: Path, options: dict) -> dict:
-    from ds_llm.selection import pick
+class Clock:
+    """Wall and CPU seconds since it was made."""
+
+    def __init__(self):
+        self._wall, self._cpu = time.perf_counter(), time.process_time()
+
+    def read(self) -> dict:
+        return {"seconds": time.perf_counter() - self._wall, "cpu_seconds": time.process_time() - self._cpu}
+
+
+def selection(path: Path, options: dict) -> dict[str, dict]:
+    from ds_llm.selection import methods, pick
     from ds_llm.selection.clustering import cluster
     from ds_llm.selection.features import Features
     from ds_llm.selection.options import ClusterConfig
 
+    whole = Clock()
     features = Features(path)
     features = features.subset(np.flatnonzero(features.usable()))
-    found = cluster(features, ClusterConfig(k=options["k"], seed=options["seed"]))
+    config = ClusterConfig(seed=options["seed"])
+    config.k = options["k"] or methods.elbow(features, config, {})
+    alone = Clock()
+    found = cluster(features, config)
+    kmeans = alone.read() | {"passes": found.facts["passes"], "labels": found.labels}
     quality = np.random.default_rng(options["seed"]).random(len(features))
     chosen = pick.round_robin(quality, found.labels, int(len(features) * 0.05))
-    return {"k": found.facts["k"], "picked": len(chosen), "passes": found.facts["passes"]}
+    return {"selection": whole.read() | {"k": config.k, "picked": len(chosen)}, "k-means": kmeans}
 
 
-def ours(path: Path, options: dict) -> dict:
-    from ds_llm.selection.features import Features
-    from ds_llm.selection.spherical import kmeans
-
-    found = kmeans(Features(path), options["k"], options["seed"])
-    return {"labels": found.labels, "passes": found.iterations}
-
-
-def sklearn(path: Path, options: dict) -> dict:
+def sklearn(path: Path, options: dict) -> dict[str, dict]:
     from sklearn.cluster import KMeans
 
     from ds_llm.selection.features import Features
     from ds_llm.selection.spherical import seeds
 
+    clock = Clock()
     features = Features(path)
     model = KMeans(options["k"], init=seeds(features, options["k"], options["seed"]).numpy(), n_init=1)
-    return {"labels": model.fit_predict(features.all().numpy()), "passes": model.n_iter_}
+    labels = model.fit_predict(features.all().numpy())
+    return {"sklearn": clock.read() | {"passes": model.n_iter_, "labels": labels}}
 
 
-def measured(run: Callable, path: Path, options: dict, threads: int) -> dict:
-    """What `run` returns, with its wall and CPU seconds and the peak memory of its process."""
+def measured(run: Callable, path: Path, options: dict, threads: int) -> dict[str, dict]:
+    """What `run` returns, with the peak memory of its process."""
     import torch
 
     from ds_llm import cli
 
     cli.quiet()
     torch.set_num_threads(threads)
-    wall, cpu = time.perf_counter(), time.process_time()
     found = run(path, options)
-    found |= {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
-    return found | {"peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    return {name: entry | {"peak_gb": peak} for name, entry in found.items()}
 
 
 def inertia(path: Path, labels: np.ndarray) -> float:
@@ -121,6 +129,7 @@ def main() -> None:
     parser.add_argument("--k", type=int, help="clusters (default: by the elbow, from 10 to 100)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="(default: all cores)")
+    parser.add_argument("--features", type=Path, metavar="PATH", help="file of features to use, made where it is not")
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write the results here")
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(args.threads)  # of the processes to come
@@ -133,23 +142,24 @@ def main() -> None:
     context = multiprocessing.get_context("spawn")
     found = {}
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "router.npy"
-        make_features(path, args.rows, args.layers, args.experts, args.seed)
+        path = args.features or Path(folder) / "router.npy"
+        if not path.exists():
+            make_features(path, args.rows, args.layers, args.experts, args.seed)
         options = {"k": args.k, "seed": args.seed}
-        for name, run in (("selection", selection), ("k-means", ours), ("sklearn", sklearn)):
+        for run in (selection, sklearn):
             with ProcessPoolExecutor(1, context) as pool:
-                entry = found[name] = pool.submit(measured, run, path, options, args.threads).result()
-            options["k"] = entry.pop("k", options["k"])
-            if "labels" in entry:
-                entry["inertia"] = inertia(path, entry.pop("labels"))
+                found |= pool.submit(measured, run, path, options, args.threads).result()
+            options["k"] = found["selection"]["k"]
+        for name in ("k-means", "sklearn"):
+            found[name]["inertia"] = inertia(path, found[name].pop("labels"))
     about |= {"k": options["k"], "contestants": found}
     machine = about["machine"]
     shape = f"{args.rows:,} rows x {args.layers} x {args.experts}"
     print(f"{shape}, k={options['k']}, {machine['cpu']}, {args.threads} threads")
     print(" " * 10 + "".join(f"{head:>10}" for head in ("seconds", "CPU s", "peak GB", "passes", "inertia")))
     for name, e in found.items():
-        end = f"{e['inertia']:10.1f}" if "inertia" in e else ""
-        print(f"{name:10}{e['seconds']:10.1f}{e['cpu_seconds']:10.1f}{e['peak_gb']:10.2f}{e['passes']:10}{end}")
+        end = f"{e['passes']:10}{e['inertia']:10.1f}" if "inertia" in e else ""
+        print(f"{name:10}{e['seconds']:10.1f}{e['cpu_seconds']:10.1f}{e['peak_gb']:10.2f}{end}")
     difference = found["k-means"]["inertia"] / found["sklearn"]["inertia"] - 1
     print(f"inertia of k-means over scikit-learn's: {difference:+.3%}")
     if args.json:
