@@ -2,10 +2,11 @@
 
     python -m benchmarks.selection_quality --work /tmp/selection --json selection.json
 
-A small mixture-of-experts decoder is pretrained on Wikipedia passages and given quality gates. For each seed a pool is
-made (`benchmarks.mixed_pool`), the gates are trained on a part of it with each quality loss (launch/train.py
-mode=router), and rows are picked (launch/select.py), by round-robin over clusters of router features and by quality
-alone. They are compared with picks at random and by entropy and perplexity under the pretrained model.
+A small mixture-of-experts decoder is pretrained on Wikipedia passages and given quality gates. These are trained with
+each quality loss (launch/train.py mode=router), once on a part of the pretraining text, which is known to be good, and
+on a part of each pool (`benchmarks.mixed_pool`, one for each seed). Rows are picked (launch/select.py) by round-robin
+over clusters of router features and by quality alone, and compared with picks at random and by entropy and perplexity
+under the pretrained model.
 
 Judged by: the area under the ROC curve of the score as a detector of clean rows (0.5: blind; the labels are used for
 nothing else), the share of clean rows among those picked, and the loss on held-out clean text of the pretrained model
@@ -15,6 +16,7 @@ after equally many further steps on each pick. Everything is kept in --work; the
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import multiprocessing
 import os
@@ -36,18 +38,15 @@ from ds_llm.selection import pick
 
 LAUNCH = Path(__file__).resolve().parents[1] / "launch"
 PRELOADED = ("ds_llm.trainer", "ds_llm.selection.run", "ds_llm.convert_select_moe", "peft", "torch._dynamo")
-GATES = {  # quality loss and its weight
+ORIGINAL = ("sigmoid", "mse", "beta_moment_matching", "mean_variance_regularization")
+PAIRS = ("contrastive", "ranking")
+GATES = {  # quality loss, its weight, and what the gates are trained on
     "untrained": None,
-    "LM loss alone": ("sigmoid", 0.0),
-    "sigmoid": ("sigmoid", 0.01),
-    "mse": ("mse", 0.01),
-    "beta_moment_matching": ("beta_moment_matching", 0.01),
-    "mean_variance_regularization": ("mean_variance_regularization", 0.01),
-    "contrastive": ("contrastive", 1.0),
-    "ranking": ("ranking", 1.0),
+    "LM loss alone": ("sigmoid", 0.0, "pool"),
+    **{loss: (loss, 1.0, "trusted") for loss in (*ORIGINAL, *PAIRS)},
+    **{f"{loss}, on the pool": (loss, 1.0, "pool") for loss in (*ORIGINAL, *PAIRS)},
 }
-TRAINED_ON = ("random", "clean only", "entropy, lowest", "entropy, highest", "perplexity, lowest")
-TRAINED_ON += tuple(f"gates: {name}" for name in GATES if name not in ("untrained", "LM loss alone"))
+TRAINED_ON = ("random", "clean only", "perplexity, lowest", "gates: sigmoid", "gates: contrastive", "gates: ranking")
 SHARES = (0.05, 0.1, 0.2)
 JUDGED = 0.1  # share of the picks that are trained on and listed by kind
 CLUSTERS = 16
@@ -55,7 +54,7 @@ CLEAN = ("clean", "news")
 BASE = "mode=pretrain model.dim=128 model.n_layers=3 model.n_heads=4 model.n_kv_heads=2 model.max_seq_len=256 "
 BASE += "model.use_moe=true model.n_routed_experts=4 model.moe_intermediate_size=128 optim.lr=4e-3 "
 BASE += "optim.warmup_ratio=0.05 train.epochs=2"
-WARMUP = "mode=router data.subset_ratio=0.3 optim.lr=1e-3 optim.weight_decay=0 router.held_out=0"
+WARMUP = "mode=router data.subset_ratio=0.3 optim.lr=1e-2 optim.weight_decay=0 router.held_out=0"
 FURTHER = "mode=pretrain optim.lr=5e-4 optim.schedule=constant optim.warmup_steps=5 eval.max_windows=32"
 COMMON = "train.dtype=fp32 train.batch_size=8 zero=0 checkpoint.every_steps=0 checkpoint.every_epoch=false "
 COMMON += "checkpoint.best=false tracking.tensorboard=false tracking.report=false eval.before=false"
@@ -79,13 +78,13 @@ class Bench:
     def __init__(self, work: Path, rows: int, gate_steps: int, steps: int):
         self.work, self.rows, self.gate_steps, self.steps = work.resolve(), rows, gate_steps, steps
         self.work.mkdir(parents=True, exist_ok=True)
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(list(PRELOADED))
 
     def run(self, name: str, *arguments: str) -> None:
         """A launch script, in a process that has the libraries already; ends with its last words where it fails."""
         log = self.work / "log.txt"
-        process = self._context.Process(target=run_script, args=(name, arguments, log))
+        for module in PRELOADED:
+            importlib.import_module(module)
+        process = multiprocessing.get_context("fork").Process(target=run_script, args=(name, arguments, log))
         process.start()
         process.join()
         if process.exitcode:
@@ -173,11 +172,14 @@ class Bench:
         """Quality and cluster of every row by gates that were trained as `GATES` says."""
         import pyarrow.parquet
 
-        model, selected = self.work / "select", folder / f"select-{name.replace(' ', '-')}"
+        plain = re.sub(r"\W+", "-", name)
+        model, selected = self.work / "select", folder / f"select-{plain}"
         if GATES[name]:
-            loss, weight = GATES[name]
-            trained = folder / f"gates-{name.replace(' ', '-')}"
-            keys = [f"train.max_steps={self.gate_steps}", f"train.seed={seed}", f"data.train=[{pool}]"]
+            loss, weight, texts = GATES[name]
+            trained = (folder if texts == "pool" else self.work) / f"gates-{plain}"
+            data = pool if texts == "pool" else self.work / "pretrain.jsonl"
+            seed = seed if texts == "pool" else 0
+            keys = [f"train.max_steps={self.gate_steps}", f"train.seed={seed}", f"data.train=[{data}]"]
             keys += [f"router.quality_loss={loss}", f"router.quality_weight={weight}", f"model.path={model}"]
             self.train(trained, *WARMUP.split(), *keys)
             model = trained
@@ -275,7 +277,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--gates", nargs="+", choices=GATES, default=list(GATES), metavar="NAME",
                         help=f"how gates are trained (all of {', '.join(GATES)})")  # fmt: skip
-    parser.add_argument("--gate-steps", type=int, default=30, help="steps of gate training (default 30)")
+    parser.add_argument("--gate-steps", type=int, default=100, help="steps of gate training (default 100)")
     parser.add_argument("--steps", type=int, default=12, help="further steps on each pick, 0: none (default 12)")
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write the results here")
     args = parser.parse_args()
