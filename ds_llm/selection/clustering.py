@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from ds_llm.progress import console
 from ds_llm.selection import methods
 from ds_llm.selection.features import Features
 from ds_llm.selection.methods import NOISE
 from ds_llm.selection.options import ClusterConfig, backend
 
+WHERE = {"nearest": "they go to the nearest", "own": "they are one of their own", "drop": "they are dropped"}
 UNUSABLE = -2  # label of a row of the data that was not clustered: it has no features
 METHODS = {
     "kmeans": methods.kmeans,
@@ -42,6 +44,9 @@ def cluster(features: Features, config: ClusterConfig) -> Clustering:
     labels = METHODS[config.method](features, config, chosen, facts)
     if (labels == NOISE).any():
         facts["noise"] = int((labels == NOISE).sum())
+        console.print(
+            f"{facts['noise']:,} of {len(labels):,} rows are in no cluster: {WHERE[config.noise]}", markup=False
+        )
         labels = _place_noise(features, labels, config.noise)
     labels = _by_size(labels)
     return Clustering(labels, facts)
