@@ -109,7 +109,7 @@ def write(out: Path, result: dict, rows: Rows, shown: list[tuple[str, list[int]]
     page = render(
         PAGE,
         name=f"Selection {out.parent.name}",
-        subtitle=f"{100 * how['percentage']:.3g} % of the rows, {how['best']} {name} first; clusters by {_method(facts)}",
+        subtitle=f"{100 * how['percentage']:.3g} %, {how['best']} {name} first; clusters by {_method(facts)}",
         tiles=[dict(zip(("name", "value", "note", "tone"), tile, strict=True)) for tile in tiles],
         plots=[{"title": title, "svg": svg, "note": note} for title, svg, note in drawings],
         clusters=_clusters(rows),
