@@ -199,10 +199,10 @@ class RouterConfig:
     lambda_var: float = key(0.1, "mean_variance_regularization: weight of the variance", at_least=0)
     corruptions: list[str] = key(
         ["shuffle", "repeat", "replace"],
-        "contrastive, ranking: how copies are corrupted; one is drawn for each document",
+        "How the corrupted copies that gates are compared on are made; one is drawn for each document",
     )
     held_out: int = key(
-        64, "contrastive, ranking: samples outside the subset on which the gates are evaluated; 0: none", at_least=0
+        64, "Samples outside the subset on which it is evaluated how gates tell copies; 0: none", at_least=0
     )
     quality_loss_debug: bool = key(False, "Print the terms of the quality loss at every step")
 

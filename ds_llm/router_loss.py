@@ -78,8 +78,9 @@ class RouterLoss(nn.Module):
     ):
         """(loss_sum, auxiliary losses, report, counts, sums) of a training batch, see `ds_llm.modes.Job`.
 
-        In evaluation, of a batch with corrupted_ids, [4] summed over its pairs: loss, g of samples, g of copies, and
-        how many samples score above theirs; of another, what `inner` gives. powers: only the sums of g and g^2 [L, 2].
+        In evaluation, of a batch with corrupted_ids, [4] summed over its pairs: loss (the contrastive one where this is
+        none over pairs), g of samples, g of copies, how many samples score above theirs; of another, what `inner`
+        gives. powers: only the sums of g and g^2 [L, 2].
         """
         if not self.training and corrupted_ids is None:
             return self.inner(**batch)
@@ -130,7 +131,8 @@ class RouterLoss(nn.Module):
             for scores in (clean, copies)
         ]
         above = (means[0] > means[1]).sum()
-        return torch.stack([x.double() for x in (self.loss.function(*means).sum(), *gates, above)])
+        loss = self.loss if self.loss.over == "pairs" else quality_loss.find("contrastive")
+        return torch.stack([x.double() for x in (loss.function(*means).sum(), *gates, above)])
 
     def _scores(self, ids: Tensor, batch: dict[str, Tensor]) -> list[Tensor]:
         """The gates' scores of these tokens in the place of the batch's, without the output head."""

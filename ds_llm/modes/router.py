@@ -56,7 +56,7 @@ def check(config: Config) -> Data:
             if getattr(lora, name) != usual:
                 raise ConfigError(f"lora.{name}: {getattr(lora, name)} is not for router: its adapters are on routers")
     unknown = [kind for kind in options.corruptions if kind not in CORRUPTIONS]
-    if unknown or (loss.over == "pairs" and not options.corruptions):
+    if unknown or not options.corruptions:
         raise ConfigError(
             f"router.corruptions: name some of {', '.join(CORRUPTIONS)}" + (f", not {unknown[0]}" if unknown else "")
         )
@@ -108,15 +108,17 @@ def build(config: Config, data: Data) -> Job:
     job.objective = RouterLoss(job.objective, model)
     job.begin_step = job.objective.begin_step
     job.metrics = METRICS
-    if job.objective.loss.over == "pairs":
-        fixed = data.tokenizer.all_special_ids
-        held_out = SampleOrder(len(whole), seed).take(count, min(options.held_out, len(whole) - count))
-        pairs = CorruptedPairs(whole, options.corruptions, seed, fixed)
+    fixed, over_pairs = data.tokenizer.all_special_ids, job.objective.loss.over == "pairs"
+    if over_pairs:
         job.samples = CorruptedPairs(job.samples, options.corruptions, seed, fixed)
         job.metrics += PAIR_METRICS
-        if len(held_out):
-            job.evaluate = _evaluation(config, pairs, held_out, job.evaluate)
-            job.goal = "quality_loss"
+    held_out = SampleOrder(len(whole), seed).take(count, min(options.held_out, len(whole) - count))
+    if len(held_out):
+        name = "quality_loss" if over_pairs else "pair_loss"
+        if over_pairs or job.evaluate is None:
+            job.goal = name
+        pairs = CorruptedPairs(whole, options.corruptions, seed, fixed)
+        job.evaluate = _evaluation(config, pairs, held_out, job.evaluate, name)
     return job
 
 
@@ -168,13 +170,13 @@ def _add_adapters(model: nn.Module, config: Config) -> nn.Module:
     return wrapped
 
 
-def _evaluation(config: Config, pairs: CorruptedPairs, held_out, inner: Callable | None) -> Callable:
+def _evaluation(config: Config, pairs: CorruptedPairs, held_out, inner: Callable | None, loss: str) -> Callable:
     size = (config.eval.batch_size or config.train.batch_size) if config.data.packing else 1
     batches = [held_out[first : first + size] for first in range(0, len(held_out), size)]
 
     @torch.no_grad()
     def evaluate(engine) -> dict:
-        """How well gates tell held-out samples from their copies, beside the figures of `inner`.
+        """How well gates tell held-out samples from their copies, beside the figures of `inner`; `loss` names the loss.
 
         Batches do not depend on the number of processes; every process runs equally many, so none waits for another.
         """
@@ -189,7 +191,7 @@ def _evaluation(config: Config, pairs: CorruptedPairs, held_out, inner: Callable
                     sums[5 * mine : 5 * mine + 5] = [int(batch["documents"].max()) + 1, *found.tolist()]
                 task.advance(min(engine.world_size, len(batches) - first))
         count, *found = torch.tensor(processes.all_reduce(sums)).view(-1, 5).sum(0).tolist()
-        names = ("quality_loss", "gate_mean", "gate_mean_corrupted", "pair_accuracy")
+        names = (loss, "gate_mean", "gate_mean_corrupted", "pair_accuracy")
         figures = dict(zip(names, (value / max(count, 1) for value in found), strict=True))
         return {**(inner(engine) if inner is not None else {}), **figures, "seconds": time.perf_counter() - start}
 

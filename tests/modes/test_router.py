@@ -45,6 +45,7 @@ def arguments(corpus, models, monkeypatch, tmp_path_factory) -> list[str]:
         f"train.max_steps={STEPS}",
         "optim.lr=1e-2",
         "router.quality_weight=3",
+        "router.held_out=4",
         "eval.before=false",
         "tracking.log_every=1",
         "tracking.report=false",
@@ -124,7 +125,7 @@ def test_the_trained_part_loads_on_its_base_and_on_no_other(arguments, models, c
     output = tmp_path / "run"
     arguments = [*arguments, f"model.path={models / 'chat'}", f"data.train={chats / 'train.jsonl'}", "data.seq_len=96"]
     arguments += [f"data.val={chats / 'val.jsonl'}", "router.train_routers=true", "router.quality_loss=ranking"]
-    steps = run([*arguments, "train.batch_size=2", "router.held_out=4", "train.activation_checkpointing=true"], output)
+    steps = run([*arguments, "train.batch_size=2", "train.activation_checkpointing=true"], output)
     assert all(0 <= step["pair_accuracy"] <= 1 for step in steps)
     (evaluated,) = (r for r in metrics.read(output / "metrics.jsonl") if r["kind"] == "eval")
     assert evaluated["goal"] == "quality_loss" and evaluated["perplexity"] > 1 and 0 <= evaluated["pair_accuracy"] <= 1
