@@ -178,7 +178,7 @@ def _sklearn_hdbscan(rows: torch.Tensor):
     from sklearn.cluster import HDBSCAN
 
     values = rows.double()
-    distances = (1 - values @ values.T).clamp_(0, 2).fill_diagonal_(0).numpy()
+    distances = (1 - values @ values.T).clamp_(0, 2).fill_diagonal_(0).cpu().numpy()
 
     def fit(size: int, least: int | None) -> np.ndarray:
         least = None if least is None else min(least, len(distances))
