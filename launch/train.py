@@ -15,12 +15,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", metavar="YAML", help="recipe; see ds_configs/recipes/ and docs/configuration.md")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")
+    parser.add_argument(
+        "--plan", action="store_true", help="print the memory the run will need and exit, see docs/memory.md"
+    )
+    parser.add_argument("--world", type=int, metavar="N", help="with --plan: processes; by default those of this job")
+    parser.add_argument("--card", metavar="24GB", help="with --plan: say what fits cards of this size")
     parser.add_argument("--resume", metavar="auto|never|FOLDER", help="the same as resume=...")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example model.dim=128 optim.lr=1e-3")
     arguments = parser.parse_intermixed_args()
 
     from ds_llm import config, options
+    from ds_llm.errors import ConfigError
 
     overrides = arguments.overrides + ([f"resume={arguments.resume}"] if arguments.resume else [])
     resolved = config.load(arguments.config, overrides)
@@ -28,6 +34,14 @@ def main() -> int:
         if cli.rank() == 0:
             print(options.to_yaml(resolved), end="")
         return 0
+    if arguments.plan:
+        if cli.rank() == 0:
+            from ds_llm import plan
+
+            plan.show(resolved, cli.world_size() if arguments.world is None else arguments.world, arguments.card)
+        return 0
+    if arguments.world is not None or arguments.card is not None:
+        raise ConfigError("--world and --card belong to --plan")
 
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # equal bits whatever the alignment of a tensor in memory
 
