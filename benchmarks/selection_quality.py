@@ -44,6 +44,7 @@ GATES = {  # quality loss, its weight, and what the gates are trained on
     "untrained": None,
     "LM loss alone": ("sigmoid", 0.0, "pool"),
     **{loss: (loss, 1.0, "trusted") for loss in (*ORIGINAL, *PAIRS)},
+    **{f"{loss}, weight 30": (loss, 30.0, "trusted") for loss in PAIRS},
     **{f"{loss}, on the pool": (loss, 1.0, "pool") for loss in (*ORIGINAL, *PAIRS)},
 }
 TRAINED_ON = ("random", "clean only", "perplexity, lowest", "gates: sigmoid", "gates: contrastive", "gates: ranking")
