@@ -53,6 +53,9 @@ def test_what_is_trained_is_what_the_run_would_train(chats, extra):
     found = outline(config)
     assert found.trained == sum(n for n, learns in sizes if learns)
     assert found.frozen == sum(n for n, learns in sizes if not learns)
+    planner = Planner(config, 1, touched=True)
+    plain, again = (planner.estimate(Setting(0, False, again)).activations for again in (False, True))
+    assert plain > again > 8 * 128 * 32 * 2 * 2  # each layer's input at least: 8 rows of 128 tokens, width 32, bf16
     sparse = load(None, ["mode=sparse", f"model.path={chats / 'llama'}", "sparse.density=0.25"])
     if not extra:
         whole = sum(target.weight.numel() for target in prunable(model))

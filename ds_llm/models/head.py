@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.utils.checkpoint import checkpoint
 
 from ds_llm.errors import UserError
@@ -146,7 +147,7 @@ def logit_transform(model: nn.Module) -> tuple[float, float | None]:
 
 @torch.no_grad()
 def _check_head(model: nn.Module, head: LMHead) -> None:
-    if any(p.device.type == "meta" or hasattr(p, "ds_id") for p in model.parameters()):
+    if any(p.device.type == "meta" or hasattr(p, "ds_id") or isinstance(p, FakeTensor) for p in model.parameters()):
         return  # no weights here to try it with
     training = model.training
     model.eval()
