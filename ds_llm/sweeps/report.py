@@ -34,7 +34,7 @@ PAGE = """{% extends "frame" %}
 <h2>Best configuration</h2>
 <section class="card">
 <div>Trial {{ best.number }}: {{ best.value }}. As a whole it is <code>{{ best.file }}</code>.</div>
-<pre>{{ best.values }}</pre>
+<pre>{{ best.drawn }}</pre>
 <pre>{{ best.command }}</pre>
 </section>
 {% endif %}
@@ -48,7 +48,7 @@ PAGE = """{% extends "frame" %}
 {% if row.page %}<a href="{{ row.page }}">{{ row.number }}</a>{% else %}{{ row.number }}{% endif %}
 </td><td class="number">{{ row.value }}</td>{% for value in row.drawn %}<td class="number">{{ value }}</td>{% endfor %}
 <td class="number">{{ row.steps }}</td><td class="number">{{ row.time }}</td>
-<td class="wide {{ row.tone }}">{{ row.note }}</td></tr>
+<td class="wide {{ row.tone }}" style="min-width: 18em">{{ row.note }}</td></tr>
 {% endfor %}
 </table></section>
 <h2>Sweep file</h2>
@@ -94,7 +94,7 @@ def _best(sweep, best) -> dict:
         "number": best.number,
         "value": f"{sweep.file.metric.name} {best.value:.6g}",
         "file": str(sweep.output / "best.yaml"),
-        "values": "\n".join(f"{p.name}: {values[p.name]}" for p in sweep.file.varying),
+        "drawn": "\n".join(f"{p.name}: {values[p.name]}" for p in sweep.file.varying),
         "command": shlex.join(words),
     }
 

@@ -258,6 +258,8 @@ def test_bayes_comes_closer_to_the_optimum_than_chance(sweep):
         shares = re.search(r'aria-label="Importance.*?</svg>', page, re.DOTALL)[0]
         assert sum(int(n) for n in re.findall(r">\s*(\d+)%", shares)) == pytest.approx(100, abs=2)
         assert re.search(r'aria-label="Parallel.*?>\s*optim.lr\s*<', page, re.DOTALL)
+        best = made.best().user_attrs["values"]
+        assert f"optim.lr: {best['optim.lr']}" in page and f"optim.lr={best['optim.lr']} " in page
     assert misses["bayes"] < 0.6 * misses["random"]
     assert "src=" not in page and "http" not in re.sub(r'xmlns(:\w+)?="[^"]*"|http-equiv', "", page)
 
