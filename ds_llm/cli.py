@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import select
 import sys
 import warnings
 from collections.abc import Callable
@@ -45,6 +46,13 @@ def _verbose() -> bool:
     return os.environ.get("DS_LLM_VERBOSE") == "1"
 
 
+def _reader_gone() -> bool:
+    """Whether nobody reads our output any more, as after `| head`: nothing is wrong then."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+
+
 def import_extensions() -> None:
     """Run the Python files that DS_LLM_EXTENSIONS names (several with the separator of PATH between them): what they
     register, such as metrics and losses, is known to the command. Raises `UserError` for one that cannot be run."""
@@ -80,7 +88,9 @@ def run(main: Callable[[], int | None]) -> None:
             flush=True,
         )
         code = 1
-    except BrokenPipeError:  # the reader of our output has gone (`| head`): nothing is wrong here
+    except BrokenPipeError:
+        if not _reader_gone():  # another pipe, of a process that we work with: that is an error
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     sys.exit(code)

@@ -1,6 +1,9 @@
-"""Files that extend the commands: what they register is known, and a broken one is a line."""
+"""Files that extend the commands: what they register is known, a broken one is a line. A broken pipe that is not the
+output's is an error."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -33,3 +36,30 @@ def test_a_broken_extension_is_named(text, tmp_path, monkeypatch):
     monkeypatch.setenv("DS_LLM_EXTENSIONS", str(tmp_path / "broken.py"))
     with pytest.raises(UserError, match=r"broken\.py cannot be run: \S"):
         cli.import_extensions()
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_only_a_reader_of_the_output_may_leave(own):
+    code = """
+import os, sys
+from ds_llm import cli
+
+def main():
+    sys.stdin.read()  # until the test has closed the output's other end
+    if OWN:
+        print("nobody reads this", flush=True)
+    reader, writer = os.pipe()
+    os.close(reader)
+    os.write(writer, b"nor this")
+
+cli.run(main)
+"""
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(
+        [sys.executable, "-c", code.replace("OWN", str(own))], stdin=pipe, stdout=pipe, stderr=pipe, text=True
+    )
+    if own:
+        process.stdout.close()
+    process.stdin.close()
+    error = process.stderr.read()
+    assert (process.wait(60), "BrokenPipeError" in error) == ((0, False) if own else (1, True)), error
