@@ -141,17 +141,16 @@ def test_typed_lines_in_a_process(saved, generator):
     command = [sys.executable, LAUNCH, "--model", saved, "--interactive", "--chat", "--greedy", "--max-new-tokens", "8"]
     done = subprocess.run(
         list(map(str, command)),
-        input="\n".join(typed),
+        input="\n".join(typed).encode(),
         capture_output=True,
-        text=True,
         timeout=120,
         env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
     )
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr) == (0, b"")
     first = generator.chat("hi", GREEDY)
     turns = [("user", "hi"), ("assistant", first), ("user", "so")]
     second = generator.chat([{"role": role, "content": content} for role, content in turns], GREEDY)
-    greeting, *answers = done.stdout.split("> ")
+    greeting, *answers = done.stdout.decode().split("> ")  # bytes: an answer may hold a carriage return
     assert "clear forgets the conversation" in greeting
     assert answers[:5] == [f"{first}\n", f"{second}\n", "cleared\n", f"{first}\n", ""]
     assert answers[5].startswith("error: the prompt has 103 tokens") and answers[6:] == [""]

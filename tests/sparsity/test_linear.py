@@ -156,10 +156,13 @@ def test_layer_under_autocast_and_in_half_precision():
     x = torch.randn(2, 5, 40)
     with torch.autocast("cpu", torch.bfloat16):
         one, other = layer(x), sparse(x)
-        assert one.dtype == other.dtype == torch.bfloat16 and torch.equal(one, other)
+        assert one.dtype == other.dtype == torch.bfloat16
+        # a unit in the last place: which kernel the library takes may depend on where the weight lies
+        torch.testing.assert_close(one, other, rtol=2**-7, atol=2**-9)
         (one.square().sum() + other.square().sum()).backward()
     torch.testing.assert_close(sparse.weight_values.grad, layer.weight.grad[mask.to_dense()], rtol=2e-2, atol=1e-2)
-    assert torch.equal(sparse.bfloat16()(x.bfloat16()), layer.bfloat16()(x.bfloat16()))
+    x = x.bfloat16()
+    torch.testing.assert_close(sparse.bfloat16()(x), layer.bfloat16()(x), rtol=2**-7, atol=2**-9)
     assert torch.equal(sparse.weight, layer.weight)
 
 
