@@ -15,11 +15,12 @@ from torch import nn
 
 from ds_llm.data.tokens import tokenizer_hash
 from ds_llm.errors import UserError
-from ds_llm.export import TOLERANCE, difference, free_folder, logits, output_dtype, probe_tokens, write
+from ds_llm.export import TOLERANCE, difference, logits, output_dtype, probe_tokens, write
 from ds_llm.models import predecessor
 from ds_llm.models.boost import QwenBoostForCausalLM
 from ds_llm.models.head import logit_transform
 from ds_llm.models.loading import load_model, load_tokenizer, match_tokenizer
+from ds_llm.new_folder import free_folder
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ds_llm.errors import UserError
-from ds_llm.export import difference, free_folder, probe_tokens
+from ds_llm.export import difference, probe_tokens
 from ds_llm.models.loading import load_model, load_model_config, load_tokenizer, locate
 from ds_llm.models.quality_gate import QualityGate, gates, open_gates
 from ds_llm.models.select_moe import SelectMoeConfig, SelectMoeForCausalLM
+from ds_llm.new_folder import free_folder, new_folder, writing
 from ds_llm.progress import progress
 from ds_llm.sparsity import compact_checkpoint
 
@@ -74,10 +75,7 @@ def select_moe(
     chosen.dtype, chosen.architectures = config.dtype, [SelectMoeForCausalLM.__name__]
     gate_weights = _new_gates(chosen, seed)
     shards, names = _weights(source)
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
+    with new_folder(out) as partial, writing(out):
         size = sum(shard.stat().st_size for shard in shards)
         weight_map = _copy(shards, names, partial, size)
         save_file(gate_weights, partial / GATES_FILE, metadata={"format": "pt"})
@@ -89,13 +87,6 @@ def select_moe(
             if file.is_file() and any(fnmatch.fnmatch(file.name, pattern) for pattern in KEPT):
                 shutil.copyfile(file, partial / file.name)
         chosen.save_pretrained(partial)
-        if out.exists():
-            out.rmdir()
-        os.replace(partial, out)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror or error})") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     count = sum(name.endswith("quality_gate.weight") for name in gate_weights)
     numbers = sum(t.numel() for t in gate_weights.values())
     return SelectConversion(out, count, config.get_text_config().num_hidden_layers, len(shards), size, numbers)

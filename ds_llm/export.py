@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from ds_llm.errors import UserError
 from ds_llm.kernels.packed_mask import PackedMask
 from ds_llm.models import adapters
 from ds_llm.models.loading import TORCH_DTYPES, Source, load_model, load_model_config, load_tokenizer, locate
+from ds_llm.new_folder import free_folder, new_folder, writing
 from ds_llm.sparsity import compact_checkpoint
 from ds_llm.sparsity.masks import save_masks
 from ds_llm.sparsity.model import check_zeros, sparsify
@@ -101,14 +101,6 @@ def output_dtype(source, dtype: str) -> str:
     return names.get(config.dtype or config.get_text_config().dtype, "fp32")
 
 
-def free_folder(out: str | os.PathLike) -> Path:
-    """The folder to write; `UserError` when it holds something."""
-    out = Path(os.path.expanduser(str(out)))
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: holds something already; name a new or empty folder")
-    return out
-
-
 def probe_tokens(model: nn.Module, tokenizer) -> torch.Tensor:
     """Random tokens to compare models on, always the same for a vocabulary: int64 [2, 48], or as many as fit."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or PROBE[1]
@@ -131,9 +123,7 @@ def write(
     Returns the largest difference of the logits of `probe` to `reference`. Raises `UserError` where it is more than
     rounding, or the folder cannot be written; nothing is left at `out` then.
     """
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with new_folder(out) as partial, writing(out):
         model.to(TORCH_DTYPES[dtype])
         for name, mask in (masks or {}).items():
             check_zeros(name, model.get_parameter(name), mask)
@@ -147,13 +137,6 @@ def write(
         rounding = difference(logits(load_model(partial, "fp32"), probe), reference)
         if not rounding <= (TOLERANCE if dtype == "fp32" else 0.1) * max(float(reference.abs().max()), 1.0):
             raise UserError(f"{out}: not written: read back, the logits differ by {rounding:.3g} in {dtype}")
-        if out.exists():
-            out.rmdir()
-        os.replace(partial, out)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror or error})") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return rounding
 
 

@@ -6,8 +6,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from ds_llm.errors import ConfigError, UserError
 from ds_llm.export import output_dtype
 from ds_llm.models.loading import load_model, load_model_config, load_tokenizer
 from ds_llm.models.source import detect_model_type
+from ds_llm.new_folder import free_folder, new_folder, writing
 from ds_llm.progress import console
 from ds_llm.sparsity.blockwise import CALIBRATED, METHODS, Pruned, prune_model
 from ds_llm.sparsity.calibrate import Windows, draw_windows
@@ -99,15 +99,13 @@ def prune(source: str | os.PathLike, out: str | os.PathLike, options: Options) -
     pattern = options.check()
     if world_size() > 1:
         raise UserError("pruning runs in one process: start it with python, without a launcher")
-    out = Path(os.path.expanduser(str(out)))
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: holds something already; name a new or empty folder")
+    out = free_folder(out)
     if detect_model_type(source) == "qwen_boost":
         raise UserError(f"{source}: {BOOSTED}")
     start = time.perf_counter()
     dtype = output_dtype(source, options.dtype)
     tokenizer = load_tokenizer(source)
-    with _folder(out) as partial:
+    with new_folder(out) as partial:
         windows, calibration = _calibration(source, tokenizer, options)
         model = load_model(source, dtype)
         size = sum(tensor.nbytes for tensor in model.parameters())
@@ -144,34 +142,9 @@ def prune(source: str | os.PathLike, out: str | os.PathLike, options: Options) -
             "device": hardware.device_name(),
             "environment": hardware.environment(),
         }
-        with _writing(out):
+        with writing(out):
             _write(partial, model, tokenizer, done, about)
     return about
-
-
-@contextmanager
-def _folder(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that becomes `out` when the block ends well, and is removed otherwise."""
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        with _writing(out):
-            partial.mkdir(parents=True)
-        yield partial
-        with _writing(out):
-            if out.exists():
-                out.rmdir()
-            os.replace(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-@contextmanager
-def _writing(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror or error})") from None
 
 
 def _calibration(source: str | os.PathLike, tokenizer, options: Options) -> tuple[Windows | None, dict | None]:
