@@ -78,7 +78,7 @@ def read(source: str | dict | None) -> dict:
         raise ConfigError(f"deepspeed: {path}: no such file")
     try:
         loaded = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"deepspeed: {path}: not JSON ({error})") from None
     if not isinstance(loaded, dict):
         raise ConfigError(f"deepspeed: {path}: must be a JSON object")

@@ -4,6 +4,9 @@ A field is declared by `key(default, help, ...)`; one that is itself such a data
 file and overrides over the defaults, so an unknown key or a wrong type is an error; `load` also checks what types
 cannot express. Every error is a `ConfigError` of one line that names the key and, for an unknown one, the nearest that
 there is. A field of type `Any` takes what it is given, mappings too.
+
+A value may repeat another one, `${data.train}`. OmegaConf's resolvers, such as `${oc.env:NAME}`, work on the command
+line alone: a file that somebody else wrote must not read the environment, whose secrets would be saved with the run.
 """
 
 from __future__ import annotations
@@ -11,13 +14,19 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
+from collections.abc import Iterator
 from dataclasses import field
 from pathlib import Path
 
+import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ds_llm.errors import ConfigError
+
+MOST_LEVELS, MOST_VALUES = 50, 100_000  # of a configuration file
+RESOLVER = re.compile(r"\$\{(?![\w.\[\]]*\})")  # an interpolation that is more than the name of a key
 
 
 def key(
@@ -69,6 +78,8 @@ def check(found) -> None:
             value = getattr(value, part)
         meta = f.metadata
         for one in value if isinstance(value, list) else [value]:
+            if isinstance(one, str) and "\0" in one:
+                raise ConfigError(f"{name}: {one!r} holds a NUL character")
             if meta["choices"] and one not in meta["choices"]:
                 text = ", ".join(str(c) for c in meta["choices"])
                 near = difflib.get_close_matches(str(one), [str(c) for c in meta["choices"]], n=1)
@@ -91,7 +102,7 @@ def check(found) -> None:
 
 def to_dict(found) -> dict:
     """Plain nested dictionary of resolved options, for YAML and JSON."""
-    return OmegaConf.to_container(OmegaConf.structured(found), resolve=True)
+    return dataclasses.asdict(found)
 
 
 def to_yaml(found) -> str:
@@ -129,13 +140,53 @@ def markdown(cls) -> str:
 def _read_yaml(path: str) -> DictConfig:
     if not Path(path).is_file():
         raise ConfigError(f"{path}: no such configuration file")
-    try:
-        loaded = OmegaConf.load(path)  # a safe loader: object tags are refused
-    except Exception as error:  # the YAML and OmegaConf errors share no base class
-        raise ConfigError(f"{path}: not a readable YAML file ({_first_line(error)})") from None
+    loaded = load_yaml(path)
     if isinstance(loaded, ListConfig):
         raise ConfigError(f"{path}: must hold keys and values, not a list")
+    for name, text in _texts(OmegaConf.to_container(loaded)):
+        if RESOLVER.search(text):
+            raise ConfigError(
+                f"{path}: {name}: {text!r}: in a file only the name of a key stands in ${{...}}; "
+                "give what comes from the environment on the command line"
+            )
     return loaded
+
+
+def load_yaml(path: str) -> DictConfig | ListConfig:
+    """Content of a YAML file, by a safe loader: object tags are refused. Raises `ConfigError` for what is no YAML, and
+    for what nests or repeats without end, on which the loader would die or never finish."""
+    try:
+        _check_shape(Path(path).read_text(encoding="utf-8"))
+        return OmegaConf.load(path)
+    except Exception as error:  # the YAML and OmegaConf errors share no base class
+        mark = getattr(error, "problem_mark", None)
+        reason = f"line {mark.line + 1}: {error.problem}" if mark else _first_line(error)
+        raise ConfigError(f"{path}: not a readable YAML file ({reason})") from None
+
+
+def _check_shape(text: str) -> None:
+    sizes, names, anchored = [0], [], {}  # values so far of each collection that is open; sizes of what aliases repeat
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.CollectionStartEvent):
+            sizes.append(1)
+            names.append(event.anchor)
+        elif isinstance(event, yaml.CollectionEndEvent):
+            size = sizes.pop()
+            anchored[names.pop()] = size
+            sizes[-1] += size
+        elif isinstance(event, yaml.NodeEvent):
+            sizes[-1] += anchored.get(event.anchor, 1) if isinstance(event, yaml.AliasEvent) else 1
+        if len(sizes) > MOST_LEVELS or sizes[-1] > MOST_VALUES:
+            raise ValueError(f"more than {MOST_LEVELS} levels or {MOST_VALUES:,} values")
+
+
+def _texts(value, name: str = "") -> Iterator[tuple[str, str]]:
+    """Every text in nested mappings and lists, with its dotted name."""
+    if isinstance(value, str):
+        yield name, value
+    elif isinstance(value, (dict, list)):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _texts(inner, f"{name}.{key}" if name else str(key))
 
 
 def _read_override(text: str) -> DictConfig:

@@ -251,11 +251,8 @@ def _meant(near: list[str], known) -> str:
 def _read_yaml(path: str) -> dict:
     if not Path(path).is_file():
         raise ConfigError(f"{path}: no such sweep file")
-    try:
-        # as the run's own configuration is read: 1e-3 is a number; the macros of the command stay as they are
-        found = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    except Exception as error:  # YAML and OmegaConf errors share no base class
-        raise ConfigError(f"{path}: not a readable YAML file ({str(error).strip().splitlines()[0]})") from None
+    # as the run's own configuration is read: 1e-3 is a number; the macros of the command stay as they are
+    found = OmegaConf.to_container(options.load_yaml(path), resolve=False)
     if not isinstance(found, dict):
         raise ConfigError(f"{path}: must hold keys and values, not a list")
     return found
