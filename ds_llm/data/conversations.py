@@ -14,6 +14,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 
+from ds_llm.data.rows import load_json
+
 FORMATS = ("messages", "prompt_completion", "alpaca", "text", "preference")
 FIELDS = {
     "preference": ("chosen", "rejected"),
@@ -238,7 +240,7 @@ def _with_system(row: dict, messages: list[dict]) -> list[dict]:
 
 def _parse(text: str, where: str):
     try:
-        return json.loads(text)
+        return load_json(text)
     except ValueError as error:
         raise Malformed("wrong type", f"{where}: not JSON ({error})"[:200]) from None
 

@@ -22,7 +22,7 @@ KINDS = {".jsonl": "lines", ".ndjson": "lines", ".json": "lines", ".txt": "text"
 COMPRESSIONS = (".gz", ".zst")
 OWN_SUFFIXES = (".rejects.jsonl", ".stats.json")  # what preparation writes beside its outputs
 BATCH_BYTES = 1 << 20
-TEXT_LIMIT = 64 << 20  # bytes of one .txt document: encoding takes about 100 bytes of memory per token
+TEXT_LIMIT = 64 << 20  # bytes of one line or .txt document: encoding takes about 100 bytes of memory per token
 PARQUET_ROWS = 16384
 FORMATS = ".jsonl, .ndjson, .json, .txt (also .gz or .zst of these) and .parquet"
 
@@ -55,7 +55,8 @@ class Position:
 class Batch:
     """Consecutive records of one file as raw bytes, and the position behind them.
 
-    data: whole lines, a whole text, or rows as an Arrow stream; `first` is the number of the first line or row, from 1;
+    data: whole lines, a whole text, or rows as an Arrow stream; nothing for the kind "too large", a single line of more
+    than `TEXT_LIMIT` bytes. `first` is the number of the first line or row, from 1;
     `disk` is how many bytes of the file on disk were read since the batch before.
     """
 
@@ -210,17 +211,38 @@ def _lines(file: InputFile, start: Position, size: int) -> Iterator[Batch]:
             raw.seek(start.offset)
         record, offset, disk = start.record, start.offset, raw.tell()
         while data := stream.read(size):
-            if not data.endswith(b"\n"):
-                data += stream.readline()
             if not offset and ".json" in file.path.suffixes[-2:] and data.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"[":
                 raise UserError(
                     f"{file.path}: a JSON array, but one JSON object per line is read; convert it, for example with: "
                     f"jq -c '.[]' {file.path} > {file.path.stem}.jsonl"
                 )
-            first, before = record + 1, disk
-            record += data.count(b"\n") + (not data.endswith(b"\n"))
-            offset, disk = offset + len(data), raw.tell()
-            yield Batch(start.file, "lines", first, data, Position(start.file, record, offset), disk - before)
+            last = data.rfind(b"\n") + 1  # where the line begins that may go on behind the piece
+            if last < len(data):
+                data += stream.readline(TEXT_LIMIT + 1 - (len(data) - last))
+            huge = not data.endswith(b"\n") and len(data) - last > TEXT_LIMIT
+            if huge:
+                skipped = len(data) - last + _skip_line(stream)
+                data = data[:last]
+            before, now = disk, raw.tell()
+            if data:
+                first, disk = record + 1, now
+                record += data.count(b"\n") + (not data.endswith(b"\n"))
+                offset += len(data)
+                yield Batch(start.file, "lines", first, data, Position(start.file, record, offset), disk - before)
+                before = now
+            if huge:
+                record, offset, disk = record + 1, offset + skipped, now
+                yield Batch(start.file, "too large", record, b"", Position(start.file, record, offset), now - before)
+
+
+def _skip_line(stream: BinaryIO) -> int:
+    """Read to the end of the line; returns how many bytes that was."""
+    count = 0
+    while piece := stream.readline(BATCH_BYTES):
+        count += len(piece)
+        if piece.endswith(b"\n"):
+            break
+    return count
 
 
 def _text(file: InputFile, start: Position, size: int) -> Iterator[Batch]:

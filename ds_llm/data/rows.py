@@ -8,14 +8,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from ds_llm.data.files import Batch
+from ds_llm.data.files import TEXT_LIMIT, Batch
 
+MOST_LEVELS = 200  # of brackets in each other: far from where Python's own limit is, which depends on who calls
+TOO_LARGE = f"more than {TEXT_LIMIT >> 20} MB; split it"
 REASONS = {
     "not UTF-8": "bytes or escapes that are no Unicode text",
-    "bad JSON": "the line is not a JSON value",
+    "bad JSON": f"the line is not a JSON value, or one of more than {MOST_LEVELS} levels",
     "wrong type": "the row is not an object, or the field not a string",
     "missing field": "the row has no such field, or null in it",
     "empty": "blank line, or nothing but white space in the field",
+    "too large": f"a line, or the text of a Parquet row, of more than {TEXT_LIMIT >> 20} MB",
     "too short": "fewer characters than --min-chars",
     "too long": "more characters than --max-chars",
     "duplicate": "the same text as an earlier row (sha256)",
@@ -54,6 +57,8 @@ def records(batch: Batch, name: str = "text") -> Iterator[tuple[int, dict] | Rej
         yield from _rows(batch)
     elif batch.kind == "text":
         yield _text(batch, name)
+    elif batch.kind == "too large":
+        yield Reject(batch.first, "too large", TOO_LARGE)
     else:
         data = batch.data.removeprefix(BOM) if batch.first == 1 else batch.data
         lines = data.split(b"\n")
@@ -67,14 +72,33 @@ def _line(number: int, line: bytes) -> tuple[int, dict] | Reject:
     if not line.strip():
         return Reject(number, "empty", "blank line")
     try:
-        row = json.loads(line.decode(), parse_constant=_no_constant)
+        row = load_json(line.decode())
     except UnicodeDecodeError as error:
         return Reject(number, "not UTF-8", f"byte {error.start + 1} of the line")
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         return Reject(number, "bad JSON", str(error))
     if not isinstance(row, dict):
         return Reject(number, "wrong type", f"the row is {_kind(row)}, not an object")
     return number, row
+
+
+def load_json(text: str):
+    """The value of a JSON text. `ValueError` when it is none (NaN and infinities are none), or too deep."""
+    try:
+        value = json.loads(text, parse_constant=_no_constant)
+    except RecursionError:
+        raise ValueError(f"nested deeper than {MOST_LEVELS} levels") from None
+    if text.count("[") + text.count("{") > MOST_LEVELS:  # else it cannot be deeper
+        level = [value]
+        for _ in range(MOST_LEVELS):
+            level = [inner for outer in level if isinstance(outer, (dict, list)) for inner in _inside(outer)]
+        if any(isinstance(inner, (dict, list)) for inner in level):
+            raise ValueError(f"nested deeper than {MOST_LEVELS} levels")
+    return value
+
+
+def _inside(value: dict | list):
+    return value.values() if isinstance(value, dict) else value
 
 
 def _no_constant(text: str) -> None:
@@ -116,6 +140,8 @@ def _document(number: int, row: dict, name: str) -> Document | Reject:
         return Reject(number, "missing field", detail[:200])
     if not isinstance(text, str):
         return Reject(number, "wrong type", f"{name} is {_kind(text)}, not a string")
+    if len(text) > TEXT_LIMIT:
+        return Reject(number, "too large", TOO_LARGE)
     try:
         text.encode()
     except UnicodeEncodeError as error:  # a JSON escape of half a surrogate pair

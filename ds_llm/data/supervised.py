@@ -36,7 +36,7 @@ VERSION = 1  # of the stored form: raise it when the same input gives other byte
 FORMATS = ("messages", "prompt_completion", "alpaca", "text")
 TRUNCATE = ("right", "drop")
 REASONS = {
-    **{name: rows.REASONS[name] for name in ("bad JSON", "not UTF-8")},
+    **{name: rows.REASONS[name] for name in ("bad JSON", "not UTF-8", "too large")},
     **conversations.REASONS,
     **chat.REASONS,
     "too long": "more than max_length tokens, with truncate drop",
