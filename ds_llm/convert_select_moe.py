@@ -24,6 +24,7 @@ from ds_llm.export import difference, probe_tokens
 from ds_llm.models.loading import load_model, load_model_config, load_tokenizer, locate
 from ds_llm.models.quality_gate import QualityGate, gates, open_gates
 from ds_llm.models.select_moe import SelectMoeConfig, SelectMoeForCausalLM
+from ds_llm.models.source import check_index
 from ds_llm.new_folder import free_folder, new_folder, writing
 from ds_llm.progress import progress
 from ds_llm.sparsity import compact_checkpoint
@@ -130,6 +131,7 @@ def _new_gates(config: SelectMoeConfig, seed: int) -> dict[str, Tensor]:
 
 def _weights(folder: Path) -> tuple[list[Path], dict[str, list[str]] | None]:
     """The weight files, and the tensors that an index says are in each (None without one)."""
+    check_index(folder)
     for pattern in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{pattern}.index.json"
         if (folder / pattern).is_file():

@@ -9,6 +9,8 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import pickle
+import re
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,7 +33,7 @@ from ds_llm.data.tokenizer import load_tokenizer as read_tokenizer
 from ds_llm.errors import UserError
 from ds_llm.models import partial
 from ds_llm.models.boost import QwenBoostConfig
-from ds_llm.models.source import PARTIAL_FILE, Source, detect_model_type, did_you_mean, locate, nearest
+from ds_llm.models.source import PARTIAL_FILE, Source, check_index, detect_model_type, did_you_mean, locate, nearest
 from ds_llm.sparsity import compact_checkpoint
 
 TORCH_DTYPES = dict(zip(DTYPES, (torch.float32, torch.bfloat16, torch.float16), strict=True))
@@ -62,7 +64,8 @@ def load_model_config(path: str | os.PathLike):
 
 def _standard_config(source: Source):
     try:
-        config = AutoConfig.from_pretrained(source.name, **({"gguf_file": source.gguf} if source.gguf else {}))
+        extra = {"gguf_file": source.gguf} if source.gguf else {}
+        config = AutoConfig.from_pretrained(source.name, trust_remote_code=False, **extra)
     except Exception as error:  # from JSON errors to strict-configuration errors: all are about the user's files
         raise _config_error(source, error) from None
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -93,11 +96,13 @@ def _config_error(source: Source, error: Exception) -> UserError:
         )
     try:
         values = json.loads(file.read_text())
-    except (OSError, ValueError) as broken:
+    except (OSError, ValueError, RecursionError) as broken:
         return UserError(f"{file}: cannot be read ({_reason(broken)})")
     kind = values.get("model_type") if isinstance(values, dict) else None
     if kind is None:
         return UserError(f"{file}: names no model_type, so its architecture is unknown")
+    if kind not in CONFIG_MAPPING and "auto_map" in values:
+        return UserError(f"{file}: model_type '{kind}' is code that comes with the model, which is never run")
     if kind not in CONFIG_MAPPING:
         close = difflib.get_close_matches(kind, list(CONFIG_MAPPING.keys()), n=1)
         hint = did_you_mean(close)
@@ -121,7 +126,7 @@ def load_tokenizer(path: str | os.PathLike):
     if source.gguf:
         need("gguf", what=f"{path}: reading a GGUF file")
         try:
-            tokenizer = AutoTokenizer.from_pretrained(source.name, gguf_file=source.gguf)
+            tokenizer = AutoTokenizer.from_pretrained(source.name, gguf_file=source.gguf, trust_remote_code=False)
         except Exception as error:  # of gguf, tokenizers (a bare Exception) and transformers: all are about this file
             raise UserError(f"{path}: its tokenizer cannot be read ({_reason(error)})") from None
     else:
@@ -218,6 +223,7 @@ def _load(source: Source, config, dtype: str, attention: str, compute_dtype: str
         extra = {"gguf_file": source.gguf}
         if hasattr(transformers, "GgufConfig"):  # releases that have it may keep weights packed, untrainable
             extra["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    check_index(Path(source.name))
     try:
         with _bars():
             loader, place = AutoModelForCausalLM, source.name
@@ -229,10 +235,13 @@ def _load(source: Source, config, dtype: str, attention: str, compute_dtype: str
                 attn_implementation=kernel,
                 ignore_mismatched_sizes=True,  # refused below, by name
                 output_loading_info=True,
+                trust_remote_code=False,
                 **extra,
             )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise UserError(f"{source.name}: the weights cannot be loaded ({_reason(error)})") from None
+    except pickle.UnpicklingError as error:
+        raise _no_weights(source, error) from None
     except SafetensorError as error:
         raise UserError(f"{source.name}: a weight file is damaged or incomplete ({_reason(error)})") from None
     _check_weights(source.name, found)
@@ -304,15 +313,25 @@ def _load_adapter(
     need("peft", what=f"{source.name}: loading an adapter")
     from peft import PeftConfig, PeftModel
 
+    name = source.base()
     settings = PeftConfig.from_pretrained(source.name)
     if settings.is_prompt_learning:
         raise UserError(f"{source.name}: a {settings.peft_type.value} adapter has no weights to merge; use LoRA")
-    base = load_model(source.base(), dtype, attention, compute_dtype)
+    base = load_model(name, dtype, attention, compute_dtype)
     try:
         model = PeftModel.from_pretrained(base, source.name)
         return model.merge_and_unload() if merge else model
+    except pickle.UnpicklingError as error:
+        raise _no_weights(source, error) from None
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise UserError(f"{source.name}: does not fit its base model {source.base()} ({_reason(error)})") from None
+        raise UserError(f"{source.name}: does not fit its base model {name} ({_reason(error)})") from None
+
+
+def _no_weights(source: Source, error: pickle.UnpicklingError) -> UserError:
+    """Of a file in torch's format that holds more than tensors, which torch.load has not run, or other bytes."""
+    named = re.search(r"GLOBAL (\S+)", str(error))
+    what = f"names the program {named[1]}, which was not run" if named else "is damaged"
+    return UserError(f"{source.name}: a weight file {what}; use safetensors")
 
 
 def match_tokenizer(model: torch.nn.Module, tokenizer) -> None:

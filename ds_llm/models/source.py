@@ -24,6 +24,7 @@ from ds_llm.errors import UserError
 
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 BOOST_KEYS = ("ensemble_config", "num_submodels", "num_sub_models")
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # each may be in parts, with an index
 PARTIAL_FILE = "partial_config.json"  # of `ds_llm.models.partial`
 BOOST_FILES = ("ensemble_weights.json", "submodel_weights.json")
 
@@ -39,10 +40,16 @@ class Source:
 
     def base(self) -> str:
         """Name of the model an adapter belongs to."""
-        settings = json.loads(Path(self.adapter).read_text())
-        name = settings.get("base_model_name_or_path")
-        if not name:
+        try:
+            name = json.loads(Path(self.adapter).read_text())["base_model_name_or_path"]
+        except (OSError, ValueError, RecursionError) as error:
+            raise UserError(f"{self.adapter}: cannot be read ({error})") from None
+        except (KeyError, TypeError):
+            name = None
+        if not isinstance(name, str) or not name:
             raise UserError(f"{self.adapter}: names no base model (base_model_name_or_path)")
+        if os.path.realpath(name) == os.path.realpath(self.name):
+            raise UserError(f"{self.adapter}: names itself as its base model (base_model_name_or_path)")
         return name
 
 
@@ -79,6 +86,23 @@ def _locate_folder(folder: Path) -> Source:
     inner = sorted({*folder.glob("*/config.json"), *folder.glob("*/model/config.json")})
     hint = did_you_mean([path.parent for path in inner])
     raise UserError(f"{folder}: no config.json here, so this is not a model folder{hint}")
+
+
+def check_index(folder: Path) -> None:
+    """`UserError` where the index of a model's weight files names one outside the folder."""
+    for path in (folder / f"{name}.index.json" for name in WEIGHT_FILES):
+        if not path.is_file():
+            continue
+        try:
+            index = json.loads(path.read_text())
+        except (OSError, ValueError, RecursionError) as error:
+            raise UserError(f"{path}: cannot be read ({error})") from None
+        names = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(names, dict):
+            raise UserError(f"{path}: is damaged: it has no weight_map")
+        for name in names.values():
+            if not isinstance(name, str) or Path(name).name != name:
+                raise UserError(f"{path}: names the file {name!r}; only files of this folder are read")
 
 
 def _adapter(hub_name: str) -> str | None:
@@ -124,7 +148,7 @@ def detect_model_type(path: str | os.PathLike) -> str:
         return "standard"
     try:
         values, _ = PreTrainedConfig.get_config_dict(source.name)
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         values = {}
     if not isinstance(values, dict):
         return "standard"
