@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from ds_llm.errors import UserError
 
@@ -21,25 +24,54 @@ def free_folder(out: str | os.PathLike) -> Path:
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """An empty folder beside `out` that becomes `out` when the block ends well, and is removed otherwise."""
+    """An empty folder beside `out` that becomes `out` when the block ends well, and is removed otherwise.
+
+    `UserError` when another process is writing the same folder.
+    """
     partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    with writing(out):
+        handle = _take(partial, out)
     try:
-        with writing(out):
-            partial.mkdir(parents=True)
         yield partial
         with writing(out):
             if out.exists():
                 out.rmdir()
             os.replace(partial, out)
-    finally:
+    except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        raise
+    finally:
+        os.close(handle)
+
+
+def _take(partial: Path, out: Path) -> int:
+    """Make the folder `partial`, or empty what a killed process left; no other process takes it while the returned
+    handle is open. The lock is on the folder itself, so that no file of it stays behind."""
+    while True:
+        partial.mkdir(parents=True, exist_ok=True)
+        handle = os.open(partial, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            raise UserError(f"{out}: another process is writing it; wait for it or name another folder") from None
+        except OSError:
+            pass  # a file system without locks
+        if partial.is_dir() and os.path.samestat(os.fstat(handle), os.stat(partial)):
+            break
+        os.close(handle)  # it became another process's output in between
+    for path in partial.iterdir():
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    return handle
 
 
 @contextmanager
 def writing(out: Path) -> Iterator[None]:
-    """A block of which an `OSError` means that `out` cannot be written: it becomes a `UserError`."""
+    """A block of which an `OSError`, or that of safetensors, means that `out` cannot be written: it becomes a
+    `UserError`."""
     try:
         yield
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror or error})") from None
+    except SafetensorError as error:
+        raise UserError(f"{out}: cannot be written ({str(error).splitlines()[0]})") from None

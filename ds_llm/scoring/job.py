@@ -132,6 +132,8 @@ def lock(job: Job) -> AbstractContextManager:
         return FileLock(job.folder / ".lock", timeout=0).acquire()
     except Timeout:
         raise UserError(f"{job.folder}: another run is writing here; wait for it or choose another --out") from None
+    except OSError as error:
+        raise UserError(f"{job.folder}: cannot be written ({error.strerror or error}); choose another --out") from None
 
 
 def read_json(path: Path) -> dict:
