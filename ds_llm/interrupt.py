@@ -38,6 +38,14 @@ class Interrupt:
         return self.reason is not None
 
 
+def since_boot(process: psutil.Process) -> float:
+    """Seconds from the start of the machine to that of `process`: with its number, what tells it from any other one.
+
+    psutil's start time is of the wall clock as it is now, so that it changes whenever somebody sets that clock.
+    """
+    return process.create_time() - psutil.boot_time()
+
+
 def _same(process: psutil.Process) -> bool:
     try:  # is_running also compares start times, so a reused process number is not mistaken for the launcher
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE

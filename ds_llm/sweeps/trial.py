@@ -15,6 +15,7 @@ from pathlib import Path
 
 import psutil
 
+from ds_llm.interrupt import since_boot
 from ds_llm.metrics import FILE
 from ds_llm.sweeps.file import Metric
 
@@ -113,7 +114,7 @@ class TrialProcess:
     @property
     def identity(self) -> list[float]:
         """Number and start time of the process, by which a later sweep knows it."""
-        return [self.process.pid, psutil.Process(self.process.pid).create_time()]
+        return [self.process.pid, since_boot(psutil.Process(self.process.pid))]
 
     def end(self, reason: str) -> None:
         """Ask it to save and stop; it may take a while."""
@@ -140,7 +141,7 @@ def end_orphan(identity: list[float]) -> bool:
     """End a trial that outlived its sweep, if it still runs: it saves first. Returns whether it did."""
     try:
         process = psutil.Process(int(identity[0]))
-        if process.create_time() != identity[1] or process.status() == psutil.STATUS_ZOMBIE:
+        if abs(since_boot(process) - identity[1]) > 2 or process.status() == psutil.STATUS_ZOMBIE:
             return False
         family = [process, *process.children(recursive=True)]
         process.terminate()

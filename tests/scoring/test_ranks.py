@@ -124,7 +124,7 @@ def test_a_rank_that_is_gone_or_silent_ends_the_others(tmp_path, monkeypatch):
     ):
         pretend(ranks)
     monkeypatch.setattr(module, "SILENCE_SECONDS", 0.1)
-    for state in ({"host": "another"}, {"pid": os.getpid(), "started": module.psutil.Process().create_time()}):
+    for state in ({"host": "another"}, {"pid": os.getpid(), "started": module.since_boot(module.psutil.Process())}):
         with pytest.raises(Elsewhere, match="no sign of life"), Ranks(tmp_path / "ranks", 0, 2) as ranks:
             pretend(ranks, **state)
 
