@@ -1,13 +1,15 @@
 """Losses on the gates of a Select-MoE model (`ds_llm.models.quality_gate`), each a function with true gradients.
 
-Three kinds, by what they are averaged over:
+Four kinds, by what they are averaged over:
 
 - tokens: a loss per token; the loss is its mean over the tokens that are no padding.
 - moments: a function of the mean m and the variance v of the gates over those tokens.
 - pairs: a loss per pair of a sample and its corrupted copy; the loss is its mean over pairs.
+- losses: a loss per sample, from its score and the model's own loss on it; the loss is its mean over samples.
 
-Of the first two every layer has its own, and the loss is the mean over layers. Means, variances and pairs are those of
-the global batch where `ds_llm.modes.router` trains, and of the batch at hand where the model computes its loss itself.
+Of the first two every layer has its own, and the loss is the mean over layers. Means, variances, pairs and samples are
+those of the global batch where `ds_llm.modes.router` trains, which alone knows the last two kinds; of the first two
+they are those of the batch at hand where the model computes its loss itself.
 """
 
 from __future__ import annotations
@@ -36,24 +38,31 @@ class QualityOptions:
 
 @dataclass(frozen=True)
 class QualityLoss:
-    """A loss and its kind, `over`: tokens, moments or pairs. `function` takes
+    """A loss and its kind, `over`: tokens, moments, pairs or losses. `function` takes
 
     - tokens: gates in (0, 1) [B, S] and mask [B, S] bool -> losses [B, S];
     - moments: mean [L] and variance [L] of each layer's gates, `QualityOptions` -> {term: [L]}, which are summed;
-    - pairs: mean scores (before the sigmoid) of samples [N] and of their corrupted copies [N] -> losses [N].
+    - pairs: mean scores (before the sigmoid) of samples [N] and of their corrupted copies [N] -> losses [N];
+    - losses: mean scores of samples [N] and their surprise [N]: the mean cross-entropy per token that the model has on
+      each with its gates open, less the mean over the samples of the global batch, by their standard deviation ->
+      losses [N].
     """
 
     over: str
     function: Callable
 
 
+# standard deviation that `loss_aware` gives the mean scores of samples. Scores of tokens stand several times further
+# apart, and where the sigmoid saturates the mean of gates, by which samples are picked, does not follow that of scores
+SPREAD = 0.1
+KINDS = ("tokens", "moments", "pairs", "losses")
 QUALITY_LOSSES: dict[str, QualityLoss] = {}
 
 
 def register_quality_loss(name: str, over: str = "tokens") -> Callable:
     """Make a loss known by its name; a decorator of a function as `QualityLoss` describes it."""
-    if over not in ("tokens", "moments", "pairs"):
-        raise ValueError(f"over '{over}': must be tokens, moments or pairs")
+    if over not in KINDS:
+        raise ValueError(f"over '{over}': must be one of {', '.join(KINDS)}")
 
     def register(function: Callable) -> Callable:
         QUALITY_LOSSES[name] = QualityLoss(over, function)
@@ -110,6 +119,16 @@ def ranking(clean: Tensor, corrupted: Tensor) -> Tensor:
     return F.softplus(corrupted - clean)
 
 
+@register_quality_loss("loss_aware", over="losses")
+def loss_aware(scores: Tensor, surprise: Tensor) -> Tensor:
+    """(score / `SPREAD` + surprise)^2: the better the model predicts a sample, the higher it is to score.
+
+    Its mean is 1 where the scores are all 0, and of the best linear predictor the share of the variance of the model's
+    losses that scores leave unexplained.
+    """
+    return (scores / SPREAD + surprise).square()
+
+
 def token_sums(scores: Sequence[Tensor], mask: Tensor | None, loss: QualityLoss) -> Tensor:
     """Sum of a token loss over the tokens where mask [B, S] is true (None: all), mean over layers; a scalar.
 
@@ -158,7 +177,8 @@ def sample_scores(scores: Sequence[Tensor], samples: Tensor, count: int) -> Tens
 def batch_loss(
     name: str, scores: Sequence[Tensor], mask: Tensor | None, options: QualityOptions
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of one batch, a scalar, and its terms; mask [B, S] is 0 where padding. Not for losses over pairs."""
+    """The loss of one batch, a scalar, and its terms; mask [B, S] is 0 where padding. Not for losses over pairs, nor
+    over the model's own losses."""
     loss = find(name)
     mask = _mask(scores, mask)
     tokens = mask.sum().clamp_min(1)
@@ -167,6 +187,8 @@ def batch_loss(
         return total, {name: total}
     if loss.over == "pairs":
         raise UserError(f"quality loss '{name}': compares samples with corrupted copies, which mode=router makes")
+    if loss.over == "losses":
+        raise UserError(f"quality loss '{name}': needs the model's own loss on each sample, which mode=router measures")
     terms = moment_terms(power_sums(scores, mask) / tokens, loss, options)
     return sum(terms.values()), terms
 

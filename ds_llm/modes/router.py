@@ -21,10 +21,10 @@ from ds_llm.data.corrupt import CORRUPTIONS, CorruptedPairs
 from ds_llm.data.order import SampleOrder
 from ds_llm.errors import ConfigError
 from ds_llm.models import adapters, partial, quality_loss
-from ds_llm.modes import Job, pretrain, sft
+from ds_llm.modes import Job, Samples, pretrain, sft
 from ds_llm.modes.sparse import FixedEpoch
 from ds_llm.progress import console, progress
-from ds_llm.router_loss import RouterLoss
+from ds_llm.router_loss import RouterLoss, moments, supervised_documents
 
 SUBSET = 0.05
 METRICS = ("quality_loss", "gate_mean")
@@ -114,11 +114,16 @@ def build(config: Config, data: Data) -> Job:
         job.metrics += PAIR_METRICS
     held_out = SampleOrder(len(whole), seed).take(count, min(options.held_out, len(whole) - count))
     if len(held_out):
+        size = (config.eval.batch_size or config.train.batch_size) if config.data.packing else 1
+        batches = [held_out[first : first + size] for first in range(0, len(held_out), size)]
         name = "quality_loss" if over_pairs else "pair_loss"
-        if over_pairs or job.evaluate is None:
-            job.goal = name
+        over_losses = job.objective.loss.over == "losses"
+        if over_pairs or over_losses or job.evaluate is None:
+            job.goal = "quality_loss" if over_losses else name
         pairs = CorruptedPairs(whole, options.corruptions, seed, fixed)
-        job.evaluate = _evaluation(config, pairs, held_out, job.evaluate, name)
+        job.evaluate = _pair_evaluation(pairs, batches, job.evaluate, name)
+        if over_losses:
+            job.evaluate = _loss_evaluation(job.objective.loss.function, whole, batches, job.evaluate)
     return job
 
 
@@ -170,10 +175,7 @@ def _add_adapters(model: nn.Module, config: Config) -> nn.Module:
     return wrapped
 
 
-def _evaluation(config: Config, pairs: CorruptedPairs, held_out, inner: Callable | None, loss: str) -> Callable:
-    size = (config.eval.batch_size or config.train.batch_size) if config.data.packing else 1
-    batches = [held_out[first : first + size] for first in range(0, len(held_out), size)]
-
+def _pair_evaluation(pairs: CorruptedPairs, batches: list, inner: Callable | None, loss: str) -> Callable:
     @torch.no_grad()
     def evaluate(engine) -> dict:
         """How well gates tell held-out samples from their copies, beside the figures of `inner`; `loss` names the loss.
@@ -194,5 +196,30 @@ def _evaluation(config: Config, pairs: CorruptedPairs, held_out, inner: Callable
         names = (loss, "gate_mean", "gate_mean_corrupted", "pair_accuracy")
         figures = dict(zip(names, (value / max(count, 1) for value in found), strict=True))
         return {**(inner(engine) if inner is not None else {}), **figures, "seconds": time.perf_counter() - start}
+
+    return evaluate
+
+
+def _loss_evaluation(function: Callable, samples: Samples, batches: list, inner: Callable) -> Callable:
+    @torch.no_grad()
+    def evaluate(engine) -> dict:
+        """How the scores of held-out documents follow the model's own losses on them, beside the figures of `inner`."""
+        start, mine = time.perf_counter(), [torch.empty(2, 0, dtype=torch.float64)]
+        with progress("evaluating scores", total=len(batches), unit="batches") as task:
+            for first in range(0, len(batches), engine.world_size):
+                place = first + engine.rank
+                batch = samples.batch(batches[min(place, len(batches) - 1)])
+                found = engine.forward(own_losses=True, documents=supervised_documents(batch), **batch)
+                if place < len(batches):
+                    mine.append(found.double().cpu())
+                task.advance(min(engine.world_size, len(batches) - first))
+        scores, losses = torch.cat(mine, 1)
+        count, mean, deviation = moments([losses])
+        _, middle, spread = moments([scores])
+        surprise = (losses - mean) / deviation
+        sums = [float(function(scores, surprise).sum()), float(((scores - middle) / spread * surprise).sum())]
+        quality, correlation = (value / max(count, 1) for value in processes.all_reduce(sums))
+        figures = {"quality_loss": quality, "loss_correlation": correlation}
+        return {**inner(engine), **figures, "seconds": time.perf_counter() - start}
 
     return evaluate

@@ -88,6 +88,24 @@ def test_losses_over_pairs(name):
         batch_loss(name, clean, None, OPTIONS)
 
 
+def test_the_loss_over_the_models_own_losses():
+    documents = torch.tensor([[0, 0, 0, 1, 1, -1], [2, 2, 2, 2, -1, -1]])
+    scores, surprise = batch(length=6)[0], torch.randn(3, dtype=torch.float64)
+
+    def total(*scores):
+        return find("loss_aware").function(quality_loss.sample_scores(scores, documents, 3), surprise).sum()
+
+    means = [float(torch.stack([s[..., 0][documents == n].mean() for s in scores]).mean()) for n in range(3)]
+    expected = math.fsum((10 * mean + float(z)) ** 2 for mean, z in zip(means, surprise, strict=True))
+    leaves = [score.requires_grad_() for score in scores]
+    assert float(total(*leaves).detach()) == pytest.approx(expected, rel=1e-12)
+    assert torch.autograd.gradcheck(total, leaves)
+    (gradient,) = torch.autograd.grad(total(*leaves), leaves[:1])
+    assert gradient[documents < 0].abs().max() == 0 and gradient[documents >= 0].abs().min() > 0
+    with pytest.raises(UserError, match="needs the model's own loss on each sample"):
+        batch_loss("loss_aware", scores, None, OPTIONS)
+
+
 def test_mistakes_are_named(ours):
     scores, mask = batch()
     with pytest.raises(UserError, match="did you mean sigmoid"):
