@@ -286,6 +286,7 @@ class CheckpointConfig:
     keep: int = key(3, "Newest checkpoints kept; the best one is kept besides; 0 keeps all", at_least=0)
     best: bool = key(True, "Save when the perplexity is the best so far, and keep that checkpoint")
     last: bool = key(True, "Save at the end of the run")
+    elastic: bool = key(True, "Continue on other numbers of processes and other ZeRO stages too; false: refuse them")
 
 
 @dataclass

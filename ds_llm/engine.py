@@ -35,7 +35,7 @@ from deepspeed.utils import set_z3_leaf_modules
 from pydantic import ValidationError
 from torch import nn
 
-from ds_llm import leftovers, masters
+from ds_llm import leftovers, masters, reshard
 from ds_llm.average import MovingAverage
 from ds_llm.config import Config
 from ds_llm.deepspeed_config import AskedKeys
@@ -179,6 +179,10 @@ class Engine:
             if self.settings["zero_optimization"].get("offload_optimizer", {}).get("device") == "nvme":
                 raise UserError("ema.enabled: not possible with the optimizer offloaded to NVMe; use CPU offload")
             self.average = MovingAverage(self._masters.weights(), config.ema.decay)
+        self._states = reshard.States(self._masters, module, self.average)
+        self._engine.checkpoint_engine.load = reshard.read_file
+        # states on NVMe are saved and restored by `reshard`: DeepSpeed loses their step, and what it left in memory
+        self._engine.zero_nvme_offload_optimizer = lambda: False
 
     # -- training -----------------------------------------------------------------------------------------------------
 
@@ -277,16 +281,18 @@ class Engine:
         self._engine.save_checkpoint(
             str(folder), tag="deepspeed", save_latest=False, exclude_frozen_parameters=bool(self._frozen)
         )
-        if self.average is not None and (self.rank == 0 or self._average_is_sharded()):
-            torch.save(self.average.state(), folder / self._average_file())
+        self._states.save(folder)
 
     def load(self, folder: Path) -> None:
-        """Restore what `save` wrote, bit for bit, at the same world size and ZeRO stage."""
+        """Restore what `save` wrote, bit for bit, also at another world size or ZeRO stage."""
+        if not self._states.lie_as_in(folder):
+            self._states.load(folder)
+            reshard.load_common(self._engine, self.module, folder)
+            return
         path, _ = self._engine.load_checkpoint(str(folder), tag="deepspeed", custom_load_fn=self._load_trained)
         if path is None:
             raise UserError(f"{folder}: holds no DeepSpeed state; delete the folder to go on from an older checkpoint")
-        if self.average is not None:
-            self.average.restore(torch.load(folder / self._average_file(), map_location="cpu", weights_only=True))
+        self._states.load_average(folder)
 
     def _load_trained(self, src: dict, dst: nn.Module) -> None:
         found = dst.load_state_dict(src, strict=False)
@@ -295,15 +301,9 @@ class Engine:
             name = (missing or found.unexpected_keys)[0]
             raise UserError(f"the checkpoint is not of this model: {name} is {'missing' if missing else 'unknown'}")
 
-    def _average_is_sharded(self) -> bool:
-        return self.stage > 0
-
-    def _average_file(self) -> str:
-        return f"ema_rank{self.rank if self._average_is_sharded() else 0:05d}.pt"
-
     def state_bytes(self) -> int:
         """Bytes this rank's part of a checkpoint takes, roughly: master weights, two Adam moments, average, weights."""
-        held = sum(p.numel() for p in self._masters.weights())
+        held = self._states.held
         per_weight = 4 * 3 + (4 if self.average is not None else 0)
         if self.stage == 0 and self.rank != 0:
             return 0

@@ -7,7 +7,7 @@ import fcntl
 import json
 from pathlib import Path
 
-from ds_llm import checkpoint, hardware
+from ds_llm import checkpoint, elastic, hardware
 from ds_llm.config import Config
 from ds_llm.errors import UserError
 from ds_llm.modes import Job
@@ -119,21 +119,17 @@ def resume_point(config: Config, output: Path) -> tuple[Path, dict] | None:
     return found, checkpoint.read_state(found)
 
 
-def check_same_run(config: Config, saved: dict, fingerprint: dict, world_size: int, path: Path) -> list[str]:
+def check_same_run(config: Config, saved: dict, fingerprint: dict, path: Path) -> list[str]:
     """Refuse to continue a run as another one; returns a line for every key that changed and may.
 
-    saved: a checkpoint's state with `config`, `fingerprint` and `world_size`.
+    saved: a checkpoint's state with `config` and `fingerprint`. What decides the global batch and the sharding is left
+    to `elastic.adapt`.
     """
-    if saved["world_size"] != world_size:
-        raise UserError(
-            f"{path}: was saved by {saved['world_size']} processes and this run has {world_size}; "
-            f"start {saved['world_size']}"
-        )
     before, now = _keys(saved["config"]), _keys(to_dict(config))
     notes = []
     for name in sorted(before.keys() | now.keys()):
         old, new = before.get(name), now.get(name)
-        if old == new:
+        if old == new or name in elastic.SHARDING + elastic.SPLIT:
             continue
         if not any(name == c or (c.endswith(".") and name.startswith(c)) for c in CHANGEABLE):
             raise UserError(f"{name}: the run in {path} has {old!r}, not {new!r}; set it back or choose another output")

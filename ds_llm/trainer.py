@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ds_llm import checkpoint, engine, hardware, run_folder
+from ds_llm import checkpoint, elastic, engine, hardware, run_folder
 from ds_llm.config import Config
 from ds_llm.data.order import SampleOrder, hash64, micro_batch
 from ds_llm.engine import Engine
@@ -35,8 +35,10 @@ class Trainer:
     learning rate and the random seeds, which are functions of it), the evaluations so far, the recent losses.
     """
 
-    def __init__(self, config: Config, job: Job, fingerprint: dict, interrupt: Interrupt):
-        self.config, self.job, self.fingerprint, self.interrupt = config, job, fingerprint, interrupt
+    def __init__(self, config: Config, job: Job, fingerprint: dict, interrupt: Interrupt, asked: dict):
+        """asked: the configuration as it was given, where `config` is what it was fitted to (see `ds_llm.elastic`)."""
+        self.config, self.job, self.interrupt = config, job, interrupt
+        self.identity = {"config": asked, "fingerprint": fingerprint}
         self.output = Path(config.output)
         self.engine = Engine(job.objective, config)
         self.world, self.rank = self.engine.world_size, self.engine.rank
@@ -291,7 +293,8 @@ class Trainer:
         if self.last_saved == step:
             return
         self.tracker.sync()
-        state = self.state | {"config": to_dict(self.config), "fingerprint": self.fingerprint}
+        held = {"global_batch": self.global_batch, "deepspeed": self.engine.settings}
+        state = self.state | self.identity | held
         with self.tracker.pause():
             path = checkpoint.save(self.output, step, state, self._write, self.engine.state_bytes())
             self.last_saved = step
@@ -377,13 +380,14 @@ def train(config: Config) -> int:
     with run_folder.lock(output) if rank() == 0 else contextlib.nullcontext():
         engine.init_distributed()
         engine.check_settings(config)
-        resume, notes = run_folder.resume_point(config, output), []
+        resume, notes, asked = run_folder.resume_point(config, output), [], to_dict(config)
         if resume:
             path, saved = resume
-            notes = run_folder.check_same_run(config, saved, data.fingerprint, world_size(), path)
+            notes = run_folder.check_same_run(config, saved, data.fingerprint, path)
+            notes += elastic.adapt(config, saved, world_size(), path)
         job = mode.build(config, data)
         add_generations(job)
-        trainer = Trainer(config, job, data.fingerprint, interrupt)
+        trainer = Trainer(config, job, data.fingerprint, interrupt, asked)
         if trainer.global_batch > (count := len(trainer.job.samples)):
             notes.append(
                 f"a step takes {trainer.global_batch:,} samples and the data set has {count:,}: each step goes through "

@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 VOCAB = 61
-FORKED = {"forked": 2, "forked-1": 1}  # processes
+FORKED = {"forked": 2, "forked-1": 1, "forked-4": 4}  # processes
 
 
 def environment(**extra: str) -> dict:
@@ -60,8 +60,8 @@ def launch(launcher: str, arguments: list[str], timeout: float = 240, **kwargs) 
 def start(
     launcher: str, arguments: list[str], script: Path = ROOT / "launch" / "train.py", **env
 ) -> subprocess.Popen | forked.Job:
-    """Start a job with its own process group. `forked` starts 2 processes and `forked-1` one, without the cost of a
-    launcher and of imports, see `forked`."""
+    """Start a job with its own process group. `forked` starts 2 processes, `forked-1` one and `forked-4` four, without
+    the cost of a launcher and of imports, see `forked`."""
     if launcher in FORKED:
         return forked.Job(FORKED[launcher], [str(script), *arguments], environment(**env))
     return subprocess.Popen(

@@ -109,7 +109,7 @@ def test_a_run_of_an_earlier_version_continues(tmp_path):
     now = config.load(None, ["data.train=a.bin", "tracking.wandb.log_every=3"])
     saved = {"config": options.to_dict(now), "fingerprint": {}, "world_size": 1}
     del saved["config"]["lora"], saved["config"]["data"]["truncate"]
-    assert run_folder.check_same_run(now, saved, {}, 1, tmp_path) == []
+    assert run_folder.check_same_run(now, saved, {}, tmp_path) == []
     other = config.load(None, ["data.train=a.bin", "data.truncate=drop"])
     with pytest.raises(UserError, match=r"data\.truncate: the run in .* has 'right', not 'drop'"):
-        run_folder.check_same_run(other, saved, {}, 1, tmp_path)
+        run_folder.check_same_run(other, saved, {}, tmp_path)

@@ -1,0 +1,238 @@
+"""Runs continue on other numbers of processes and at other ZeRO stages with all of their states, or say why not."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from jobs import ROOT, launch, start
+from safetensors.torch import load_file
+
+from ds_llm import config, deepspeed_config, elastic, metrics, reshard
+from ds_llm.errors import ConfigError, UserError
+from ds_llm.options import to_dict
+
+WORKER = Path(__file__).with_name("elastic_worker.py")
+# name: model, dtype, ZeRO stage at which two processes save it
+SAVED = {f"experts-{dtype}-{stage}": ("experts", dtype, stage) for dtype in ("fp32", "bf16") for stage in range(4)}
+SAVED |= {f"experts-fp16-{stage}": ("experts", "fp16", stage) for stage in (0, 2, 3)}
+SAVED |= {f"{model}-{stage}": (model, "bf16", stage) for model in ("lora", "sparse") for stage in (2, 3)}
+SAVED |= {f"offload-{stage}": ("experts", "bf16", f"{stage} offload") for stage in (2, 3)}
+CASES = []  # processes, name, stage at which they continue
+for _name, (_model, _dtype, _how) in SAVED.items():
+    _stage = int(str(_how)[0])
+    if "offload" in _name:
+        CASES += [(1, _name, _how), (4, _name, _stage), (4, f"experts-bf16-{_stage}", _how)]
+    elif _dtype == "fp16":
+        CASES += [(4, _name, {0: 3, 2: 0, 3: 2}[_stage])]
+    elif _model == "experts":
+        CASES += [(1, _name, (_stage + 1) % 4), (4, _name, _stage), (4, _name, (_stage + 2) % 4)]
+    else:
+        CASES += [(1, _name, _stage), (4, _name, 5 - _stage)]
+TAKEN = 3  # steps before saving, of the worker
+LOSS = {"fp32": 1e-5, "bf16": 1e-3, "fp16": 1e-3}
+LAUNCHERS = {1: "forked-1", 2: "forked", 4: "forked-4"}
+STEPS = 9
+RUN = [  # what has a state and does not depend on the rank: dropout does
+    f"train.max_steps={STEPS}",
+    "checkpoint.every_steps=3",
+    "checkpoint.keep=0",
+    "model.use_moe=true",
+    "model.n_routed_experts=4",
+    "ema.enabled=true",
+    "data.val=[]",
+    "optim.warmup_steps=4",
+]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> dict:
+    """What the jobs on 1 and on 4 processes found in what the job on 2 saved, by world size and case."""
+    folder = tmp_path_factory.mktemp("elastic")
+    cases = {2: [(name, *how) for name, how in SAVED.items()]}
+    cases |= {n: [(name, *SAVED[name][:2], how) for world, name, how in CASES if world == n] for n in (1, 4)}
+    (folder / "cases.json").write_text(json.dumps(cases))
+    reports = {}
+    for world, action in ((2, "save"), (1, "load"), (4, "load")):
+        job = start(LAUNCHERS[world], [action, str(folder)], WORKER)
+        out, err = job.communicate(timeout=500)
+        assert job.returncode == 0, out[-3000:] + err[-3000:]
+        reports[world] = json.loads((folder / f"{action}{world}.json").read_text())
+        failed = {name: case["error"] for name, case in reports[world].items() if "error" in case}
+        assert action == "load" or not failed, failed
+    return reports
+
+
+@pytest.mark.parametrize("world, name, how", CASES)
+def test_all_states_are_those_saved_by_two_processes(found, world, name, how):
+    case = found[world][f"{name} -> {how}"]
+    assert "error" not in case, case["error"]
+    assert case["compared"] > 5 and not case["unequal"]
+    # a fresh start has moments of zero and no steps behind it
+    assert case["unmoved"] == 0
+    assert case["steps"] == [[TAKEN], [TAKEN]]
+    assert case["scale"][0] == case["scale"][1]
+    losses, expected = case["losses"]
+    assert losses == pytest.approx(expected, abs=LOSS[SAVED[name][1]])
+
+
+@pytest.fixture(scope="module")
+def run(corpus, tmp_path_factory):
+    """Run the trainer on some processes; returns the finished job."""
+    sizes = ["model.dim=32", "model.n_layers=2", "model.n_heads=4", "model.n_kv_heads=2", "model.max_seq_len=32"]
+    keys = [f"data.train={corpus / 'train.bin'}", *sizes, "train.batch_size=4", "train.dtype=fp32", "optim.lr=1e-3"]
+    keys += ["tracking.log_every=1", "tracking.report=false", "tracking.tensorboard=false", *RUN]
+
+    def launched(processes: int, output: Path, *overrides: str):
+        return launch(LAUNCHERS[processes], [*keys, f"output={output}", *overrides])
+
+    return launched
+
+
+@pytest.fixture(scope="module")
+def whole(run, tmp_path_factory) -> Path:
+    """A run on 2 processes, never interrupted."""
+    output = tmp_path_factory.mktemp("elastic_runs") / "whole"
+    job = run(2, output, "zero=2")
+    assert job.returncode == 0, job.stdout + job.stderr
+    return output
+
+
+def steps(output: Path) -> dict[int, dict]:
+    return {r["step"]: r for r in metrics.read(output / "metrics.jsonl") if r["kind"] == "step"}
+
+
+def test_the_same_command_continues_on_four_processes_and_then_on_one(run, whole, tmp_path):
+    output = tmp_path / "moved"
+    shutil.copytree(whole / "checkpoints" / "step-00000003", output / "checkpoints" / "step-00000003")
+    four = run(4, output, "zero=3")
+    assert four.returncode == 0, four.stdout + four.stderr
+    assert "4 processes from here on, 2 before; a step takes 2 x 1 x 4 = 8 samples as before" in four.stdout
+    expected, found = steps(whole), steps(output)
+    for later in (6, 9):  # what was saved by four comes to an end, to go on from its first checkpoint
+        kept = output / "checkpoints" / f"step-{later:08d}"
+        assert json.loads((kept / "manifest.json").read_text())["world_size"] == 4
+    shutil.rmtree(output / "checkpoints" / "step-00000009")
+    one = run(1, output, "zero=0")
+    assert one.returncode == 0, one.stdout + one.stderr
+    assert "1 process from here on, 4 before; a step takes 4 x 2 x 1 = 8 samples as before" in one.stdout
+    found |= {step: record for step, record in steps(output).items() if step > 6}
+    assert sorted(found) == list(range(4, STEPS + 1))
+    for step, record in found.items():
+        assert record["tokens"] == expected[step]["tokens"] and record["samples"] == expected[step]["samples"]
+        assert record["lr"] == expected[step]["lr"]
+        assert record["loss"] == pytest.approx(expected[step]["loss"], abs=2e-5)
+        assert record["grad_norm"] == pytest.approx(expected[step]["grad_norm"], rel=1e-3)
+    last = f"checkpoints/step-{STEPS:08d}/model/model.safetensors"
+    ours, theirs = load_file(output / last), load_file(whole / last)
+    assert all(torch.allclose(ours[name], theirs[name], atol=2e-5) for name in theirs)
+    # and back to where it began, with the keys it began with
+    again = run(2, output, "zero=2")
+    assert again.returncode == 0, again.stdout + again.stderr
+
+
+def test_another_global_batch_and_missing_states_are_refused(run, whole, tmp_path):
+    saved = whole / "checkpoints" / "step-00000003"
+    job = run(1, tmp_path / "a", f"resume={saved}", "train.batch_size=3")
+    assert job.returncode == 1 and "Traceback" not in job.stderr
+    assert "train.batch_size: the run in" in job.stderr and "takes 8 samples a step, not 3" in job.stderr
+    job = run(1, tmp_path / "b", f"resume={saved}", "checkpoint.elastic=false")
+    assert job.returncode == 1 and "was saved by 2 processes and this run has 1; start 2" in job.stderr
+    older = tmp_path / "step-00000003"
+    shutil.copytree(saved, older)
+    manifest = json.loads((older / "manifest.json").read_text())
+    for part in older.glob("parts_rank*.json"):
+        part.unlink()
+        del manifest["files"][part.name]
+    (older / "manifest.json").write_text(json.dumps(manifest))
+    job = run(1, tmp_path / "c", f"resume={older}")
+    assert job.returncode == 1 and "was saved by an earlier version" in job.stderr
+    job = run(2, tmp_path / "d", f"resume={older}", "zero=2", "train.max_steps=4")
+    assert job.returncode == 0, job.stdout + job.stderr
+
+
+def state(processes: int = 2, **settings) -> tuple[config.Config, dict]:
+    """A configuration and the state of a checkpoint of it."""
+    now = config.load(None, ["data.train=a.bin", "train.batch_size=6", "train.accumulation_steps=2"])
+    now.deepspeed = settings or None
+    built = json.loads(json.dumps(deepspeed_config.build(now, processes)))
+    return now, {"config": to_dict(now), "world_size": processes, "global_batch": 12 * processes, "deepspeed": built}
+
+
+@pytest.mark.parametrize("processes, expected", [(1, (6, 4)), (3, (4, 2)), (4, (6, 1)), (8, (3, 1)), (24, (1, 1))])
+def test_the_global_batch_is_split_anew(processes, expected, monkeypatch, tmp_path):
+    monkeypatch.setattr(elastic, "Checkpoint", lambda path: None)
+    now, saved = state()
+    notes = elastic.adapt(now, saved, processes, tmp_path)
+    assert (now.train.batch_size, now.train.accumulation_steps) == expected
+    assert len(notes) == 1 and f"= {24} samples as before" in notes[0]
+
+
+def test_what_cannot_be_split_or_would_be_another_run_is_one_line(monkeypatch, tmp_path):
+    monkeypatch.setattr(elastic, "Checkpoint", lambda path: None)
+
+    def refused(error, match: str, processes: int, change=None, **settings):
+        now, saved = state(2, **settings)
+        (change or (lambda _: None))(now)
+        with pytest.raises(error, match=match):
+            elastic.adapt(now, saved, processes, tmp_path)
+
+    refused(UserError, "24 samples a step are not to be split over 5 processes; start 4", 5)
+    refused(UserError, "24 samples a step are not to be split over 48 processes; start 24", 48)
+    refused(
+        UserError,
+        r"train\.accumulation_steps: .* 24 samples a step, not 36",
+        2,
+        lambda c: setattr(c.train, "accumulation_steps", 3),
+    )
+    refused(ConfigError, "gradient_accumulation_steps: 2 does not give", 4, gradient_accumulation_steps=2)
+    refused(UserError, "deepspeed: scheduler: the run", 2, lambda c: setattr(c, "deepspeed", SCHEDULER))
+    refused(UserError, "deepspeed: optimizer: the run", 2, lambda c: setattr(c, "deepspeed", LION))
+    now, saved = state()
+    now.train.batch_size, now.train.accumulation_steps = 4, 3  # another split of the same batch
+    assert elastic.adapt(now, saved, 2, tmp_path) == ["a step takes 4 x 3 x 2 = 24 samples"]
+    now.zero, now.deepspeed = 3, str(ROOT / "ds_configs" / "zero3_offload.json")
+    assert elastic.adapt(now, saved, 2, tmp_path)[-1] == "zero: 3 from here on, 2 before"
+    now.checkpoint.elastic = False
+    with pytest.raises(UserError, match=r"zero: the run in .* has 2, not 3; set it back, or set checkpoint\.elastic"):
+        elastic.adapt(now, saved, 2, tmp_path)
+
+
+SCHEDULER = {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 3}}}
+LION = {"optimizer": {"type": "Lion", "params": {"lr": 1e-4}}}
+
+
+class Trap:
+    def __reduce__(self):
+        return os.mkdir, ("trapped",)
+
+
+def test_no_code_of_a_checkpoint_runs(tmp_path, monkeypatch):
+    import deepspeed  # noqa: F401 (its classes are those trusted)
+
+    monkeypatch.chdir(tmp_path)
+    torch.save({"optimizer_state_dict": Trap()}, "trap.pt")
+    with pytest.raises(UserError, match=r"trap\.pt: cannot be read"):
+        reshard.read_file("trap.pt", mmap=True)
+    assert not Path("trapped").exists()
+
+
+def test_parts_that_do_not_fit_together_are_refused(tmp_path):
+    part = {"optimizer": "Zero12", "inner": "torch.optim.adamw.AdamW", "ranks": 2, "swapped": []}
+    folder = tmp_path / "step-00000001"
+    folder.mkdir()
+    first, second = folder / "parts_rank00000.json", folder / "parts_rank00001.json"
+    first.write_text(json.dumps(part | {"fragments": [["w", 0, 0, 5, 0]]}))
+    with pytest.raises(UserError, match="has the parts of 1 processes of 2"):
+        reshard.Checkpoint(folder)
+    for offset in (4, 6):
+        second.write_text(json.dumps(part | {"fragments": [["w", 0, 0, 5, offset]]}))
+        with pytest.raises(UserError, match="the parts of w overlap or have gaps"):
+            reshard.Checkpoint(folder)
+    second.write_text(json.dumps(part | {"fragments": [["w", 0, 0, 5, 5]]}))
+    reshard.Checkpoint(folder)
+    second.write_text("{")
+    with pytest.raises(UserError, match="cannot be read"):
+        reshard.Checkpoint(folder)
