@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from chats import WORDS
+from tiny_models import EXPERTS
 
 from ds_llm.convert_select_moe import select_moe
 from ds_llm.errors import ConfigError, UserError
@@ -77,8 +78,12 @@ def test_arrays_lie_by_rows_in_a_file_whatever_interrupts(chats, data, tmp_path,
 def gated(chats, tmp_path_factory):
     """Folders of Select-MoE models whose gates tell tokens apart."""
     folder = tmp_path_factory.mktemp("gated")
-    for kind in ("decoder", "qwen3_moe"):
-        select_moe(str(chats / kind), folder / kind)
+    tokenizer = load_tokenizer(chats / "decoder")
+    olmoe = transformers.OlmoeForCausalLM(transformers.OlmoeConfig(**EXPERTS | {"vocab_size": len(tokenizer)}))
+    olmoe.save_pretrained(folder / "original")
+    tokenizer.save_pretrained(folder / "original")
+    for kind in ("decoder", "qwen3_moe", "olmoe"):
+        select_moe(str(folder / "original" if kind == "olmoe" else chats / kind), folder / kind)
         model = load_model(folder / kind, "fp32")
         for gate in gates(model):
             gate.reset_parameters(std=0.5)
@@ -86,7 +91,7 @@ def gated(chats, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("kind", ["decoder", "qwen3_moe"])
+@pytest.mark.parametrize("kind", ["decoder", "qwen3_moe", "olmoe"])
 def test_quality_is_the_mean_of_the_gates_over_tokens_then_layers(kind, gated, monkeypatch):
     scorer = forward.Scorer(gated / kind, ["quality", "router"], dtype="fp32", device="cpu")
     rows = [Sample(np.random.default_rng().integers(4, 90, n), np.zeros(n, bool)) for n in (20, 1, 9)]
