@@ -40,14 +40,15 @@ LAUNCH = Path(__file__).resolve().parents[1] / "launch"
 PRELOADED = ("ds_llm.trainer", "ds_llm.selection.run", "ds_llm.convert_select_moe", "peft", "torch._dynamo")
 ORIGINAL = ("sigmoid", "mse", "beta_moment_matching", "mean_variance_regularization")
 PAIRS = ("contrastive", "ranking")
+LOSS_AWARE = "loss_aware"
 GATES = {  # quality loss, its weight, and what the gates are trained on
     "untrained": None,
     "LM loss alone": ("sigmoid", 0.0, "pool"),
     **{loss: (loss, 1.0, "trusted") for loss in (*ORIGINAL, *PAIRS)},
     **{f"{loss}, weight 30": (loss, 30.0, "trusted") for loss in PAIRS},
-    **{f"{loss}, on the pool": (loss, 1.0, "pool") for loss in (*ORIGINAL, *PAIRS)},
+    **{f"{loss}, on the pool": (loss, 1.0, "pool") for loss in (*ORIGINAL, *PAIRS, LOSS_AWARE)},
+    LOSS_AWARE: (LOSS_AWARE, 1.0, "trusted"),
 }
-TRAINED_ON = ("random", "clean only", "perplexity, lowest", "gates: sigmoid", "gates: contrastive", "gates: ranking")
 SHARES = (0.05, 0.1, 0.2)
 JUDGED = 0.1  # share of the picks that are trained on and listed by kind
 CLUSTERS = 16
@@ -55,7 +56,8 @@ CLEAN = ("clean", "news")
 BASE = "mode=pretrain model.dim=128 model.n_layers=3 model.n_heads=4 model.n_kv_heads=2 model.max_seq_len=256 "
 BASE += "model.use_moe=true model.n_routed_experts=4 model.moe_intermediate_size=128 optim.lr=4e-3 "
 BASE += "optim.warmup_ratio=0.05 train.epochs=2"
-WARMUP = "mode=router data.subset_ratio=0.3 optim.lr=1e-2 optim.weight_decay=0 router.held_out=0"
+WARMUP = "mode=router optim.lr=1e-2 optim.weight_decay=0 router.held_out=0"
+SUBSET = {"trusted": 0.3, "pool": 1.0}  # share of the texts that gates are trained on
 FURTHER = "mode=pretrain optim.lr=5e-4 optim.schedule=constant optim.warmup_steps=5 eval.max_windows=32"
 COMMON = "train.dtype=fp32 train.batch_size=8 zero=0 checkpoint.every_steps=0 checkpoint.every_epoch=false "
 COMMON += "checkpoint.best=false tracking.tensorboard=false tracking.report=false eval.before=false"
@@ -143,7 +145,7 @@ class Bench:
         return Picks(folder, rows, clean, scores, orders)
 
     def judge(self, found: Picks) -> dict[str, dict]:
-        """What the picks are worth; trains on those of `TRAINED_ON`."""
+        """What the picks are worth; trains on each of them."""
         kinds = np.array([row["kind"] for row in found.rows])
         counts = {share: int(share * len(kinds)) for share in SHARES}
         judged = {}
@@ -156,8 +158,9 @@ class Bench:
                 "kinds": dict(Counter(kinds[taken].tolist())),
                 "loss": None,
             }
-            if self.steps and name in TRAINED_ON:
-                judged[name]["loss"] = self.further(found.folder / re.sub(r"\W+", "-", name), found.rows, taken)
+            if self.steps:
+                folder = re.sub(r"\W+", "-", name) + (f"-{self.gate_steps}" if name.startswith("gates") else "")
+                judged[name]["loss"] = self.further(found.folder / folder, found.rows, taken)
             show(found.folder.name, name, judged[name])
         return judged
 
@@ -174,13 +177,14 @@ class Bench:
         import pyarrow.parquet
 
         plain = re.sub(r"\W+", "-", name)
-        model, selected = self.work / "select", folder / f"select-{plain}"
+        model, selected = self.work / "select", folder / f"select-{plain}-{self.gate_steps}"
         if GATES[name]:
             loss, weight, texts = GATES[name]
-            trained = (folder if texts == "pool" else self.work) / f"gates-{plain}"
+            trained = (folder if texts == "pool" else self.work) / f"gates-{plain}-{self.gate_steps}"
             data = pool if texts == "pool" else self.work / "pretrain.jsonl"
             seed = seed if texts == "pool" else 0
             keys = [f"train.max_steps={self.gate_steps}", f"train.seed={seed}", f"data.train=[{data}]"]
+            keys += [f"data.subset_ratio={SUBSET[texts]}"]
             keys += [f"router.quality_loss={loss}", f"router.quality_weight={weight}", f"model.path={model}"]
             self.train(trained, *WARMUP.split(), *keys)
             model = trained
