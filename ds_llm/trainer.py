@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import math
-import statistics
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from ds_llm import checkpoint, elastic, engine, hardware, run_folder
+from ds_llm import checkpoint, elastic, engine, hardware, run_folder, stability
 from ds_llm.config import Config
 from ds_llm.data.order import SampleOrder, hash64, micro_batch
 from ds_llm.engine import Engine
@@ -69,6 +68,8 @@ class Trainer:
 
         Returns the exit code of the process: 0, or `EXIT_CODE` after an interruption.
         """
+        if not resume:
+            stability.check_weights(self.job.model, self.output, 0, self.config.model.path)
         if self.job.prepare is not None and not self.job.prepare(self.engine, self._asked_to_stop):
             reason = self.interrupt.reason or "another process was asked to stop"
             console.print(f"stopped by {reason} before the first step; the same command continues", markup=False)
@@ -132,7 +133,7 @@ class Trainer:
         c, state = self.config, self.state
         step, count = state["step"], c.train.accumulation_steps
         start = step * self.global_batch
-        picks = (micro_batch(self.order, start, i, self.rank, self.world, c.train.batch_size) for i in range(count))
+        picks = [micro_batch(self.order, start, i, self.rank, self.world, c.train.batch_size) for i in range(count)]
         batches = [self.job.samples.batch(pick) for pick in picks]
         sums = [sum(map(counter, batches)) for counter in (self.job.count, count_tokens, count_processed)]
         valid, tokens, processed, stop = engine.all_reduce([*sums, float(self.interrupt.requested())])
@@ -143,23 +144,25 @@ class Trainer:
         if self.job.begin_step is not None:
             self.job.begin_step(self.engine, batches, valid)
             torch.manual_seed(seed)
-        loss_sum, aux, report, counts, extras = 0.0, 0.0, 0.0, None, torch.zeros(len(self.job.metrics))
+        losses, aux, report, counts, extras = [], 0.0, 0.0, None, torch.zeros(len(self.job.metrics))
         for i, batch in enumerate(batches):
             self.engine.begin_micro_step(last=i == count - 1)
             summed, extra, aux_report, expert_counts, *sums = self.engine.forward(**batch)
             self.engine.backward(summed / max(valid, 1) + extra / (self.world * count))
-            loss_sum += summed.detach().double()
+            losses.append(summed.detach().double())
             aux += extra.detach().double()
             if sums:
                 extras = extras + sums[0].detach().double().cpu()
             if expert_counts is not None:
                 report += aux_report.detach().double()
                 counts = expert_counts.double() if counts is None else counts + expert_counts
-        figures = [float(loss_sum), float(aux), float(report), *extras.tolist()]
+        figures = [float(sum(losses)), float(aux), float(report), *extras.tolist()]
         figures = engine.all_reduce(figures + (counts.flatten().tolist() if counts is not None else []))
         extras = {name: value / max(valid, 1) for name, value in zip(self.job.metrics, figures[3:], strict=False)}
         loss, aux = figures[0] / max(valid, 1), figures[1] / (self.world * count)
-        reason = self._veto(loss, aux, valid)
+        reason = stability.veto(c.stability, state, loss, aux, valid, self.job.unit)
+        if valid and not math.isfinite(loss):
+            reason += stability.blame(picks, losses)
         rate = learning_rate(c.optim, step, self.total) * self.job.lr_factor
         result = self.engine.step(rate, veto=reason is not None)
         if reason is None and not result.applied:
@@ -167,7 +170,7 @@ class Trainer:
         state["step"], state["tokens"] = step + 1, state["tokens"] + int(tokens)
         # an fp16 overflow is how the loss scale is found; it is a fault only when there is no lower scale to try
         searching = reason == "gradient overflow" and result.loss_scale > 1
-        self._count(reason, loss, fault=not searching)
+        stability.count(c.stability, state, reason, loss, fault=not searching)
         record = {
             "step": step + 1,
             "epoch": (step + 1) * self.global_batch / len(self.job.samples),
@@ -191,38 +194,7 @@ class Trainer:
         if reason:
             self.tracker.event("skip", f"step {step + 1} skipped: {reason}", step=step + 1, loss=loss)
         if state["bad_steps"] >= c.stability.max_bad_steps:
-            self._give_up(reason)
-
-    def _veto(self, loss: float, aux: float, valid: float) -> str | None:
-        """Why this step must not change the weights, or None."""
-        if not valid:
-            return f"no supervised {self.job.unit} in the batch"
-        if not math.isfinite(loss) or not math.isfinite(aux):
-            return f"the loss is {loss if not math.isfinite(loss) else aux}"
-        s, recent = self.config.stability, self.state["recent_losses"]
-        if s.spike_factor and len(recent) == s.spike_window:
-            usual = statistics.median(recent)
-            if loss > s.spike_factor * usual:
-                return f"the loss {loss:.4g} is more than {s.spike_factor:g} x the recent median {usual:.4g}"
-        return None
-
-    def _count(self, reason: str | None, loss: float, fault: bool) -> None:
-        state, s = self.state, self.config.stability
-        if reason is None:
-            state["bad_steps"] = 0
-            if s.spike_factor:
-                state["recent_losses"] = (state["recent_losses"] + [loss])[-s.spike_window :]
-        else:
-            state["bad_steps"] += fault
-            state["skipped_steps"] += 1
-
-    def _give_up(self, reason: str) -> None:
-        done = checkpoint.steps(self.output)
-        good = f"the last good checkpoint is {checkpoint.folder(self.output, done[0])}" if done else "none was saved"
-        raise UserError(
-            f"training stopped at step {self.state['step']}: {self.state['bad_steps']} steps in a row skipped, the "
-            f"last because {reason}; {good}. Lower optim.lr or look at the data of these steps"
-        )
+            raise stability.given_up(state, self.output, reason)
 
     # -- evaluation -----------------------------------------------------------------------------------------------
 
@@ -281,6 +253,8 @@ class Trainer:
         c, step = self.config.checkpoint, self.state["step"]
         if step == 0 or self.last_saved == step:
             return False
+        if self.state["bad_steps"] and not ending:  # perhaps the weights are lost: good checkpoints must not make room
+            return False
         return (
             (ending and c.last)
             or (improved and c.best)
@@ -292,13 +266,14 @@ class Trainer:
         step = self.state["step"]
         if self.last_saved == step:
             return
+        stability.check_weights(self.job.model, self.output, step, None)
         self.tracker.sync()
         held = {"global_batch": self.global_batch, "deepspeed": self.engine.settings}
         state = self.state | self.identity | held
         with self.tracker.pause():
             path = checkpoint.save(self.output, step, state, self._write, self.engine.state_bytes())
             self.last_saved = step
-            if self.rank == 0:
+            if self.rank == 0 and not self.state["bad_steps"]:
                 best = self.state["best_step"] if self.config.checkpoint.best else None
                 checkpoint.prune(self.output, self.config.checkpoint.keep, best)
         self.tracker.event("checkpoint", f"saved {path}", step=step, path=str(path))
