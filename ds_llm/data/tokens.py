@@ -19,6 +19,7 @@ import torch
 
 from ds_llm.data.resume import AppendFile, beside, partial
 from ds_llm.errors import UserError
+from ds_llm.progress import console
 
 FORMAT, VERSION = "ds_llm.tokens", 1
 IGNORE = -100  # label that carries no loss
@@ -231,14 +232,30 @@ class TokenFile:
                 f"from {self.meta['tokenizer'] or 'an unrecorded place'}) than the one given (hash {found[:12]})"
             )
 
+    def check_untouched(self) -> None:
+        """Raise `UserError` when the tokens were written to after their index and are no more what it says; a file
+        that is older than its index is taken to be whole."""
+        if self.path.stat().st_mtime_ns > index_path(self.path).stat().st_mtime_ns:
+            console.print(f"{self.path}: is newer than its index; comparing its checksum", markup=False)
+            self.verify()
+
+    def check_ids(self, tokens: np.ndarray, start: int) -> None:
+        """Raise `UserError` when one of the `tokens`, which begin at token `start`, is outside the vocabulary."""
+        if len(tokens) and tokens.max() >= self.meta["vocab_size"]:
+            place = start + int(tokens.argmax())
+            raise UserError(
+                f"{self.path}: damaged: token {place:,} is {tokens.max()}, outside the vocabulary of "
+                f"{self.meta['vocab_size']:,}; run launch/prepare.py tokens again",
+                any_rank=True,
+            )
+
     def verify(self) -> None:
         """Read the whole file: `UserError` when its checksum, boundaries or token ids are not what the index says."""
         digest = hashlib.sha256()
         for start in range(0, len(self.tokens), COPY_BYTES):
             part = np.asarray(self.tokens[start : start + COPY_BYTES])
             digest.update(part)
-            if part.max() >= self.meta["vocab_size"]:
-                raise UserError(f"{self.path}: token id {part.max()} is outside the vocabulary")
+            self.check_ids(part, start)
         if digest.hexdigest() != self.meta["sha256"]:
             raise UserError(f"{self.path}: checksum differs from the index; run launch/prepare.py tokens again")
         if (np.diff(self.boundaries) < 1).any():
@@ -300,6 +317,7 @@ class TokenData:
         file, size = self.files[which], self.seq_len
         start = (i - int(self._ends[which - 1] if which else 0)) * size
         tokens = file.tokens[start : start + size + 1].astype(np.int64)
+        file.check_ids(tokens, start)
         inputs, labels, positions = tokens[:-1], tokens[1:].copy(), np.arange(size)
         if self.isolate_documents:
             low, high = np.searchsorted(file.boundaries, (start + 1, start + size + 1))

@@ -58,6 +58,8 @@ def open_streams(paths: Sequence[str | os.PathLike], tokenizer, text_field: str 
         files = [TokenFile(path) for path in paths]
         for file in files:
             file.check_tokenizer(tokenizer)
+            file.check_untouched()
+            file.check_ids(file.tokens, 0)
         return Streams([file.tokens for file in files], "tokens", sum(file.meta["documents"] for file in files))
     texts, rejected = read_texts(paths, text_field)
     if not any(text.strip() for text in texts):

@@ -48,6 +48,8 @@ def check(config: Config) -> Data:
         raise ConfigError("data.tokenizer: the token file records no tokenizer; name its folder")
     tokenizer = load_tokenizer(source)
     train.check_tokenizer(tokenizer)
+    for file in train.files:
+        file.check_untouched()
     vocab_size = config.model.vocab_size
     if config.model.path is None and vocab_size and vocab_size < len(tokenizer):
         raise ConfigError(f"model.vocab_size: {vocab_size} is less than the tokenizer's {len(tokenizer)} tokens")
