@@ -23,6 +23,7 @@ from pathlib import Path
 import torch.distributed as dist
 from safetensors import SafetensorError
 
+from ds_llm import places, watchdog
 from ds_llm.errors import UserError
 from ds_llm.progress import console
 
@@ -43,32 +44,42 @@ def save(output: Path, step: int, state: dict, write: Callable[[Path], None], ne
     """Write one checkpoint; every rank calls it. `write(folder)` stores the parts of all ranks.
 
     needed_bytes: what this rank will write. Raises `UserError` on every rank, before anything is written, when the
-    disk has less than all ranks need; raises it on the rank it happens to when the disk fills up meanwhile.
+    disk has less than all ranks need; raises it on the rank it happens to when the disk fills up meanwhile. Where
+    machines share no folder, each keeps what its ranks need (see `ds_llm.places`).
     """
+    with watchdog.during(f"saving {folder(output, step).name}"):
+        return _save(output, step, state, write, needed_bytes)
+
+
+def _save(output: Path, step: int, state: dict, write: Callable[[Path], None], needed_bytes: int) -> Path:
     target = folder(output, step)
     partial = target.with_name(f".{target.name}.partial")
-    rank, world = dist.get_rank(), dist.get_world_size()
-    needed = _gather(needed_bytes)
-    free = _gather(_free_bytes(output))
-    if sum(needed) > min(free):
-        raise UserError(
-            f"{target}: not saved: it needs about {_size(sum(needed))}, the disk has {_size(min(free))}; "
+    world, place, lack = dist.get_world_size(), places.of(output), None
+    sizes = places.gather(needed_bytes)
+    needed, free = sum(sizes[rank] for rank in place.ranks), _free_bytes(output)
+    if needed > free:
+        where = "" if place.alone else f" on {place.hosts[place.ranks[0]]}"
+        lack = (
+            f"{target}: not saved: it needs about {_size(needed)}, the disk{where} has {_size(free)}; "
             f"{_newest(output)}. Free some space and continue with resume=auto"
         )
+    places.check_all(lack)
     try:
-        if rank == 0:
+        if place.keeps:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         dist.barrier()
         write(partial)
-        if rank == 0:
+        if place.keeps:
             _write_json(partial / "trainer.json", state)
         dist.barrier()
-        mine = {name: _checksum(partial / name) for name in sorted(_files(partial))[rank::world]}
-        parts = _gather(mine)
-        if rank == 0:
-            files = {name: entry for part in parts for name, entry in part.items()}
-            _write_json(partial / "manifest.json", {"step": step, "world_size": world, "files": files})
+        places.complete(place, partial, _files)
+        mine = {name: _checksum(partial / name) for name in sorted(_files(partial))[place.index :: len(place.ranks)]}
+        parts = places.gather(mine)
+        if place.keeps:
+            files = {name: entry for rank in place.ranks for name, entry in parts[rank].items()}
+            manifest = {"step": step, "world_size": world, "ranks": place.ranks, "files": files}
+            _write_json(partial / "manifest.json", manifest)
             _sync_folder(partial)
             shutil.rmtree(target, ignore_errors=True)
             partial.rename(target)
@@ -89,7 +100,7 @@ def newest_whole(output: Path) -> Path | None:
 
     Every rank calls it; each checks its share of the files.
     """
-    for step in steps(output):
+    for step in places.common_steps(places.of(output), steps(output)):
         reason = damage(folder(output, step))
         if reason is None:
             return folder(output, step)
@@ -98,8 +109,8 @@ def newest_whole(output: Path) -> Path | None:
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None. Collective: ranks share the reading."""
-    rank, world = dist.get_rank(), dist.get_world_size()
+    """What is wrong with a checkpoint, or None. Collective: ranks that share the folder share the reading."""
+    place = place_of(path)
     try:
         manifest = json.loads((path / "manifest.json").read_text())
         files = sorted(manifest["files"].items())
@@ -107,7 +118,7 @@ def damage(path: Path) -> str | None:
         files, mine = [], f"manifest.json cannot be read: {type(error).__name__}"
     else:
         mine = None
-    for name, entry in files[rank::world]:
+    for name, entry in files[place.index :: len(place.ranks)]:
         try:
             found = _checksum(path / name)
         except OSError:
@@ -117,8 +128,16 @@ def damage(path: Path) -> str | None:
             what = "has another size" if found["bytes"] != entry["bytes"] else "has other content"
             mine = f"{name} {what} than when it was saved"
             break
-    reasons = [r for r in _gather(mine) if r]
+    if mine and not place.alone:
+        mine += f", on {place.hosts[dist.get_rank()]}"
+    reasons = [r for r in places.gather(mine) if r]
     return reasons[0] if reasons else None
+
+
+def place_of(path: Path) -> places.Place:
+    """Who shares the folder of a checkpoint; collective."""
+    inside = NAME.fullmatch(path.name) is not None
+    return places.of(path.absolute().parent.parent if inside else path, writable=False)
 
 
 def read_state(path: Path) -> dict:
@@ -158,12 +177,6 @@ def publish(output: Path, source: Path) -> Path:
     fresh.rename(target)
     shutil.rmtree(old, ignore_errors=True)
     return target
-
-
-def _gather(value) -> list:
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
 
 
 def _files(path: Path) -> list[str]:

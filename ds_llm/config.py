@@ -296,6 +296,15 @@ class StabilityConfig:
         0.0, "Skip a step whose loss exceeds this multiple of the recent median; 0: off", at_least=0
     )
     spike_window: int = key(50, "Steps the recent median is taken over", at_least=2)
+    hang_timeout: float = key(
+        1800.0,
+        "Seconds in which a step, or a batch of an evaluation, must end; else the run is ended with what every process "
+        "was doing and its stack; 0: no limit",
+        at_least=0,
+    )
+    lost_timeout: float = key(
+        120.0, "Seconds without a sign of life until a process counts as lost, which ends the run", above=0
+    )
 
 
 @dataclass

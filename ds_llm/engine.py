@@ -43,6 +43,7 @@ from ds_llm.deepspeed_config import build as build_deepspeed_config
 from ds_llm.errors import ConfigError, UserError
 from ds_llm.hardware import share_cores
 from ds_llm.parameters import decay_groups, exact_buffers, leave_out, restore_buffers
+from ds_llm.watchdog import watched
 
 # Blocks whose experts run on the tokens routed to them: ZeRO-3 must gather them whole, or ranks whose tokens skip an
 # expert wait for ranks whose tokens use it.
@@ -73,9 +74,10 @@ class StepResult:
     loss_scale: float
 
 
-def init_distributed(timeout_minutes: float = 30) -> None:
+def init_distributed() -> None:
     """Join the process group the launcher described; a process without a launcher forms a group of one."""
-    limit = timedelta(minutes=timeout_minutes)
+    # where lost and hanging ranks are noticed by themselves, nobody may wait in vain for long work of another
+    limit = timedelta(days=1) if watched() else timedelta(minutes=30)
     if "RANK" not in os.environ:
         # without a port, which another job could take; the number only names DeepSpeed's shared buffer
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_SIZE="1")

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from ds_llm import watchdog
 from ds_llm.cli import rank
 
 PLAIN_SECONDS = 5.0  # between lines when the output is not a terminal
@@ -25,6 +26,7 @@ class Task:
 
     def advance(self, amount: float = 1, note: str = "") -> None:
         self.done += amount
+        watchdog.alive(self.title)
         rate = f"{_short(self.rate())} {self.unit}/s" + (f"  {note}" if note else "")
         if self._bar:
             self._bar.update(self._id, advance=amount, rate=rate)

@@ -7,7 +7,7 @@ import fcntl
 import json
 from pathlib import Path
 
-from ds_llm import checkpoint, elastic, hardware
+from ds_llm import checkpoint, elastic, hardware, places
 from ds_llm.config import Config
 from ds_llm.errors import UserError
 from ds_llm.modes import Job
@@ -16,6 +16,8 @@ from ds_llm.progress import console
 
 # What may differ between a run and its continuation: everything else would make it another run under the same name.
 CHANGEABLE = ("output", "resume", "train.epochs", "train.max_steps", "tracking.", "checkpoint.", "eval.", "data.val")
+CHANGEABLE += ("stability.hang_timeout", "stability.lost_timeout")
+_kept = contextlib.ExitStack()  # locks of this process besides that of rank 0
 # What the figures of an evaluation depend on: with another value they compare with no earlier ones.
 MEASURED_BY = ("data.val", "eval.token_length", "eval.stride", "eval.max_windows")
 
@@ -87,12 +89,16 @@ def resume_point(config: Config, output: Path) -> tuple[Path, dict] | None:
 
     Raises `UserError` where continuing would lose or mix something.
     """
+    place = places.of(output)
+    if place.keeps and place.ranks[0]:  # a folder beside that of rank 0, which has locked its own
+        _kept.enter_context(lock(output))
+    held = sorted(set().union(*places.gather(checkpoint.steps(output))), reverse=True)
     if config.resume == "never":
-        if checkpoint.steps(output):
+        if held:
             raise UserError(f"output: {output} holds the checkpoints of a run; use resume=auto or another folder")
         return None
     if config.resume == "auto":
-        if not checkpoint.steps(output):
+        if not held:
             return None
         found = checkpoint.newest_whole(output)
         if found is None:
@@ -102,21 +108,24 @@ def resume_point(config: Config, output: Path) -> tuple[Path, dict] | None:
             )
     else:
         found = Path(config.resume)
-        if not found.is_dir():
-            raise UserError(f"resume: {found}: no such checkpoint folder")
+        missing = f"resume: {found}: no such checkpoint folder"
+        where = "" if place.alone else f" on {place.hosts[place.ranks[0]]}"
+        places.check_all(None if found.is_dir() else missing + where)
         if checkpoint.steps(found):
             newest = checkpoint.folder(found, checkpoint.steps(found)[0])
             raise UserError(f"resume: {found} is a run, not a checkpoint; name one, for example {newest}")
         reason = checkpoint.damage(found)
         if reason is not None:
             raise UserError(f"resume: {found} is damaged ({reason}); resume=auto finds the newest whole one")
-        later = [step for step in checkpoint.steps(output) if step > checkpoint.read_state(found)["step"]]
+        later = [step for step in held if step > checkpoint.read_state(found)["step"]]
         if later:
             raise UserError(
                 f"resume: {output} holds later checkpoints (step {later[0]}), which continuing from {found.name} would "
                 "replace; choose another output or move them away"
             )
-    return found, checkpoint.read_state(found)
+    saved = checkpoint.read_state(found)
+    places.check_parts(checkpoint.place_of(found), found, saved["world_size"])
+    return found, saved
 
 
 def check_same_run(config: Config, saved: dict, fingerprint: dict, path: Path) -> list[str]:

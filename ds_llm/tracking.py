@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ds_llm import hardware
+from ds_llm import hardware, watchdog
 from ds_llm.cli import rank
 from ds_llm.config import Config
 from ds_llm.metrics import MetricsFile
@@ -146,6 +146,7 @@ class Meter:
     def start(self) -> None:
         """Start the clock: call it before the first step and again after anything that is not training."""
         self._last = time.perf_counter()
+        watchdog.timed("a step")
 
     def step(self, step: int, tokens: float) -> dict:
         """End the optimizer step number `step` that processed `tokens` tokens over all ranks.
@@ -155,6 +156,7 @@ class Meter:
         """
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
+        watchdog.timed(f"step {step + 1}", finished=True)
         self._recent.append((seconds, float(tokens)))
         elapsed = max(sum(s for s, _ in self._recent), 1e-9)
         rate = sum(t for _, t in self._recent) / elapsed

@@ -273,7 +273,7 @@ class Trainer:
         with self.tracker.pause():
             path = checkpoint.save(self.output, step, state, self._write, self.engine.state_bytes())
             self.last_saved = step
-            if self.rank == 0 and not self.state["bad_steps"]:
+            if checkpoint.place_of(path).keeps and not self.state["bad_steps"]:
                 best = self.state["best_step"] if self.config.checkpoint.best else None
                 checkpoint.prune(self.output, self.config.checkpoint.keep, best)
         self.tracker.event("checkpoint", f"saved {path}", step=step, path=str(path))

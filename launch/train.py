@@ -45,9 +45,11 @@ def main() -> int:
 
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # equal bits whatever the alignment of a tensor in memory
 
-    from ds_llm import trainer
+    from ds_llm import trainer, watchdog
 
-    return trainer.train(resolved)
+    limits = resolved.stability
+    with watchdog.guard(limits.hang_timeout, limits.lost_timeout, "stability"):
+        return trainer.train(resolved)
 
 
 if __name__ == "__main__":

@@ -48,6 +48,15 @@ class ScoreConfig:
     zero3: bool = key(False, "Shard the weights over all ranks (ZeRO-3 inference)")
     offload: bool = key(False, "With zero3: keep the weights in the CPUs' memory")
     tensor_parallel: int = key(1, "Ranks that share each layer (DeepSpeed AutoTP)", at_least=1)
+    hang_timeout: float = key(
+        1800.0,
+        "Seconds in which a batch must be scored; else the run is ended with what every rank was doing and its stack; "
+        "0: no limit",
+        at_least=0,
+    )
+    lost_timeout: float = key(
+        120.0, "Seconds without a sign of life until a rank counts as lost, which ends the run", above=0
+    )
     overwrite: bool = key(False, "Start over where an output or an unfinished run of other options is")
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from ds_llm import watchdog
 from ds_llm.cli import rank, world_size
 from ds_llm.errors import UserError
 from ds_llm.scoring import plan
@@ -45,11 +46,13 @@ class Worker:
 
     def run(self, part: Part, ranks: Ranks, show: Callable[[], None] = lambda: None) -> None:
         """Score the share, a record in `part` for each batch; `ranks` is told and asked between passes."""
+        watchdog.timed("scoring")
         steps = max(map(len, self.shares)) if self.scorer.collective else len(self.share)
         for step in range(steps):
             ranks.check()
             if step >= len(self.share):
                 self.scorer.idle()
+                watchdog.timed("scoring", finished=True)
                 continue
             batch = int(self.share[step])
             rows = self.batches.rows(self.index, batch)
@@ -58,6 +61,7 @@ class Worker:
             part.append(batch, pa.RecordBatch.from_arrays(columns, schema=self._schema).serialize().to_pybytes())
             ranks.progress["rows"] += len(rows)
             ranks.progress["tokens"] += int(self.batches.tokens[batch])
+            watchdog.timed("scoring", finished=True)
             show()
 
     def _score(self, samples: list[Sample], rows: np.ndarray) -> list[dict]:

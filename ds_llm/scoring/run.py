@@ -4,7 +4,6 @@ OUT.d/
     manifest.json     what the scores depend on, every attempt with versions and commit, and whether it is finished
     index/            the rows as tokens (see `index`), until the output is there
     parts/            the scores, a file for each rank and attempt (see `parts`), until the output is there
-    ranks/            what the running ranks tell each other (see `ranks`)
     rows.parquet      idx, length, truncated, tokens (that count), all scores and error of each row
     tokens.parquet    idx, positions and values of the tokens that count, with per_token
     router.npy        arrays, float16 [rows, ...] in the order of the input, NaN in rows without scores
@@ -14,14 +13,16 @@ OUT.d/
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from ds_llm import hardware
+from ds_llm import hardware, watchdog
 from ds_llm.cli import rank, world_size
 from ds_llm.data.resume import dump, write_atomically
 from ds_llm.data.sources import digests
@@ -36,7 +37,7 @@ from ds_llm.scoring.merge import Output, merge
 from ds_llm.scoring.options import ScoreConfig
 from ds_llm.scoring.parts import Part
 from ds_llm.scoring.passes import Worker, schema, tokens_that_fit
-from ds_llm.scoring.ranks import Elsewhere, Ranks
+from ds_llm.scoring.ranks import Elsewhere, Ranks, RemotePart
 from ds_llm.scoring.report import write_report
 
 SHOW_SECONDS = 1.0
@@ -67,11 +68,16 @@ def score(config: ScoreConfig, stop: Callable[[], str | None] = lambda: None) ->
     belong to another run, when no row can be scored, and when a rank fails.
     """
     options.check(config)
-    job = jobs.prepare(config)
-    with jobs.lock(job):
+    with watchdog.guard(config.hang_timeout, config.lost_timeout, "score") as peers:
+        job = jobs.prepare(config)
+        with jobs.lock(job):
+            return _run(job, Ranks(peers, job.folder, stop))
+
+
+def _run(job: Job, ranks: Ranks) -> dict:
+    with contextlib.closing(ranks):
         try:
-            with Ranks(job.folder / "ranks", rank(), world_size(), stop) as ranks:
-                return _lead(job, ranks) if rank() == 0 else _follow(job, ranks)
+            return _lead(job, ranks) if rank() == 0 else _follow(job, ranks)
         except Elsewhere:
             raise
         except UserError as error:
@@ -94,6 +100,7 @@ def _lead(job: Job, ranks: Ranks) -> dict:
     statistics.describe_rows(index)
     indexed = time.monotonic()
     ranks.announce("indexed")
+    watchdog.doing("loading the model")
     with _scorer(job) as scorer:
         manifest = jobs.check_weights(job, manifest, scorer.fingerprint)
         if manifest.get("finished"):
@@ -107,7 +114,9 @@ def _lead(job: Job, ranks: Ranks) -> dict:
         missing = _missing(job, batches, settings)
         worker = Worker(scorer, index, batches, missing)
         _describe(batches, worker, settings["tokens_per_batch"])
-        ranks.announce("ready", settings=settings, attempt=len(attempts))
+        ranks.receive(lambda number: Part(_part_path(job, len(attempts), number), settings))
+        files = ["missing.npy", *(f"index/{path.name}" for path in sorted(index_folder.iterdir()) if path.is_file())]
+        ranks.announce("ready", settings=settings, attempt=len(attempts), files=files)
         ready = time.monotonic()
         title = "scoring (continued)" if len(missing) < len(batches) else "scoring"
         with progress(title, int(batches.tokens[missing].sum()), "tokens") as task:
@@ -115,6 +124,7 @@ def _lead(job: Job, ranks: Ranks) -> dict:
             _work(job, worker, ranks, settings, len(attempts), show)
             ranks.wait_for_all(show)
         scored = time.monotonic()
+        watchdog.doing("writing the output")
         output = _output(job, scorer)
     rows, tokens = ranks.totals()
     errors = merge(output, index, batches, settings, job.sources, ranks.check)
@@ -139,19 +149,26 @@ def _lead(job: Job, ranks: Ranks) -> dict:
 def _follow(job: Job, ranks: Ranks) -> dict:
     """The other ranks: their shares."""
     if ranks.wait_for("indexed")[0] != "finished":
+        watchdog.doing("loading the model")
         with _scorer(job) as scorer:
             stage, told = ranks.wait_for("ready")
             if stage != "finished":
                 settings = told["settings"]
                 if scorer.fingerprint != settings["model"]:
                     raise UserError(f"{job.config.model}: rank {rank()} has other weights there than rank 0")
-                index = Index(job.folder / "index")
+                folder = ranks.fetch(told["files"])
+                index = Index(folder / "index")
                 batches = plan.make(index, settings["tokens_per_batch"])
-                missing = np.load(job.folder / "missing.npy")
+                missing = np.load(folder / "missing.npy")
                 worker = Worker(scorer, index, batches, missing)
                 _work(job, worker, ranks, settings, told["attempt"])
-        ranks.wait_for("finished")
-    return jobs.read_json(job.folder / "statistics.json")
+    _, told = ranks.wait_for("finished")
+    ranks.forget()
+    return told["statistics"]
+
+
+def _part_path(job: Job, attempt: int, number: int) -> Path:
+    return job.folder / "parts" / f"part-{attempt:04d}-{number:05d}.bin"
 
 
 def _scorer(job: Job) -> Scorer:
@@ -183,12 +200,14 @@ def _missing(job: Job, batches: plan.Plan, settings: dict) -> np.ndarray:
 
 
 def _work(job: Job, worker: Worker, ranks: Ranks, settings: dict, attempt: int, show: Callable = lambda: None) -> None:
-    part = Part(job.folder / "parts" / f"part-{attempt:04d}-{rank():05d}.bin", settings)
+    part = Part(_part_path(job, attempt, rank()), settings) if ranks.shared else RemotePart(ranks.peers)
     try:
         worker.run(part, show=show, ranks=ranks)
     finally:
         part.close()
     ranks.progress["done"] = True
+    if ranks.peers is not None:
+        ranks.peers.poke()
 
 
 def _describe(batches: plan.Plan, worker: Worker, budget: int) -> None:
@@ -227,5 +246,6 @@ def _finish(job: Job, ranks: Ranks, what: str) -> dict:
     console.print(f"{job.out}: {what}", markup=False)
     if (report := job.folder / "report.html").is_file():
         console.print(f"report: {report}", markup=False)
-    ranks.announce("finished")
-    return jobs.read_json(job.folder / "statistics.json")
+    result = jobs.read_json(job.folder / "statistics.json")
+    ranks.announce("finished", statistics=result)
+    return result

@@ -4,11 +4,13 @@ bytes."""
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from chats import WORDS
 from jobs import ROOT, launch, start
@@ -55,12 +57,14 @@ def test_a_job_of_which_a_rank_is_killed_goes_on_anywhere(chats, data, tmp_path)
         while sum(path.stat().st_size > 6_000 for path in folder.glob("parts/part-*.bin")) < 2:
             assert time.monotonic() < end and job.poll() is None
             time.sleep(0.01)
-        os.kill(json.loads((folder / "ranks" / "rank-1.json").read_text())["pid"], signal.SIGKILL)
-        job.communicate(timeout=60)
+        max(psutil.Process(job.pid).children(), key=lambda process: process.pid).kill()  # rank 1, the last one forked
+        _, err = job.communicate(timeout=60)
     finally:
         if job.poll() is None:
             os.killpg(job.pid, signal.SIGKILL)
     assert job.returncode != 0 and not out.exists()
+    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert re.match(r"error: rank 1 \(\S+, process \d+\) is gone .* run the same command again", line), err
     alone = tmp_path / "alone.jsonl"
     shutil.copytree(folder, tmp_path / "alone.jsonl.d")
     statistics = score_here(chats, data, alone)

@@ -1,62 +1,59 @@
-"""Ranks that know of each other by files: meeting, progress, failure, silence, leftovers of killed runs."""
+"""Ranks of a scoring run that work together: stages, progress, failures, and those that do not see rank 0's folder."""
 
-import json
-import os
-import socket
-import subprocess
-import sys
+import random
 import threading
-import time
 
 import pytest
 
+from ds_llm import peers as peers_module
+from ds_llm import watchdog
 from ds_llm.errors import UserError
+from ds_llm.peers import Peers
+from ds_llm.scoring import parts
 from ds_llm.scoring import ranks as module
-from ds_llm.scoring.ranks import Elsewhere, Ranks
+from ds_llm.scoring.ranks import Elsewhere, Ranks, RemotePart
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(module, "BEAT_SECONDS", 0.02)
+    monkeypatch.setattr(peers_module, "BEAT_SECONDS", 0.02)
     monkeypatch.setattr(module, "POLL_SECONDS", 0.01)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
 
 
-def together(folder, *roles):
-    """Run one function of its `Ranks` per rank, in threads; what each returned or raised."""
-    results = [None] * len(roles)
+def together(monkeypatch, folders, *roles):
+    """Run one function of its `Ranks` per rank, in threads, each with its folder; what each returned or raised."""
+    results, endpoint, own = [None] * len(roles), [], threading.local()
+    monkeypatch.setattr(watchdog, "peers", lambda: own.peers)
+    started = threading.Event()
 
     def run(number):
+        meet = (lambda given: (endpoint.append(given), started.set())) if number == 0 else lambda _: endpoint[0]
+        own.peers = peers = Peers(number, len(roles), 5, meet=meet)
+        if number:
+            started.wait(10)
+        peers.start()
+        failed = None
         try:
-            with Ranks(folder, number, len(roles)) as ranks:
+            ranks = Ranks(peers, folders[number])
+            try:
                 results[number] = roles[number](ranks)
-        except BaseException as error:
-            results[number] = error
+            finally:
+                ranks.close()
+        except Exception as error:
+            results[number], failed = error, str(error)
+        peers.leave(failed)
 
-    threads = [threading.Thread(target=run, args=(number,)) for number in reversed(range(len(roles)))]
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(len(roles))]
     for thread in threads:
         thread.start()
-        time.sleep(0.03)  # rank 0, which clears the folder, comes last
     for thread in threads:
         thread.join(30)
         assert not thread.is_alive()
     return results
 
 
-def leftover(folder, number, **more):
-    """What a killed run left: the file of a process that is no more."""
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
-    folder.mkdir(exist_ok=True)
-    state = {"name": "old", "host": socket.gethostname(), "pid": gone.pid, "started": 1.0, "stage": "finished"}
-    state |= {"seen": {"1": "old"}, "failed": "of old", "beat": 5, "content": {"of": "old"}, "progress": {"done": True}}
-    (folder / f"rank-{number}.json").write_text(json.dumps(state | more))
-
-
-def test_stages_content_and_totals_reach_everyone_past_leftovers(tmp_path):
-    leftover(tmp_path / "ranks", 0)
-    leftover(tmp_path / "ranks", 1)
-    leftover(tmp_path / "ranks", 7)
-
+def test_stages_content_and_totals_reach_everyone(tmp_path, monkeypatch):
     def zero(ranks):
         ranks.announce("indexed")
         ranks.announce("ready", batches=3)
@@ -71,76 +68,66 @@ def test_stages_content_and_totals_reach_everyone_past_leftovers(tmp_path):
         stage, told = ranks.wait_for("ready")
         ranks.progress.update(rows=ranks.rank, tokens=10 * ranks.rank, done=True)
         ranks.wait_for("finished")
-        return stage, told
+        return stage, told["batches"], ranks.shared
 
-    assert together(tmp_path / "ranks", zero, other, other) == [(8, 80), *2 * [("ready", {"batches": 3})]]
-    assert not (tmp_path / "ranks").exists()
-
-
-def test_a_rank_that_starts_late_still_learns_that_all_is_done(tmp_path):
-    def zero():
-        with Ranks(tmp_path / "ranks", 0, 2) as ranks:
-            ranks.announce("finished")
-
-    thread = threading.Thread(target=zero)
-    thread.start()
-    time.sleep(0.3)
-    assert thread.is_alive()
-    with Ranks(tmp_path / "ranks", 1, 2) as ranks:
-        assert ranks.wait_for("indexed")[0] == "finished"
-    thread.join(30)
-    assert not thread.is_alive() and not (tmp_path / "ranks").exists()
+    found = together(monkeypatch, [tmp_path] * 3, zero, other, other)
+    assert found == [(8, 80), *2 * [("ready", 3, True)]]
 
 
 @pytest.mark.parametrize("failing", [0, 1])
-def test_the_reason_of_a_failure_reaches_the_others(tmp_path, failing):
+def test_the_reason_of_a_failure_reaches_the_others(tmp_path, monkeypatch, failing):
     def fails(ranks):
-        if ranks.rank:
-            ranks.wait_for("indexed")
-        else:
-            ranks.announce("indexed")
-            time.sleep(0.1)
+        ranks.announce("indexed") if ranks.rank == 0 else ranks.wait_for("indexed")
         raise UserError("the disk is full")
 
     def waits(ranks):
         ranks.announce("indexed") if ranks.rank == 0 else ranks.wait_for("indexed")
         ranks.wait_for_all(lambda: None) if ranks.rank == 0 else ranks.wait_for("finished")
 
-    found = together(tmp_path / "ranks", *[fails if number == failing else waits for number in range(2)])
+    found = together(monkeypatch, [tmp_path] * 2, *[fails if n == failing else waits for n in range(2)])
     assert isinstance(found[1 - failing], Elsewhere)
-    assert str(found[1 - failing]) == f"rank {failing} failed: the disk is full"
+    assert str(found[1 - failing]).startswith(f"rank {failing} (")
+    assert str(found[1 - failing]).endswith("failed: the disk is full")
 
 
-def test_a_rank_that_is_gone_or_silent_ends_the_others(tmp_path, monkeypatch):
-    def pretend(ranks, **state):
-        """Rank 1 as a file that nobody writes any more."""
-        ranks._own["seen"]["1"] = "it"
-        leftover(tmp_path / "ranks", 1, name="it", failed=None, progress={}, **state)
+def test_a_rank_with_another_folder_gets_the_files_and_its_scores_arrive(tmp_path, monkeypatch):
+    """Three ranks on two machines: two share a copy, which is brought once and removed in the end."""
+    mine, theirs = tmp_path / "a" / "out.d", tmp_path / "b" / "out.d"
+    (mine / "index").mkdir(parents=True)
+    data = {"index/rows.bin": random.randbytes(9_000_000), "index/empty": b"", "missing.npy": random.randbytes(100)}
+    for name, content in data.items():
+        (mine / name).write_bytes(content)
+    payloads = [random.randbytes(random.randrange(1, 1000)) for _ in range(6)]
+
+    def zero(ranks):
+        (mine / "parts").mkdir()
+        ranks.receive(lambda number: parts.Part(mine / "parts" / f"part-0001-{number:05d}.bin", {"of": "run"}))
+        ranks.announce("ready", files=list(data))
         ranks.wait_for_all(lambda: None)
+        ranks.announce("finished")
 
-    with (
-        pytest.raises(Elsewhere, match=r"rank 1 .* is gone; run the same command again"),
-        Ranks(tmp_path / "ranks", 0, 2) as ranks,
-    ):
-        pretend(ranks)
-    monkeypatch.setattr(module, "SILENCE_SECONDS", 0.1)
-    for state in ({"host": "another"}, {"pid": os.getpid(), "started": module.since_boot(module.psutil.Process())}):
-        with pytest.raises(Elsewhere, match="no sign of life"), Ranks(tmp_path / "ranks", 0, 2) as ranks:
-            pretend(ranks, **state)
+    def other(ranks):
+        _, told = ranks.wait_for("ready")
+        folder = ranks.fetch(told["files"])
+        found = {name: (folder / name).read_bytes() for name in data}
+        part = RemotePart(ranks.peers)
+        for batch in range(ranks.rank - 1, 6, 2):
+            part.append(batch, payloads[batch])
+        ranks.progress["done"] = True
+        ranks.wait_for("finished")
+        ranks.forget()
+        return found, ranks.shared
 
-
-def test_a_rank_that_never_comes_is_not_waited_for_without_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "START_SECONDS", 0.1)
-    with pytest.raises(Elsewhere, match=r"rank 0 did not show in .*ranks"), Ranks(tmp_path / "ranks", 1, 2) as ranks:
-        ranks.wait_for("indexed")
-    with pytest.raises(Elsewhere, match="rank 1 did not show"), Ranks(tmp_path / "ranks", 0, 2) as ranks:
-        ranks.wait_for_all(lambda: None)
+    zeroth, *others = together(monkeypatch, [mine, theirs, theirs], zero, other, other)
+    assert zeroth is None and others == 2 * [(data, False)]
+    assert dict(parts.records(mine / "parts", {"of": "run"})) == dict(enumerate(payloads))
+    assert not theirs.exists() and mine.exists()
 
 
 def test_a_request_to_stop_is_heard_alone_and_with_others(tmp_path):
     asked = iter([None, "SIGTERM"])
-    with Ranks(tmp_path / "ranks", 0, 1, stop=lambda: next(asked)) as ranks:
-        ranks.check()
-        with pytest.raises(UserError, match=r"interrupted \(SIGTERM\); run the same command again") as error:
-            ranks.check(force=True)
-    assert error.value.exit_code == 75 and not (tmp_path / "ranks").exists()
+    ranks = Ranks(None, tmp_path, stop=lambda: next(asked))
+    ranks.check()
+    with pytest.raises(UserError, match=r"interrupted \(SIGTERM\); run the same command again") as error:
+        ranks.check(force=True)
+    assert error.value.exit_code == 75

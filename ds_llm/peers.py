@@ -1,0 +1,372 @@
+"""How the processes of a job know of each other without a collective: each keeps a connection to rank 0.
+
+Every other rank tells rank 0 once per `BEAT_SECONDS` what it is doing and hears in return what rank 0 does and whether
+the job must end. A rank whose connection breaks, that says that it has failed, or that is silent for too long ends the
+job for all: rank 0 finds it and tells the others; each of those finds the same of rank 0. No folder needs to be shared
+for it, and a main thread that is stuck in a collective does not stop it.
+
+On the wire a message is a length, a JSON object, a length, bytes. Rank 0 listens on a port of its own choice; port and
+a secret reach the others through the store of torch.distributed at MASTER_ADDR:MASTER_PORT. Who does not know the
+secret is not answered.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import itertools
+import json
+import os
+import secrets
+import socket
+import socketserver
+import struct
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+
+from ds_llm.errors import UserError
+
+BEAT_SECONDS = 1.0
+START_SECONDS = 300.0  # for all ranks of a launch to appear
+HELLO_SECONDS = 10.0  # for a new connection to say who it is
+SEND_SECONDS = 60.0  # for a message to leave; small ones do at once
+LONGEST_OBJECT, LONGEST_BYTES = 1 << 24, 1 << 31
+LENGTHS = struct.Struct("<IQ")
+_meetings = itertools.count()  # of this process, in which jobs can follow each other
+
+
+@dataclass
+class Verdict:
+    """Why the job must end. kind: lost, failed or hang; rank: whose fault; text: one line; own: found by this rank
+    itself, which then has to say it, not told by rank 0."""
+
+    kind: str
+    rank: int
+    text: str
+    own: bool = True
+
+
+class Silence(Exception):
+    """Nothing was received for too long."""
+
+
+class Peers:
+    """One process's view of all others of the job; threads of its own keep it up to date from `start` to `leave`.
+
+    lost_seconds: silence after which another rank counts as gone. own: what this rank shows to the others, any JSON.
+    states: of each rank heard of (rank 0: of all; others: of rank 0) its latest `own`. verdict: why the job must end,
+    once it is known. services: on rank 0, name -> function(rank, object, bytes) -> (object, bytes) that answers `ask`.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        world: int,
+        lost_seconds: float = 120.0,
+        meet: Callable[[str | None], str] | None = None,
+        start_seconds: float | None = None,
+    ):
+        self.rank, self.world, self.lost_seconds = rank, world, lost_seconds
+        self.start_seconds = START_SECONDS if start_seconds is None else start_seconds
+        self.own: dict = {"host": socket.gethostname(), "pid": os.getpid()}
+        self.states: dict[int, dict] = {}
+        self.services: dict[str, Callable] = {}
+        self.verdict: Verdict | None = None
+        self._heard: dict[int, float] = {}
+        self._left: set[int] = set()
+        self._silenced: set[int] = set()
+        self._told: set[int] = set()  # who knows of the verdict
+        self._meet = meet or self._by_store
+        self._wake, self._over, self._judged = threading.Event(), threading.Event(), threading.Lock()
+        self._bye: dict | None = None
+        self._asking, self._ask_lock = None, threading.Lock()
+        self._store = self._server = None
+
+    def start(self) -> None:
+        """Open the connections. `UserError` where rank 0 cannot be reached or its port is taken."""
+        if self.rank == 0:
+            self._token = secrets.token_hex(16)
+            self._server = _server(self._serve)
+            threading.Thread(target=self._server.serve_forever, args=(0.1,), daemon=True).start()
+            self._meet(f"{self._server.server_address[1]} {self._token}")
+            self._thread = threading.Thread(target=self._await_all, daemon=True)
+        else:
+            port, self._token = self._meet(None).split()
+            self._port = int(port)
+            self._connection = self._connect("beat")
+            self._thread = threading.Thread(target=self._follow, daemon=True)
+        self._thread.start()
+
+    def leave(self, failed: str | None = None) -> None:
+        """Say goodbye; failed: why this rank could not do its part, which ends the job for the others.
+
+        Rank 0 stays until every other rank has left, or knows why the job ends.
+        """
+        if self.rank:
+            self._bye = {"failed": failed}
+            self._wake.set()
+            self._thread.join(2 * HELLO_SECONDS)
+        else:
+            if failed is not None and self.verdict is None:
+                self._judge("failed", 0, f"{self.name(0)} failed: {failed}")
+            end = time.monotonic() + 3 * BEAT_SECONDS
+            while len(self._left) < self.world - 1:
+                present = set(self.states) - self._left - {0}
+                if self.verdict is not None and (present <= self._told or time.monotonic() > end):
+                    break
+                time.sleep(BEAT_SECONDS / 20)
+            self._over.set()
+            self._server.shutdown()
+            self._server.server_close()
+        self._over.set()
+
+    def poke(self) -> None:
+        """Tell the others at once what changed in `own`."""
+        self._wake.set()
+
+    def name(self, rank: int) -> str:
+        """`rank 3 (host, process 123)`, as far as it is known."""
+        state = self.own if rank == self.rank else self.states.get(rank)
+        return f"rank {rank} ({state['host']}, process {state['pid']})" if state else f"rank {rank}"
+
+    def silent(self, rank: int) -> float:
+        """Seconds since a rank was last heard of."""
+        return time.monotonic() - self._heard.get(rank, time.monotonic())
+
+    def stuck(self) -> set[int]:
+        """Rank 0: ranks that are connected but say nothing."""
+        present = set(self.states) - self._left
+        return self._silenced | {number for number in present if self.silent(number) > 4 * BEAT_SECONDS}
+
+    def end(self, kind: str, text: str) -> None:
+        """Rank 0: end the job for all."""
+        self._judge(kind, self.rank, text)
+
+    def ask(self, service: str, data: bytes = b"", **what) -> tuple[dict, bytes]:
+        """Have a service of rank 0 answer; `UserError` when it cannot or is not reachable."""
+        with self._ask_lock:
+            try:
+                if self._asking is None:
+                    self._asking = self._connect("ask")
+                _send(self._asking, {"service": service, **what}, data)
+                answer, found = _receive(self._asking, self.lost_seconds)
+            except (OSError, Silence) as error:
+                raise UserError(f"{self.name(0)} does not answer ({error})", any_rank=True) from None
+        if "error" in answer:
+            raise UserError(f"{self.name(0)}: {answer['error']}", any_rank=True)
+        return answer, found
+
+    # -- the meeting --------------------------------------------------------------------------------------------------
+
+    def _by_store(self, endpoint: str | None) -> str:
+        """Give rank 0's endpoint to all through the store that the launcher's environment describes."""
+        from torch import distributed as dist
+
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        try:
+            self._store = dist.TCPStore(
+                address,
+                port,
+                is_master=self.rank == 0 and not agent,
+                timeout=timedelta(seconds=self.start_seconds),
+                wait_for_workers=False,
+                multi_tenant=True,  # the process group uses the same one
+            )
+            key = f"ds_llm/peers/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{next(_meetings)}"
+            if endpoint is not None:
+                self._store.set(key, endpoint)
+            return self._store.get(key).decode()
+        except (dist.DistNetworkError, dist.DistStoreError, RuntimeError) as error:
+            if "EADDRINUSE" in str(error):
+                raise port_in_use() from None
+            raise UserError(
+                f"rank {self.rank} on {socket.gethostname()} did not find rank 0 at {address}:{port} within "
+                f"{self.start_seconds:g} s: did it start, and does this machine reach that address and port?",
+                any_rank=True,
+            ) from None
+
+    def _connect(self, kind: str) -> socket.socket:
+        address = os.environ.get("MASTER_ADDR", "127.0.0.1")
+        try:
+            connection = socket.create_connection((address, self._port), timeout=HELLO_SECONDS)
+        except OSError as error:
+            raise UserError(
+                f"rank {self.rank} on {socket.gethostname()} cannot connect to rank 0 at {address}:{self._port} "
+                f"({error.strerror or error}); ports between the machines of a job must be open",
+                any_rank=True,
+            ) from None
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        _send(connection, {"token": self._token, "rank": self.rank, "kind": kind, "state": dict(self.own)})
+        return connection
+
+    # -- rank 0 -------------------------------------------------------------------------------------------------------
+
+    def _await_all(self) -> None:
+        begin = time.monotonic()
+        while len(self.states) < self.world - 1 and not self._over.wait(BEAT_SECONDS):
+            if time.monotonic() - begin > self.start_seconds:
+                missing = [number for number in range(1, self.world) if number not in self.states]
+                others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+                self._judge(
+                    "lost",
+                    missing[0],
+                    f"rank {missing[0]}{others} did not appear within {self.start_seconds:g} s: was it started, and "
+                    "does its machine reach this one?",
+                )
+                return
+
+    def _serve(self, connection: socket.socket) -> None:
+        try:
+            hello, _ = _receive(connection, HELLO_SECONDS)
+            if not hmac.compare_digest(str(hello.get("token")), self._token):
+                return
+            rank = int(hello["rank"])
+        except (OSError, Silence, ValueError, KeyError, TypeError):
+            return  # a stranger
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if hello["kind"] == "ask":
+            with contextlib.suppress(OSError, Silence):
+                self._answer(rank, connection)
+            return
+        self.states[rank], self._heard[rank] = hello["state"], time.monotonic()
+        try:
+            while True:
+                found, _ = _receive(connection, self.lost_seconds)
+                self._heard[rank] = time.monotonic()
+                if "bye" in found:
+                    self._left.add(rank)
+                    if found["bye"]["failed"] is not None:
+                        self._judge("failed", rank, f"{self.name(rank)} failed: {found['bye']['failed']}")
+                    _send(connection, {})
+                    return
+                self.states[rank] = found["state"]
+                verdict = self.verdict
+                _send(connection, {"state": dict(self.own), "verdict": asdict(verdict) if verdict else None})
+                if verdict:
+                    self._told.add(rank)
+        except (OSError, Silence, ValueError) as error:
+            self._judge_gone(rank, error)
+            self._left.add(rank)
+            if isinstance(error, Silence):
+                self._silenced.add(rank)
+
+    def _answer(self, rank: int, connection: socket.socket) -> None:
+        while True:
+            what, data = _receive(connection, None)
+            try:
+                answer, found = self.services[what.pop("service")](rank, what, data)
+            except KeyError:
+                answer, found = {"error": "not ready"}, b""
+            except (UserError, OSError) as error:
+                answer, found = {"error": str(error)}, b""
+            _send(connection, answer, found)
+
+    # -- the other ranks ----------------------------------------------------------------------------------------------
+
+    def _follow(self) -> None:
+        connection = self._connection
+        try:
+            while True:
+                bye = self._bye
+                _send(connection, {"bye": bye} if bye else {"state": dict(self.own)})
+                told, _ = _receive(connection, self.lost_seconds)
+                if bye:
+                    return
+                self.states[0], self._heard[0] = told["state"], time.monotonic()
+                if told["verdict"] and self.verdict is None:
+                    self.verdict = Verdict(**{**told["verdict"], "own": False})
+                self._wake.wait(BEAT_SECONDS)
+                self._wake.clear()
+        except (OSError, Silence, ValueError) as error:
+            if self._bye is None or self._bye["failed"] is not None:
+                self._judge_gone(0, error)
+        finally:
+            connection.close()
+
+    # -- verdicts -----------------------------------------------------------------------------------------------------
+
+    def _judge_gone(self, rank: int, error: Exception) -> None:
+        state = self.states.get(rank, {})
+        last = f"; last seen in {state['doing']}" if state.get("doing") else ""
+        if isinstance(error, Silence):
+            what = (
+                f"gave no sign of life for {self.lost_seconds:g} s (its machine or network is down, or it was stopped)"
+            )
+        else:
+            what = "is gone (killed, as for want of memory, or its machine went down)"
+        self._judge("lost", rank, f"{self.name(rank)} {what}{last}")
+
+    def _judge(self, kind: str, rank: int, text: str) -> None:
+        with self._judged:
+            if self.verdict is None and not self._over.is_set():
+                self.verdict = Verdict(kind, rank, text)
+
+
+def port_in_use() -> UserError:
+    return UserError(
+        f"port {os.environ['MASTER_PORT']}: another job on this machine uses it; choose another one, for example "
+        "deepspeed --master_port 29600 ... (torchrun: --master-port)",
+        any_rank=True,
+    )
+
+
+def _server(serve: Callable[[socket.socket], None]) -> socketserver.ThreadingTCPServer:
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self):
+            serve(self.request)
+
+    class Server(socketserver.ThreadingTCPServer):
+        daemon_threads, block_on_close, request_queue_size = True, False, 1024
+        address_family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
+
+        def server_bind(self):
+            if self.address_family == socket.AF_INET6:  # IPv4 too
+                self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+            super().server_bind()
+
+        def handle_error(self, request, address):
+            """Whatever a connection sends must not disturb the job's output."""
+
+    return Server(("", 0), Handler)
+
+
+def _send(connection: socket.socket, what: dict, data: bytes = b"") -> None:
+    text = json.dumps(what).encode()
+    connection.settimeout(SEND_SECONDS)
+    connection.sendall(LENGTHS.pack(len(text), len(data)) + text + data)
+
+
+def _receive(connection: socket.socket, patience: float | None) -> tuple[dict, bytes]:
+    """The next message. `Silence` after `patience` seconds of this process's own running time: while the whole job is
+    suspended, nobody is late."""
+    lengths = _read(connection, LENGTHS.size, patience)
+    text, data = LENGTHS.unpack(lengths)
+    if text > LONGEST_OBJECT or data > LONGEST_BYTES:
+        raise ConnectionError("no message of this job")
+    found = json.loads(_read(connection, text, patience))
+    if not isinstance(found, dict):
+        raise ValueError("no object")
+    return found, bytes(_read(connection, data, patience))
+
+
+def _read(connection: socket.socket, size: int, patience: float | None) -> bytearray:
+    slice_seconds = 1.0 if patience is None else min(1.0, patience / 10)
+    found, waited = bytearray(), 0.0
+    connection.settimeout(slice_seconds)
+    while len(found) < size:
+        try:
+            piece = connection.recv(min(size - len(found), 1 << 20))
+        except TimeoutError:
+            waited += slice_seconds
+            if patience is not None and waited >= patience:
+                raise Silence(f"no sign of life for {patience:g} s") from None
+            continue
+        if not piece:
+            raise ConnectionError("connection closed")
+        found += piece
+        waited = 0.0
+    return found
