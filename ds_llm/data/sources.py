@@ -43,6 +43,11 @@ class Source:
         """Bytes to read."""
         return self.dataset.data.nbytes if self.dataset is not None else sum(file.size for file in self.files)
 
+    def changed(self) -> bool:
+        """Whether a file is no more the one that was found: its size or the time of its last change differs."""
+        found = [(file, file.path.stat()) for file in self.files]
+        return any((stat.st_size, stat.st_mtime_ns) != (file.size, file.modified) for file, stat in found)
+
     def batches(self) -> Iterator[tuple[str, Batch]]:
         """(file, batch) in order; `batch.disk` adds up to about `size`."""
         if self.dataset is None:

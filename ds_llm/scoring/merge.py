@@ -97,7 +97,7 @@ def merge(
                 check()
                 writer.write(table, first, last)
                 task.advance(last - first)
-        writer.publish()
+        writer.publish(sources)
     shutil.rmtree(scratch)
     return writer.errors
 
@@ -211,8 +211,10 @@ class _Writer:
         for i, (value, error) in enumerate(zip(values, errors, strict=True)):
             self._lines.write(self._line(first + i, dict(zip(fields, value, strict=True)), error, wheres[i]) + b"\n")
 
-    def publish(self) -> None:
-        """Put the files in place when all rows are written."""
+    def publish(self, sources: list[Source]) -> None:
+        """Put the files in place when all rows are written and the input is still what was indexed."""
+        if any(source.changed() for source in sources):
+            raise self._changed()
         if self.inputs is not None and next(self.inputs, None) is not None:
             raise self._changed()
         self._stack.close()
