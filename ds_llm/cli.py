@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+from ds_llm import launchers
 from ds_llm.errors import UserError
 
 # what gloo and NCCL say in a process whose peer has ended
@@ -69,8 +70,9 @@ def import_extensions() -> None:
 
 def run(main: Callable[[], int | None]) -> None:
     """Run `main` and exit with its result. A `UserError` becomes one line on stderr and its exit code."""
-    quiet()
     try:
+        launchers.adopt()
+        quiet()
         import_extensions()
         code = main() or 0
     except UserError as error:
