@@ -188,7 +188,7 @@ class RouterConfig:
     quality_loss: str = key(
         "sigmoid",
         "Loss on the gates: sigmoid, mse, beta_moment_matching, mean_variance_regularization; contrastive and ranking "
-        "tell samples from corrupted copies; or a registered one",
+        "tell samples from corrupted copies; loss_aware follows the model's own loss on a sample; or a registered one",
     )
     quality_weight: float = key(0.01, "Weight of the quality loss", at_least=0)
     balance_weight: float | None = key(None, "Weight of the load-balancing loss; none: the model's own", at_least=0)
