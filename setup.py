@@ -48,6 +48,7 @@ EXTRAS["test"] = [
     "triton>=3.6",  # the interpreter and the sm_80 / sm_90 compiler run without a GPU
     "pytest>=8",
     "pytest-timeout>=2.3",  # a hang fails instead of stopping the suite
+    "pytest-xdist>=3.6",  # two files of tests at once: most wait for processes to start
     "hypothesis>=6.100",  # fresh random shapes
     "ruff>=0.6",
 ]
