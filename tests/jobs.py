@@ -16,6 +16,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 VOCAB = 61
 FORKED = {"forked": 2, "forked-1": 1, "forked-4": 4}  # processes
+TRACKED = ["tracking.log_every=1", "tracking.report=false", "tracking.tensorboard=false"]  # every step, nothing else
 
 
 def environment(**extra: str) -> dict:
@@ -119,7 +120,5 @@ def tiny(corpus) -> list[str]:
         "train.batch_size=4",
         "train.dtype=fp32",
         "optim.lr=1e-3",
-        "tracking.log_every=1",
-        "tracking.report=false",
-        "tracking.tensorboard=false",
+        *TRACKED,
     ]

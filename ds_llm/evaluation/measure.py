@@ -129,19 +129,25 @@ def measure(
             )
         except torch.cuda.OutOfMemoryError:
             raise UserError("the GPU has too little memory for this; lower --batch-size", any_rank=True) from None
-    about = {
+    about = circumstances(model_path, data, streams.rejected, model, batch_size)
+    about |= {"data_kind": streams.kind, "documents": streams.documents}
+    return result, about
+
+
+def circumstances(
+    model_path: str | os.PathLike, data: Sequence, rejected: Sequence[tuple], model: torch.nn.Module, batch_size: int
+) -> dict:
+    """What a measurement was made of and on, for its JSON; `rejected` lists (file, line or row number, reason)."""
+    return {
         "model": str(model_path),
         "data": [str(path) for path in data],
-        "data_kind": streams.kind,
-        "documents": streams.documents,
-        "rejected": [dict(zip(("file", "row", "reason"), entry, strict=True)) for entry in streams.rejected],
+        "rejected": [dict(zip(("file", "row", "reason"), entry, strict=True)) for entry in rejected],
         "batch_size": batch_size,
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": hardware.device_name(),
         "world_size": world_size(),
         "environment": hardware.environment(),
     }
-    return result, about
 
 
 def describe(result: Perplexity) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from jobs import launch
+from jobs import TRACKED, launch
 from safetensors.torch import load_file
 
 from ds_llm import config, convert, metrics, trainer
@@ -40,9 +40,7 @@ def arguments(chats, boosted, monkeypatch, tmp_path_factory) -> list[str]:
         f"train.max_steps={STEPS}",
         "optim.lr=1e-2",
         "eval.before=false",
-        "tracking.log_every=1",
-        "tracking.report=false",
-        "tracking.tensorboard=false",
+        *TRACKED,
     ]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from gated import convert, save
-from jobs import ROOT, VOCAB, launch
+from jobs import ROOT, TRACKED, VOCAB, launch
 from safetensors.torch import load_file
 
 from ds_llm import config, metrics, trainer
@@ -47,9 +47,7 @@ def arguments(corpus, models, monkeypatch, tmp_path_factory) -> list[str]:
         "router.quality_weight=3",
         "router.held_out=4",
         "eval.before=false",
-        "tracking.log_every=1",
-        "tracking.report=false",
-        "tracking.tensorboard=false",
+        *TRACKED,
     ]
 
 

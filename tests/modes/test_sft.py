@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from distributed.test_resume import same_state
-from jobs import launch
+from jobs import TRACKED, launch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -36,9 +36,7 @@ def arguments(chats, monkeypatch, tmp_path_factory) -> list[str]:
         "eval.before=false",
         "checkpoint.every_steps=2",
         "checkpoint.keep=0",
-        "tracking.log_every=1",
-        "tracking.report=false",
-        "tracking.tensorboard=false",
+        *TRACKED,
     ]
 
 
