@@ -39,8 +39,12 @@ def quiet() -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     warnings.filterwarnings("ignore")
-    for name in ("DeepSpeed", "torch.distributed", "transformers", "matplotlib", "fsspec", "numexpr"):
+    for name in ("torch.distributed", "transformers", "matplotlib", "fsspec", "numexpr"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # DeepSpeed sets its level itself when it is imported, which accelerate does too
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
+    if rank() or not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' bars; read when tqdm is imported
 
 
 def _verbose() -> bool:

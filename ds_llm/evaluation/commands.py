@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import sys
 from collections.abc import Callable
 
 from ds_llm.cli import rank
@@ -113,8 +111,6 @@ def _generations(arguments: argparse.Namespace) -> None:
 
 
 def _harness(arguments: argparse.Namespace) -> None:
-    if rank() or not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval's own bars; read when they are imported
     from ds_llm.evaluation.harness import describe, harness
 
     result = harness(
