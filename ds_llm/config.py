@@ -15,6 +15,7 @@ from ds_llm.errors import ConfigError
 from ds_llm.evaluation.text_metrics import METRICS
 from ds_llm.evaluation.text_metrics import TOKENIZERS as WORD_TOKENIZERS
 from ds_llm.options import key
+from ds_llm.parallel.options import ParallelConfig
 
 DTYPES = ("fp32", "bf16", "fp16")
 
@@ -349,6 +350,7 @@ class Config:
     dpo: DpoConfig = field(default_factory=DpoConfig)
     sparse: SparseConfig = field(default_factory=SparseConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -9,6 +9,13 @@ from pathlib import Path
 from ds_llm.config import Config, check
 from ds_llm.errors import ConfigError
 
+# Keys of the configuration's section `parallel`, and where a DeepSpeed JSON has the same
+PARALLEL = {
+    "expert": "expert_parallel.autoep_size",
+    "sequence": "sequence_parallel_size",
+    "tensor": "tensor_parallel.autotp_size",
+}
+
 
 class AskedKeys(dict):
     """A mapping that remembers which of its keys a reader asked for, present or not."""
@@ -114,20 +121,31 @@ def adopt(config: Config, world_size: int) -> list[str]:
             raise ConfigError(f"deepspeed: {name}: {section!r} must be a JSON object")
     zero = sections["zero_optimization"]
     take(config, "zero", "zero_optimization.stage", zero.get("stage"))
+    for name, place in PARALLEL.items():
+        section, _, leaf = place.rpartition(".")
+        where = user.get(section, {}) if section else user
+        if not isinstance(where, dict):
+            raise ConfigError(f"deepspeed: {section}: {where!r} must be a JSON object")
+        if extra := sorted(where.keys() - {leaf, "enabled"}) if section else []:
+            raise ConfigError(f"deepspeed: {section}.{extra[0]}: only {leaf} is used; the rest follows from the model")
+        if where.get("enabled", True) is not False:
+            take(config.parallel, name, place, where.get(leaf) or None)  # DeepSpeed's 0 is off
     if config.zero not in (0, 1, 2, 3):
         raise ConfigError(f"deepspeed: zero_optimization.stage: {config.zero} is not one of 0, 1, 2, 3")
     take(config.train, "batch_size", "train_micro_batch_size_per_gpu", user.get("train_micro_batch_size_per_gpu"))
     take(config.train, "accumulation_steps", "gradient_accumulation_steps", user.get("gradient_accumulation_steps"))
     total = user.get("train_batch_size", "auto")
     if total != "auto":
-        part = config.train.batch_size * world_size
+        batches = world_size // (config.parallel.sequence * config.parallel.tensor)
+        part = config.train.batch_size * max(batches, 1)
+        units = "processes" if batches == world_size else "groups of processes"
         steps = user.get("gradient_accumulation_steps", "auto")
         if type(total) is not int or total < 1:
             raise ConfigError(f"deepspeed: train_batch_size: {total!r} is not a positive whole number")
         if total % part or (steps != "auto" and total != part * steps):
             raise ConfigError(
-                f"deepspeed: train_batch_size: {total} is not {config.train.batch_size} samples x {world_size} "
-                f'processes x a whole number of accumulation steps; set it to "auto" or change train.batch_size'
+                f"deepspeed: train_batch_size: {total} is not {config.train.batch_size} samples x {batches} {units} x "
+                'a whole number of accumulation steps; set it to "auto" or change train.batch_size'
             )
         take(config.train, "accumulation_steps", "train_batch_size", total // part)
     take(config.optim, "grad_clip", "gradient_clipping", user.get("gradient_clipping"))
@@ -153,6 +171,8 @@ def build(config: Config, world_size: int) -> dict:
     """The whole JSON handed to DeepSpeed. `config` must have been through `adopt`."""
     user = read(config.deepspeed)
     user.pop("train_batch_size", None)  # its parts are set below, and DeepSpeed multiplies them itself
+    for place in PARALLEL.values():
+        user.pop(place.partition(".")[0], None)  # the engine divides the model itself
     base = generated(config)
     if has_auto(user.get("scheduler")):
         user.pop("scheduler")  # left to the run: optim.schedule drives the learning rate

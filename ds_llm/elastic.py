@@ -74,10 +74,17 @@ def adapt(config: Config, saved: dict, processes: int, path: Path) -> list[str]:
             f"{saved['world_size']}, or set checkpoint.elastic=true"
         )
     resharded = _check_sharding(config, saved, processes, path)
+    divided = [name for name in ("expert", "tensor") if getattr(config.parallel, name) > 1]
+    if divided and (not same_world or resharded):
+        raise UserError(
+            f"{path}: with parallel.{divided[0]} a run continues only as it was saved: start {saved['world_size']} "
+            f"processes with zero={before['zero']}"
+        )
+    batches = processes // (config.parallel.sequence * config.parallel.tensor)
     if not same_world or resharded:
         Checkpoint(path)  # says what is missing before anything is built
     changed = [name for name in SPLIT if asked[name] != old[name]]
-    taken = now.batch_size * now.accumulation_steps * processes
+    taken = now.batch_size * now.accumulation_steps * batches
     if taken != total and changed:
         key = changed[0]
         raise UserError(
@@ -87,17 +94,17 @@ def adapt(config: Config, saved: dict, processes: int, path: Path) -> list[str]:
         )
     if taken != total:
         try:
-            now.batch_size, now.accumulation_steps = split(total, processes, now.batch_size)
+            now.batch_size, now.accumulation_steps = split(total, batches, now.batch_size)
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
         _check_fixed(config, total, processes)
     if not same_world:
         notes.append(
             f"{processes} {'process' if processes == 1 else 'processes'} from here on, {saved['world_size']} before; "
-            f"a step takes {now.batch_size} x {now.accumulation_steps} x {processes} = {total} samples as before"
+            f"a step takes {now.batch_size} x {now.accumulation_steps} x {batches} = {total} samples as before"
         )
     elif changed:
-        notes.append(f"a step takes {now.batch_size} x {now.accumulation_steps} x {processes} = {total} samples")
+        notes.append(f"a step takes {now.batch_size} x {now.accumulation_steps} x {batches} = {total} samples")
     if config.zero != before["zero"]:
         notes.append(f"zero: {config.zero} from here on, {before['zero']} before")
     return notes

@@ -1,4 +1,4 @@
-"""DeepSpeed, and the only module that imports it: configuration, training step, weights, save and load."""
+"""DeepSpeed, which only this module and `ds_llm.parallel` import: configuration, training step, weights, save, load."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
 
 os.environ["PATH"] = (
     f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # ninja of this environment
@@ -42,6 +41,8 @@ from ds_llm.deepspeed_config import AskedKeys
 from ds_llm.deepspeed_config import build as build_deepspeed_config
 from ds_llm.errors import ConfigError, UserError
 from ds_llm.hardware import share_cores
+from ds_llm.parallel.division import Division
+from ds_llm.parallel.experts import is_expert_weight
 from ds_llm.parameters import decay_groups, exact_buffers, leave_out, restore_buffers
 from ds_llm.watchdog import watched
 
@@ -154,7 +155,9 @@ class Engine:
         self.config = config
         self.settings = build_deepspeed_config(config, self.world_size)
         self.stage = self.settings["zero_optimization"]["stage"]
-        if self.stage == 3:
+        self._division = Division(module, config, self.settings)
+        self.layout = self._division.layout
+        if self.stage == 3 and self.layout.expert == 1:
             _keep_experts_whole(module)
         exact = exact_buffers(module)
         if self.settings["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none":
@@ -178,10 +181,8 @@ class Engine:
         self.has_own_schedule = "scheduler" in self.settings
         self.average: MovingAverage | None = None
         if config.ema.enabled:
-            if self.settings["zero_optimization"].get("offload_optimizer", {}).get("device") == "nvme":
-                raise UserError("ema.enabled: not possible with the optimizer offloaded to NVMe; use CPU offload")
             self.average = MovingAverage(self._masters.weights(), config.ema.decay)
-        self._states = reshard.States(self._masters, module, self.average)
+        self._states = reshard.States(self._masters, module, self.average, self._division.of_weights)
         self._engine.checkpoint_engine.load = reshard.read_file
         # states on NVMe are saved and restored by `reshard`: DeepSpeed loses their step, and what it left in memory
         self._engine.zero_nvme_offload_optimizer = lambda: False
@@ -189,11 +190,21 @@ class Engine:
     # -- training -----------------------------------------------------------------------------------------------------
 
     def forward(self, **batch):
-        """Run the module on tensors moved to the device."""
-        return self._engine(**{k: v.to(device()) if torch.is_tensor(v) else v for k, v in batch.items()})
+        """Run the module on tensors moved to the device; on a part of rows as `part` returned it, with other ranks."""
+        batch = {k: v.to(device()) if torch.is_tensor(v) else v for k, v in batch.items()}
+        return self._engine(**self._division.arguments(batch))
+
+    def part(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What of a micro-batch this rank trains on: all, or its part of every row."""
+        return self._division.part(batch)
 
     def train(self, mode: bool = True) -> None:
         self._engine.train(mode)
+        self._division.train(mode)
+
+    def total(self, values: list[float]) -> list[float]:
+        """Sum over what ranks compute, in float64; ranks that compute the same count once."""
+        return all_reduce([value * self.layout.counts for value in values])
 
     def begin_micro_step(self, last: bool) -> None:
         """Say, before the forward pass, whether the coming backward pass is the last of the optimizer step."""
@@ -203,7 +214,7 @@ class Engine:
         """Add the gradients of `loss`. Over ranks and micro-steps losses are summed, not averaged."""
         # DeepSpeed averages over ranks and divides by the accumulation steps; the caller's losses are parts of a sum.
         micro_steps = self._engine.gradient_accumulation_steps()
-        loss = loss * self.world_size * micro_steps
+        loss = loss * self.layout.replicas * micro_steps
         if isinstance(self._masters, masters.Fused16):
             # without ZeRO, DeepSpeed 0.19 divides fp16 gradients by the loss scale but never multiplies the loss by it;
             # setting the gradient, not the loss, is right for versions that do multiply it too
@@ -215,7 +226,7 @@ class Engine:
         if not self.has_own_schedule:
             for group in self._optimizer.param_groups:
                 group["lr"] = lr
-        plain_norm = self._plain_norm() if isinstance(self._masters, masters.Plain) else None
+        plain_norm = self._division.clipped_norm() if isinstance(self._masters, masters.Plain) else None
         if plain_norm is not None and not torch.isfinite(plain_norm):
             veto = True
         scale = self._optimizer.loss_scale if isinstance(self._masters, masters.Unfused16) else 1.0
@@ -231,10 +242,6 @@ class Engine:
     def lr(self) -> float:
         """Learning rate of the latest step."""
         return float(self._optimizer.param_groups[0]["lr"])
-
-    def _plain_norm(self) -> torch.Tensor:
-        grads = [p.grad for p in self.module.parameters() if p.grad is not None]
-        return torch.nn.utils.get_total_norm(grads)
 
     def _loss_scale(self) -> float:
         return float(getattr(self._optimizer, "cur_scale", getattr(self._optimizer, "loss_scale", 1.0)))
@@ -262,18 +269,11 @@ class Engine:
 
         trained_only: without frozen weights and buffers.
         """
-        state = {} if self.rank == 0 else None
-        for name, param in model.named_parameters():
-            if trained_only and not param.requires_grad:
-                continue
-            sharded = [param] if hasattr(param, "ds_id") else []
-            with deepspeed.zero.GatheredParameters(sharded) if sharded else contextlib.nullcontext():
-                if self.rank == 0:
-                    state[name] = param.detach().to("cpu", copy=True)
+        state = dict(self._division.whole_weights(model, trained_only))
         if self.rank == 0 and not trained_only:
             persistent = model.state_dict().keys()
             state.update({n: b.detach().cpu() for n, b in model.named_buffers() if n in persistent})
-        return state
+        return state if self.rank == 0 else None
 
     def save(self, folder: Path) -> None:
         """Write optimizer, master weights and average of all ranks into `folder`; every rank must call it.
@@ -298,7 +298,9 @@ class Engine:
 
     def _load_trained(self, src: dict, dst: nn.Module) -> None:
         found = dst.load_state_dict(src, strict=False)
-        missing = [name for name in found.missing_keys if name not in self._frozen]
+        # ZeRO-3 keeps the experts that ranks share in its own files alone
+        elsewhere = {n for n, p in dst.named_parameters() if self.stage == 3 and is_expert_weight(p)}
+        missing = [name for name in found.missing_keys if name not in self._frozen | elsewhere]
         if missing or found.unexpected_keys:
             name = (missing or found.unexpected_keys)[0]
             raise UserError(f"the checkpoint is not of this model: {name} is {'missing' if missing else 'unknown'}")
@@ -350,29 +352,6 @@ def inference(module: nn.Module, config: Config) -> Iterator[Callable]:
         yield forward
     finally:
         release()
-
-
-def split_layers(module: nn.Module, ranks: int) -> dist.ProcessGroup:
-    """Split the layers of a frozen transformers model over groups of `ranks` neighbouring ranks, in place (AutoTP).
-
-    Returns this rank's group, whose ranks must then all call the module with equal inputs. Raises `UserError` where
-    DeepSpeed finds no layers that it can split.
-    """
-    groups = [dist.new_group(list(range(i, i + ranks))) for i in range(0, dist.get_world_size(), ranks)]
-    group = groups[dist.get_rank() // ranks]
-    exact, before = exact_buffers(module), sum(p.numel() for p in module.parameters())
-    # given a group alone, DeepSpeed 0.19 makes another one of the first ranks
-    parallel = {"tp_size": ranks, "tp_group": group, "mpu": SimpleNamespace(get_model_parallel_group=lambda: group)}
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints its plan
-        try:
-            deepspeed.init_inference(module, tensor_parallel=parallel, dtype=next(module.parameters()).dtype)
-        except (AssertionError, ValueError, RuntimeError, AttributeError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UserError(f"DeepSpeed cannot split a '{module.config.model_type}' model: {reason}") from None
-    restore_buffers(module, exact, device())
-    if sum(p.numel() for p in module.parameters()) == before:
-        raise UserError(f"DeepSpeed knows no layers of a '{module.config.model_type}' model that it can split")
-    return group
 
 
 def _keep_experts_whole(module: nn.Module) -> None:

@@ -100,7 +100,9 @@ def share_cores() -> None:
 
 
 def whole_shape(parameter: torch.nn.Parameter) -> torch.Size:
-    """Shape of a weight, whether it is sharded (DeepSpeed ZeRO-3) or packed into 4 bits (bitsandbytes)."""
+    """Shape of a weight, whether it is sharded (ZeRO-3, `ds_llm.parallel`) or packed into 4 bits (bitsandbytes)."""
+    if (whole := getattr(parameter, "whole_shape", None)) is not None:
+        return whole
     packed = getattr(parameter, "quant_state", None)
     return torch.Size(packed.shape if packed is not None else getattr(parameter, "ds_shape", parameter.shape))
 

@@ -9,12 +9,21 @@ from torch import nn
 
 
 def decay_groups(module: nn.Module, weight_decay: float) -> list[dict]:
-    """Optimizer groups of the trained parameters: those with fewer than two dimensions get no weight decay."""
+    """Optimizer groups of the trained parameters: those with fewer than two dimensions get no weight decay.
+
+    Weights that only some ranks hold (`ds_llm.parallel.experts`) are groups of their own, marked as DeepSpeed asks.
+    """
     trained = [p for p in module.parameters() if p.requires_grad]
     # the kept values of a pruned matrix are a vector
     matrices = [p for p in trained if len(getattr(p, "dense_shape", p.shape)) >= 2]
     vectors = [p for p in trained if len(getattr(p, "dense_shape", p.shape)) < 2]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = []
+    for weights, decay in ((matrices, weight_decay), (vectors, 0.0)):
+        shared = [p for p in weights if getattr(p, "allreduce", True)]
+        groups.append({"params": shared, "weight_decay": decay})
+        for name in sorted({p.group_name for p in weights if not getattr(p, "allreduce", True)}):
+            own = [p for p in weights if getattr(p, "group_name", None) == name]
+            groups.append({"params": own, "weight_decay": decay, "name": name, "moe": True})
     return [g for g in groups if g["params"]]
 
 

@@ -20,6 +20,7 @@ from ds_llm.config import Config
 from ds_llm.deepspeed_config import adopt, build
 from ds_llm.errors import ConfigError
 from ds_llm.kernels.linear_cross_entropy import CHUNK_BYTES
+from ds_llm.parallel import combinations
 from ds_llm.plan_model import Outline, micro_batch, outline
 from ds_llm.plan_passes import pass_bytes
 from ds_llm.progress import console
@@ -94,10 +95,13 @@ class Planner:
     def _estimate(self, setting: Setting, passes: Callable[[bool], int]) -> Estimate:
         o, w = self.outline, self.world
         low = 4 if self.config.train.dtype == "fp32" else 2
-        shard = math.ceil(o.trained / w) if setting.stage else o.trained
+        parallel = self.config.parallel
+        # ZeRO shares a weight among the processes that have it
+        part = (o.trained - o.shared) * parallel.tensor / w + o.shared * parallel.expert / w
+        shard = math.ceil(part) if setting.stage else o.trained
         weights = round(o.trained * low + o.frozen * o.frozen_bytes)
         if setting.stage == 3:
-            weights = math.ceil(weights / w)
+            weights = math.ceil(part * low + o.frozen * o.frozen_bytes / w)
         # ZeRO 1 to 3 keep an fp32 copy of their share of fp32 weights too
         masters = 4 * shard if setting.stage or low == 2 else 0
         optimizer, average = masters + 8 * shard, 4 * shard if self.config.ema.enabled else 0
@@ -119,7 +123,7 @@ class Planner:
             gradients = precise * shard
             held = gradients if setting.stage == 3 or several or accumulates else 0
             if setting.stage == 3:
-                held += low * min(o.parameters, self._live())
+                held += low * min(o.trained + o.frozen, self._live())
             if several:
                 backward = held + bucket + passing + flat
             elif setting.stage < 3 and self.touched and not accumulates:
@@ -225,16 +229,22 @@ def card_bytes(text: str) -> float:
 
 def show(config: Config, world: int, card_size: str | None) -> None:
     """Print the plan: sizes, a line for each ZeRO stage, and with a card (as of `card_bytes`) what fits it."""
+    from ds_llm.parallel import division  # imports DeepSpeed
+
     if world < 1:
         raise ConfigError(f"--world: {world} must be at least 1")
     card = card_bytes(card_size) if card_size is not None else None
     for note in adopt(config, world):
         console.print(note, markup=False)
+    combinations.check(config, world)
+    division.check(config)
     touched = card is None and not torch.cuda.is_available()
     planner = Planner(config, world, touched)
     o = planner.outline
     rows, length = micro_batch(config)
     share = f", {o.trained / 1e6:,.1f}M of them trained" if o.frozen else ""
+    if o.whole is not None:
+        share = f", {o.trained / 1e6:,.1f}M of them in a process's part"
     console.print(
         f"{o.parameters / 1e6:,.1f}M parameters{share}; {config.train.dtype}, {world} "
         f"{'process' if world == 1 else 'processes'}, micro-batch of {rows} x {length} tokens",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from unittest import mock
 
 import torch
@@ -19,11 +20,13 @@ NF4_BYTES = 0.5 + 4 / 64  # of a weight: 4 bits, and an fp32 scale for each bloc
 
 @dataclass(frozen=True)
 class Outline:
-    """What a run trains. Counts are numbers of weights of the whole model.
+    """What a run trains. Counts are numbers of weights of the whole model, or of the part that a process has of it
+    where several share experts or layers (`parallel.expert`, `parallel.tensor`), before ZeRO.
 
     config: of transformers; make: builds the module of such a configuration, as the run would; trained, frozen: weights
     held with and without gradients; frozen_bytes: what one frozen weight takes, on average; masks: bytes of the masks
-    of a sparse model; expanded: weights of its largest layer, which is made dense for its product.
+    of a sparse model; expanded: weights of its largest layer, which is made dense for its product; shared: how many of
+    the trained are of shared experts; whole: weights of the whole model where they are not trained + frozen.
     """
 
     config: object
@@ -33,10 +36,12 @@ class Outline:
     frozen_bytes: float
     masks: int = 0
     expanded: int = 0
+    shared: int = 0
+    whole: int | None = None
 
     @property
     def parameters(self) -> int:
-        return self.trained + self.frozen
+        return self.trained + self.frozen if self.whole is None else self.whole
 
 
 def outline(config: Config) -> Outline:
@@ -54,7 +59,27 @@ def outline(config: Config) -> Outline:
         linear = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not model.get_output_embeddings()]
         quantized = sum(m.weight.numel() for m in linear if not m.weight.requires_grad)
     held = quantized * NF4_BYTES + (frozen - quantized) * low
-    return Outline(architecture, make, trained, frozen, held / frozen if frozen else low)
+    found = Outline(architecture, make, trained, frozen, held / frozen if frozen else low)
+    return _part(found, config, model)
+
+
+def _part(found: Outline, config: Config, model: nn.Module) -> Outline:
+    """What one process has where several share experts or layers."""
+    parallel = config.parallel
+    if parallel.expert > 1:
+        experts = sum(p.numel() for p in model.parameters() if p.dim() == 3)
+        mine = experts // parallel.expert
+        return replace(found, trained=found.trained - experts + mine, shared=mine, whole=found.parameters)
+    if parallel.tensor > 1:
+        narrow = copy.deepcopy(found.config)
+        text, size = narrow.get_text_config(), parallel.tensor
+        text.head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+            setattr(text, name, getattr(text, name) // size)
+        with torch.device("meta"):
+            mine = sum(p.numel() for p in found.make(narrow).parameters())
+        return replace(found, config=narrow, trained=mine, whole=found.parameters)
+    return found
 
 
 def _architecture(config: Config) -> tuple[object, Callable]:
@@ -130,8 +155,10 @@ def _sparse(config: Config, architecture, make, model: nn.Module, low: int) -> O
 
 
 def micro_batch(config: Config) -> tuple[int, int]:
-    """(rows, tokens of a row) of a forward pass; of pairs the chosen and the rejected answers are two rows."""
+    """(rows, tokens of a row) of a forward pass; of pairs the chosen and the rejected answers are two rows. Where
+    processes share rows (`parallel.sequence`), tokens of a process's part."""
     length, _ = lengths(config)
+    length = math.ceil(length / config.parallel.sequence)
     if config.mode == "sft" and not config.data.packing:
         tokens = config.data.tokens_per_batch or 4 * length
         return math.ceil(tokens / length), length

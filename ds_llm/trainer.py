@@ -20,6 +20,7 @@ from ds_llm.interrupt import EXIT_CODE, Interrupt
 from ds_llm.models import saving
 from ds_llm.modes import Job, count_processed, count_tokens
 from ds_llm.options import to_dict
+from ds_llm.parallel import combinations, division
 from ds_llm.progress import console
 from ds_llm.schedule import learning_rate
 from ds_llm.tracking import Meter, Tracker
@@ -40,10 +41,10 @@ class Trainer:
         self.identity = {"config": asked, "fingerprint": fingerprint}
         self.output = Path(config.output)
         self.engine = Engine(job.objective, config)
-        self.world, self.rank = self.engine.world_size, self.engine.rank
+        self.layout, self.rank = self.engine.layout, self.engine.rank
         self.order = SampleOrder(len(job.samples), config.train.seed)
         t = config.train
-        self.global_batch = t.batch_size * t.accumulation_steps * self.world
+        self.global_batch = t.batch_size * t.accumulation_steps * self.layout.batches
         self.total = t.max_steps or math.ceil(t.epochs * len(job.samples) / self.global_batch)
         self.state = {
             "step": 0,
@@ -78,7 +79,7 @@ class Trainer:
             self._restore(*resume)
         self._record()
         info = run_folder.describe(
-            self.config, self.job, self.world, engine.device().type, self.global_batch, self.total
+            self.config, self.job, self.layout.world, engine.device().type, self.global_batch, self.total
         )
         self.tracker = Tracker(
             self.config, self.output, total_steps=self.total, start_step=self.state["step"], run_info=info
@@ -104,7 +105,7 @@ class Trainer:
     def _loop(self, info: dict) -> int:
         flops = info["flops_per_token"]
         self.meter = Meter(
-            total_steps=self.total, flops_per_token=flops, world_size=self.world, dtype=self.config.train.dtype
+            total_steps=self.total, flops_per_token=flops, world_size=self.layout.world, dtype=self.config.train.dtype
         )
         self.engine.train()
         self.meter.start()
@@ -133,13 +134,16 @@ class Trainer:
         c, state = self.config, self.state
         step, count = state["step"], c.train.accumulation_steps
         start = step * self.global_batch
-        picks = [micro_batch(self.order, start, i, self.rank, self.world, c.train.batch_size) for i in range(count)]
-        batches = [self.job.samples.batch(pick) for pick in picks]
+        batch, size = (self.layout.batch, self.layout.batches), c.train.batch_size
+        picks = [micro_batch(self.order, start, i, *batch, size) for i in range(count)]
+        batches = [self.engine.part(self.job.samples.batch(pick)) for pick in picks]
         sums = [sum(map(counter, batches)) for counter in (self.job.count, count_tokens, count_processed)]
+        sums = [value * self.layout.counts for value in sums]
         valid, tokens, processed, stop = engine.all_reduce([*sums, float(self.interrupt.requested())])
         self.stopping = stop > 0
         # dropout of a step is a function of seed, step and rank, so that there is no generator state to save
-        seed = int(hash64(np.array([step * self.world + self.rank]), c.train.seed, 0)[0] >> np.uint64(1))
+        replicas = self.layout.replicas
+        seed = int(hash64(np.array([step * replicas + self.layout.replica]), c.train.seed, 0)[0] >> np.uint64(1))
         torch.manual_seed(seed)
         if self.job.begin_step is not None:
             self.job.begin_step(self.engine, batches, valid)
@@ -148,7 +152,7 @@ class Trainer:
         for i, batch in enumerate(batches):
             self.engine.begin_micro_step(last=i == count - 1)
             summed, extra, aux_report, expert_counts, *sums = self.engine.forward(**batch)
-            self.engine.backward(summed / max(valid, 1) + extra / (self.world * count))
+            self.engine.backward(summed / max(valid, 1) + extra / (replicas * count))
             losses.append(summed.detach().double())
             aux += extra.detach().double()
             if sums:
@@ -157,9 +161,9 @@ class Trainer:
                 report += aux_report.detach().double()
                 counts = expert_counts.double() if counts is None else counts + expert_counts
         figures = [float(sum(losses)), float(aux), float(report), *extras.tolist()]
-        figures = engine.all_reduce(figures + (counts.flatten().tolist() if counts is not None else []))
+        figures = self.engine.total(figures + (counts.flatten().tolist() if counts is not None else []))
         extras = {name: value / max(valid, 1) for name, value in zip(self.job.metrics, figures[3:], strict=False)}
-        loss, aux = figures[0] / max(valid, 1), figures[1] / (self.world * count)
+        loss, aux = figures[0] / max(valid, 1), figures[1] / (replicas * count)
         reason = stability.veto(c.stability, state, loss, aux, valid, self.job.unit)
         if valid and not math.isfinite(loss):
             reason += stability.blame(picks, losses)
@@ -183,7 +187,7 @@ class Trainer:
             **self.meter.step(step + 1, processed),
         }
         if counts is not None:
-            record["aux_loss"] = figures[2] / (self.world * count)
+            record["aux_loss"] = figures[2] / (replicas * count)
             load = torch.tensor(figures[3 + len(extras) :]).view(counts.shape)
             record["expert_load"] = (load / load.sum(-1, keepdim=True).clamp_min(1)).tolist()
         if c.train.dtype == "fp16":
@@ -348,8 +352,10 @@ def train(config: Config) -> int:
     interrupt = Interrupt()
     for note in adopt(config, world_size()):
         console.print(note, markup=False)
+    combinations.check(config, world_size())
     mode = import_module(f"ds_llm.modes.{config.mode}")
     data = mode.check(config)
+    division.check(config)
     add_generations = generations.prepare(config, data.tokenizer)
     output = Path(config.output)
     with run_folder.lock(output) if rank() == 0 else contextlib.nullcontext():

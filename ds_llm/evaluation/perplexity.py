@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ds_llm.errors import UserError
 from ds_llm.models.head import IGNORE_INDEX, backbone, head_loss
+from ds_llm.parallel.layout import Layout
 from ds_llm.progress import progress
 
 RowLoss = Callable[[Tensor, Tensor], Tensor]
@@ -79,6 +80,7 @@ def perplexity_of_tokens(
     batch_size: int = 1,
     max_windows: int = 0,
     title: str = "perplexity",
+    share: Layout | None = None,
 ) -> Perplexity:
     """Perplexity of one token stream [n], or of several whose windows never cross from one into the next.
 
@@ -90,6 +92,8 @@ def perplexity_of_tokens(
         stride = token_length all windows count equally many tokens, so this is the mean of the windows' means.
     batch_size: windows per forward pass and rank, at most.
     max_windows: use only so many windows, from the front; 0: all.
+
+    share: which ranks run the same model together and so must see the same windows; None: none.
 
     In a process group the batches are dealt to the ranks. Their contents do not depend on the number of ranks and the
     losses are added in the order of the windows with `math.fsum`, so every world size gives the same bits as long as
@@ -106,7 +110,7 @@ def perplexity_of_tokens(
         (which, first) for which, length in enumerate(lengths) for first in range(0, length - token_length + 1, stride)
     ]
     windows = windows[:max_windows] if max_windows else windows
-    sums = _window_sums(loss_fn, streams, windows, token_length, stride, batch_size, title)
+    sums = _window_sums(loss_fn, streams, windows, token_length, stride, batch_size, title, share)
     counted = [_counted(first, token_length, stride) for _, first in windows]
     used = {which: first + token_length for which, first in windows}  # the last window of each stream ends there
     nll = math.fsum(sums) / sum(counted)
@@ -139,9 +143,11 @@ def _counted(first: int, token_length: int, stride: int) -> int:
     return min(stride, token_length - 1) if first else token_length - 1
 
 
-def _window_sums(loss_fn, streams, windows, token_length, stride, batch_size, title) -> list[float]:
+def _window_sums(loss_fn, streams, windows, token_length, stride, batch_size, title, share) -> list[float]:
     """Summed loss of every window, on all ranks."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if share is None:
+        share = Layout(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else Layout(0, 1)
+    rank, world = share.replica, share.replicas
     batches = math.ceil(len(windows) / batch_size)
     rows = math.ceil(len(windows) / batches)  # evened out: fewer rows to fill up the last batch with
     rounds = math.ceil(batches / world)
@@ -157,10 +163,11 @@ def _window_sums(loss_fn, streams, windows, token_length, stride, batch_size, ti
             found = loss_fn(*_batch(streams, chosen, token_length, stride))
             if found.shape != (rows,):
                 raise ValueError(f"loss_fn returned {list(found.shape)} for {rows} rows; expected one sum per row")
-            sums[mine.start : mine.stop] = found[: len(mine)].double().cpu()
+            if share.counts:
+                sums[mine.start : mine.stop] = found[: len(mine)].double().cpu()
             done = min((turn + 1) * world * rows, len(windows)) - min(turn * world * rows, len(windows))
             task.advance(done)
-    if world > 1:
+    if share.world > 1:
         # one rank has the value of a window and the others 0, so the sum is exact
         place = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else "cpu"
         sums = sums.to(place)

@@ -75,8 +75,6 @@ def check(config: Config) -> dict[str, str]:
     need("peft", what="lora.enabled")
     if lora.quantize != "none":
         need("bitsandbytes", "accelerate", what=f"lora.quantize={lora.quantize}")
-        if config.zero == 3:
-            raise ConfigError(f"lora.quantize: {lora.quantize} weights cannot be sharded; use zero=2")
     if config.model.path is None:
         raise ConfigError("lora.enabled: adapters need a trained model; name it, for example model.path=runs/pretrain")
     model = _outline(config.model.path)

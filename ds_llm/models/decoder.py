@@ -42,6 +42,12 @@ class DecoderConfig(PreTrainedConfig):
 
     model_type = "ds_llm_decoder"
     keys_to_ignore_at_inference = ["past_key_values", "aux_loss", "aux_report", "expert_counts"]  # noqa: RUF012
+    base_model_tp_plan = {  # noqa: RUF012
+        **{f"layers.*.self_attn.{name}_proj": "colwise" for name in "qkv"},
+        **{f"layers.*.mlp.{name}_proj": "colwise" for name in ("gate", "up")},
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
 
     vocab_size: int = 6400
     hidden_size: int = 512
@@ -221,7 +227,7 @@ class DecoderLayer(GradientCheckpointingLayer):
         hidden = hidden + F.dropout(out, self.dropout, self.training)
         normed = self.post_attention_layernorm(hidden)
         if isinstance(self.mlp, MoEBlock):
-            out, *rest = self.mlp(normed, token_mask)
+            out, *rest = self.mlp(normed, token_mask, kwargs.get("shard"))
         else:
             out, rest = self.mlp(normed), ()
         return hidden + F.dropout(out, self.dropout, self.training), *rest

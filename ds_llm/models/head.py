@@ -242,6 +242,7 @@ def lm_loss(
     attention_mask: Tensor | None = None,
     token_mask: Tensor | None = None,
     per_row: bool = False,
+    shard=None,
 ) -> LMLoss:
     """Forward pass and loss of a causal language model whose head `attach_loss_head` has prepared.
 
@@ -249,16 +250,23 @@ def lm_loss(
     position_ids [B, S] restarting at 0 where a packed document starts. attention_mask [B, S], 0 where padding, is for
     rows that are not packed; token_mask [B, S] bool, False where padding, for packed ones: it only keeps padding out of
     the experts' statistics. Mixture-of-experts models of transformers use their own load-balancing loss and coefficient
-    where they define one. per_row: the loss as a sum per row [B].
+    where they define one. per_row: the loss as a sum per row [B]. shard (`ds_llm.parallel.sequence.Shard`): where the
+    tensors are parts of rows; the loss is then that of this part, and what is added for experts that of whole rows.
     """
     balanced = balancing_loss(model)
     extra = {} if balanced is None else {"output_router_logits": True}
+    if shard is not None:
+        extra["shard"] = shard
     out = run_backbone(model, input_ids, position_ids, attention_mask, token_mask, **extra)
     hidden = out.last_hidden_state
     loss_sum = head_loss(model.get_output_embeddings(), hidden, labels, "none" if per_row else "sum")
     if per_row:
         loss_sum = loss_sum.view(labels.shape).sum(-1)
-    experts = expert_figures(out, balanced, attention_mask if token_mask is None else token_mask.long())
+    mask = attention_mask if token_mask is None else token_mask.long()
+    if shard is not None and balanced is not None and out.router_logits:
+        out.router_logits = tuple(map(shard.gather, out.router_logits))
+        mask = None if mask is None else shard.gather(mask)
+    experts = expert_figures(out, balanced, mask)
     return LMLoss(loss_sum, *(experts or (loss_sum.new_zeros(()), None, None)))
 
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ds_llm.kernels.moe_routing import load_balancing_loss, permute, route, unpermute, z_loss
+from ds_llm.kernels.moe_routing import RoutingStats, load_balancing_loss, permute, route, unpermute, z_loss
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -114,8 +114,9 @@ class MoEBlock(nn.Module):
         self.experts = Experts(config.n_routed_experts, hidden, width)
         self.shared_experts = MLP(hidden, config.n_shared_experts * width) if config.n_shared_experts else None
 
-    def forward(self, hidden: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """hidden [B, S, H]; mask [B, S] bool, False where a token is padding and takes no part in routing.
+    def forward(self, hidden: Tensor, mask: Tensor | None = None, shard=None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """hidden [B, S, H]; mask [B, S] bool, False where a token is padding and takes no part in routing; shard
+        (`ds_llm.parallel.sequence.Shard`): where these are parts of rows, over which the losses are taken.
 
         Returns the output [B, S, H]; the auxiliary loss (weighted sum of balance and z-loss, a scalar to be added to
         the loss); the balance loss alone, detached; and how often each expert was chosen, [E] int32.
@@ -132,6 +133,8 @@ class MoEBlock(nn.Module):
         out = self.experts(flat, weights, experts)
         if self.shared_experts is not None:
             out = out + self.shared_experts(flat)
+        if shard is not None:
+            stats = RoutingStats(*map(shard.total, stats))
         balance = load_balancing_loss(stats, per_sequence=self.seq_aux)
         aux = self.aux_loss_alpha * balance
         if self.z_loss_alpha:

@@ -42,6 +42,8 @@ def check(config: Config) -> Data:
     if not config.data.train:
         raise ConfigError("data.train: name the token files to train on, for example data.train=data/train.bin")
     seq_len, limit = lengths(config)
+    if seq_len % config.parallel.sequence:
+        raise ConfigError(f"parallel.sequence: {config.parallel.sequence} does not divide data.seq_len={seq_len}")
     train = TokenData(config.data.train, seq_len, config.data.isolate_documents)
     source = config.data.tokenizer or (config.model.path if config.model.path else train.files[0].tokenizer_path)
     if source is None:
@@ -114,7 +116,7 @@ class LanguageModeling(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None, per_row: bool = False):
+    def forward(self, input_ids: Tensor, labels: Tensor, per_row: bool = False, **batch):
         """(loss_sum, aux_loss, aux_report, expert_counts) of a micro-batch, see `ds_llm.models.head.LMLoss`; with
         `per_row` the summed loss of each row [B] in nats."""
         from ds_llm.evaluation.perplexity import model_loss
@@ -122,7 +124,7 @@ class LanguageModeling(nn.Module):
 
         if per_row:
             return model_loss(self.model, input_ids.device)(input_ids, labels)
-        return tuple(lm_loss(self.model, input_ids, labels, position_ids))
+        return tuple(lm_loss(self.model, input_ids, labels, **batch))
 
 
 def _evaluation(config: Config, data: Data):
@@ -139,6 +141,7 @@ def _evaluation(config: Config, data: Data):
             batch_size=config.eval.batch_size or config.train.batch_size,
             max_windows=config.eval.max_windows,
             title="evaluating",
+            share=engine.layout,
         )
         return {
             "perplexity": result.value,

@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ds_llm import engine as processes
 from ds_llm.config import Config
@@ -130,7 +130,7 @@ class SupervisedLoss(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, **batch: Tensor):
+    def forward(self, **batch):
         """(loss_sum, aux_loss, aux_report, expert_counts) of a micro-batch, see `ds_llm.models.head.lm_loss`."""
         from ds_llm.models.head import lm_loss
 
@@ -152,13 +152,13 @@ def _evaluation(config: Config, val: PackedSamples):
         sums = [0.0] * len(batches)
         tokens = 0
         with progress("evaluating", total=len(batches), unit="batches") as task:
-            for first in range(0, len(batches), engine.world_size):
-                mine = first + engine.rank
+            for first in range(0, len(batches), engine.layout.replicas):
+                mine = first + engine.layout.replica
                 batch = val.batch(batches[min(mine, len(batches) - 1)])
                 loss = float(engine.forward(**batch)[0])
-                if mine < len(batches):
+                if mine < len(batches) and engine.layout.counts:
                     sums[mine], tokens = loss, tokens + int((batch["labels"] != -100).sum())
-                task.advance(min(engine.world_size, len(batches) - first))
+                task.advance(min(engine.layout.replicas, len(batches) - first))
         *sums, tokens = processes.all_reduce([*sums, tokens])
         if not tokens:
             raise UserError("data.val: no supervised token in the samples evaluated")

@@ -107,7 +107,7 @@ def build(config: Config, data: Data) -> Job:
     if config.sparse.samples is not None:
         job.samples = FixedEpoch(job.samples, config.sparse.samples, config.train.seed)
     if config.sparse.scale_lr:
-        batch = config.train.batch_size * config.train.accumulation_steps * world_size()
+        batch = config.train.batch_size * config.train.accumulation_steps * world_size() // config.parallel.sequence
         job.lr_factor = math.sqrt(batch)
     job.info = {"sparse": info}
     return job

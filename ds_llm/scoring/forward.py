@@ -188,12 +188,13 @@ class Scorer:
     def _split(self, ranks: int) -> torch.device:
         """Split the backbone's layers over neighbouring ranks; the output head stays whole on each."""
         from ds_llm import engine
+        from ds_llm.parallel import tensor
 
         _join()
         body = backbone(self.model)
         ids = torch.arange(4)[None] % self._vocabulary
         before = body(input_ids=ids, use_cache=False).last_hidden_state.float()
-        self._group = engine.split_layers(body, ranks)
+        self._group = tensor.split_layers(body, ranks, engine.device())
         after = body(input_ids=ids.to(engine.device()), use_cache=False).last_hidden_state.float().cpu()
         tolerance = 1e-3 if next(self.model.parameters()).dtype == torch.float32 else 5e-2
         if (after - before).abs().max() > tolerance * before.abs().max():

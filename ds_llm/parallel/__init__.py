@@ -1,0 +1,1 @@
+"""Sharing one model or one row between processes: experts, sequences, tensors, and which of them go together."""
