@@ -20,10 +20,10 @@ say "Convert"
 python launch/convert.py compare --model models/select --original runs/demo
 
 say "Stage 1: train the quality gates"
+python launch/prepare.py fetch shakespeare_chat --out data/demo/chat
 run launch/train.py --config ds_configs/recipes/select_stage1.yaml
 
 say "Stage 2: score, cluster, pick"
-python launch/prepare.py fetch shakespeare_chat --out data/demo/chat
 run launch/select.py --config ds_configs/recipes/select.yaml
 
 say "Stage 3: fine-tune on the selected rows, and on as many random ones"
