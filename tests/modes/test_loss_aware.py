@@ -119,11 +119,11 @@ def test_the_split_of_the_batch_does_not_matter(arguments, models, tmp_path):
         assert row["quality_loss"] == pytest.approx(float(expected(losses, scores)), rel=2e-3)
 
 
-def test_only_answers_count_and_gates_come_to_follow_the_loss(arguments, models, chats, tmp_path):
+def test_only_answers_count_and_gates_come_to_follow_the_loss(arguments, models, chats, tmp_path, capsys):
     """On padded conversations, of which the model's loss is that on the answers."""
     arguments = [*arguments, f"model.path={models / 'chat'}", f"data.train={chats / 'train.jsonl'}", "data.seq_len=96"]
     arguments += ["data.packing=false", "data.tokens_per_batch=600", "train.batch_size=1", "data.subset_ratio=1"]
-    arguments += ["train.max_steps=12"]
+    arguments += ["train.max_steps=12", "router.quality_loss_debug=true"]
     job, options = built(arguments)
     batch = job.samples.batch(SampleOrder(len(job.samples), options.train.seed).take(0, 1))
     assert (batch["attention_mask"] == 0).any() and len(batch["labels"]) > 4
@@ -134,6 +134,7 @@ def test_only_answers_count_and_gates_come_to_follow_the_loss(arguments, models,
     steps = records(tmp_path / "run", "step")
     assert steps[0]["quality_loss"] == pytest.approx(float(expected(losses, scores)), rel=1e-3)
     assert steps[-1]["quality_loss"] < 0.7 * steps[0]["quality_loss"]
+    assert f"quality loss loss_aware: {steps[0]['quality_loss']:.4g} (this micro-batch " in capsys.readouterr().out
 
 
 def test_a_batch_of_one_document_is_refused(arguments, models, chats, tmp_path):
