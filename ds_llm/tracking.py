@@ -142,11 +142,12 @@ class Meter:
         self._total = total_steps
         self._recent: deque[tuple[float, float]] = deque(maxlen=window)
         self._last = time.perf_counter()
+        self._next = "a step"  # what comes next, by the name under which a hang in it is reported
 
     def start(self) -> None:
         """Start the clock: call it before the first step and again after anything that is not training."""
         self._last = time.perf_counter()
-        watchdog.timed("a step")
+        watchdog.timed(self._next)
 
     def step(self, step: int, tokens: float) -> dict:
         """End the optimizer step number `step` that processed `tokens` tokens over all ranks.
@@ -156,7 +157,8 @@ class Meter:
         """
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
-        watchdog.timed(f"step {step + 1}", finished=True)
+        self._next = f"step {step + 1}"
+        watchdog.timed(self._next, finished=True)
         self._recent.append((seconds, float(tokens)))
         elapsed = max(sum(s for s, _ in self._recent), 1e-9)
         rate = sum(t for _, t in self._recent) / elapsed

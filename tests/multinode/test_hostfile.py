@@ -18,7 +18,7 @@ TRAIN, SCORE = ROOT / "launch" / "train.py", ROOT / "launch" / "score.py"
 LOST = 6  # seconds, of the jobs here
 
 
-def end(job: subprocess.Popen, timeout: float = 180) -> tuple[str, str]:
+def end(job: subprocess.Popen, timeout: float = 400) -> tuple[str, str]:
     try:
         return job.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
@@ -35,7 +35,7 @@ def steps(output: Path) -> list[dict]:
     return metrics.deterministic([r for r in metrics.read(output / "metrics.jsonl") if r["kind"] == "step"])
 
 
-def wait_for(condition, job: subprocess.Popen, timeout: float = 120) -> None:
+def wait_for(condition, job: subprocess.Popen, timeout: float = 300) -> None:
     deadline = time.monotonic() + timeout
     while not condition():
         if job.poll() is not None or time.monotonic() > deadline:
@@ -72,8 +72,8 @@ def test_a_host_that_is_cut_off_ends_the_job_and_a_restart_goes_on(cluster, own,
     """In a folder that is another one on each host; then the hosts change places, which is refused."""
     red, blue = cluster.hosts
     output = cluster.apart / "run"
-    limits = [f"stability.lost_timeout={LOST}", "checkpoint.every_steps=5", "checkpoint.keep=2", "model.dropout=0.1"]
-    arguments = [*tiny, *limits, "zero=2", "eval.before=false", "data.val=[]", "train.max_steps=40"]
+    limits = [f"stability.lost_timeout={LOST}", "checkpoint.every_steps=4", "checkpoint.keep=2", "model.dropout=0.1"]
+    arguments = [*tiny, *limits, "zero=2", "eval.before=false", "data.val=[]", "train.max_steps=18"]
     one = launch("forked", [*arguments, f"output={tmp_path / 'one'}"])
     assert one.returncode == 0, one.stderr
     logs = cluster.shared / "logs"
@@ -84,7 +84,7 @@ def test_a_host_that_is_cut_off_ends_the_job_and_a_restart_goes_on(cluster, own,
     )
     job = cluster.launch(TRAIN, [*arguments, f"output={output}"], tmp_path / "here", DS_LLM_EXTENSIONS=slow)
     on_red, on_blue = (own(host, output) for host in (red, blue))
-    wait_for(lambda: len(steps(on_red)) >= 12, job)
+    wait_for(lambda: len(steps(on_red)) >= 9, job)
     blue.cut()
     began = time.monotonic()
     try:
@@ -95,12 +95,12 @@ def test_a_host_that_is_cut_off_ends_the_job_and_a_restart_goes_on(cluster, own,
     assert time.monotonic() - began < LOST + 40 and job.returncode != 0
     (line,) = spoken(err)
     assert re.match(
-        rf"error: rank 1 \(blue, process \d+\) gave no sign of life for {LOST} s .*last seen in step", line
+        rf"error: rank 1 \(blue, process \d+\) gave no sign of life for {LOST} s .*last seen in (a )?step", line
     ), err
     held = [{p.name for p in folder.glob("checkpoints/step-*")} for folder in (on_red, on_blue)]
-    assert held[0] == held[1] == {"step-00000005", "step-00000010"}
+    assert held[0] == held[1] == {"step-00000004", "step-00000008"}
     files = [
-        {p.name for p in folder.rglob("checkpoints/step-00000010/**/*optim_states.pt")} for folder in (on_red, on_blue)
+        {p.name for p in folder.rglob("checkpoints/step-00000008/**/*optim_states.pt")} for folder in (on_red, on_blue)
     ]
     assert len(files[0]) == len(files[1]) == 1 and files[0] != files[1]
 
@@ -115,18 +115,16 @@ def test_a_host_that_is_cut_off_ends_the_job_and_a_restart_goes_on(cluster, own,
     said = "".join(path.read_text() for path in logs.iterdir())
     assert job.returncode != 0 and len(list(logs.iterdir())) == 2
     (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
-    assert "step-00000010: the machines share no folder, and " in line, said
-    assert re.search(
-        r"blue lacks \S*pp_rank_0\S+ and \d+ more \(on red\); red lacks \S*pp_rank_1\S+ \(on blue\): start them in",
-        line,
-    ), line
+    assert "step-00000008: the machines share no folder, and " in line, said
+    lacking = r"blue lacks \S+pp_rank_0\S+ and \d+ more \(on red\); red lacks \S+pp_rank_1\S+ and \d+ more \(on blue\)"
+    assert re.search(rf"{lacking}: start them in the order they had", line), line
     assert "parameters, fp32" not in said  # no model was built
 
     job = cluster.launch(TRAIN, [*arguments, f"output={output}"], tmp_path / "here")
     out, err = end(job)
     assert job.returncode == 0, out + err
-    assert f"continuing from {output}/checkpoints/step-00000010" in out
-    assert steps(on_red) == steps(tmp_path / "one") and len(steps(on_red)) == 40
+    assert f"continuing from {output}/checkpoints/step-00000008" in out
+    assert steps(on_red) == steps(tmp_path / "one") and len(steps(on_red)) == 18
     assert (on_red / "model").is_dir() and not (on_blue / "model").exists()
     weights = "model/model.safetensors"
     assert (on_red / weights).read_bytes() == (tmp_path / "one" / weights).read_bytes()
