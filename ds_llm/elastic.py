@@ -24,6 +24,7 @@ FREE = {
     "train_micro_batch_size_per_gpu",
     "gradient_accumulation_steps",
     "gradient_clipping",
+    "tensor_parallel",
     "bf16",
     "fp16",
     "data_types",

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
 
 from ds_llm import config as configuration  # noqa: E402
 from ds_llm import engine as engines  # noqa: E402
-from ds_llm.models import accelerate  # noqa: E402
+from ds_llm.models import accelerate, adapters  # noqa: E402
 from ds_llm.models.decoder import DecoderConfig, DecoderForCausalLM  # noqa: E402
 from ds_llm.models.head import attach_loss_head, lm_loss  # noqa: E402
 from ds_llm.modes.sft import SupervisedLoss  # noqa: E402
@@ -48,6 +48,7 @@ class Case:
 
 def model(kind: str, plain: bool = False, checkpointing: bool = False):
     torch.manual_seed(0)
+    adapted, kind = kind.endswith("-lora"), kind.removesuffix("-lora")
     kind, experts = kind.removesuffix("-moe"), EXPERTS.get(kind.removesuffix("-moe"), {}) if "moe" in kind else {}
     if kind == "mixtral":
         experts = EXPERTS["mixtral"]
@@ -62,9 +63,17 @@ def model(kind: str, plain: bool = False, checkpointing: bool = False):
         made = AutoModelForCausalLM.from_config(settings, attn_implementation="sdpa")
     if not plain:
         accelerate(made)
+    attach_loss_head(made)
+    if adapted:
+        torch.manual_seed(1)
+        made = adapters.add_adapter(made, configuration.LoraConfig(enabled=True, r=2), "", [])
+        with torch.no_grad():
+            for name, p in made.named_parameters():
+                if "lora_B" in name:
+                    p.normal_(std=0.1)
     if checkpointing:
         made.gradient_checkpointing_enable({"use_reentrant": False})
-    return attach_loss_head(made)
+    return made
 
 
 def batches() -> list[dict]:
@@ -103,7 +112,8 @@ def rows(batch: dict, first: int, count: int) -> dict:
 def reference(kind: str, data: list[dict], parts: int):
     """Plain torch in fp32 on one process, the auxiliary losses averaged over `parts` micro-batches."""
     plain = model(kind, plain=True)
-    groups = [[p for p in plain.parameters() if (p.dim() >= 2) == matrix] for matrix in (True, False)]
+    trained = [p for p in plain.parameters() if p.requires_grad]
+    groups = [[p for p in trained if (p.dim() >= 2) == matrix] for matrix in (True, False)]
     decayed = [{"params": groups[0], "weight_decay": 0.1}, {"params": groups[1], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(decayed, lr=LR, betas=(0.9, 0.95))
     losses, norms = [], []
@@ -239,6 +249,7 @@ def cases(world: int) -> list[Case]:
         Case(kind, (f"zero={stage}", "parallel.expert=2")) for kind in ("qwen3_moe", "mixtral") for stage in (1, 3)
     ]
     made += [Case("mixtral", ("zero=2", "parallel.expert=2"), plain_kernels=True)]
+    made += [Case("llama-lora", (f"zero={stage}", "parallel.sequence=2")) for stage in (0, 3)]
     made += [
         Case(kind, (f"zero={stage}", f"parallel.{name}=2"))
         for kind in ("llama", "qwen3")
