@@ -34,7 +34,7 @@ from deepspeed.utils import set_z3_leaf_modules
 from pydantic import ValidationError
 from torch import nn
 
-from ds_llm import leftovers, masters, reshard
+from ds_llm import leftovers, masters, nvme, reshard
 from ds_llm.average import MovingAverage
 from ds_llm.config import Config
 from ds_llm.deepspeed_config import AskedKeys
@@ -129,6 +129,7 @@ def check_settings(config: Config) -> None:
             near = difflib.get_close_matches(name, settings.asked, n=1)
             hint = f"; did you mean '{near[0]}'?" if near else ""
             raise ConfigError(f"deepspeed: {name}: DeepSpeed has no such key{hint}")
+    nvme.check(settings)
 
 
 def all_reduce(values: list[float], op: str = "sum") -> list[float]:
@@ -162,6 +163,9 @@ class Engine:
         exact = exact_buffers(module)
         if self.settings["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none":
             leftovers.announce_build("cpu_adam", "Adam")
+        if nvme.asked(self.settings):
+            leftovers.announce_build("async_io", "access to NVMe")
+            nvme.take_folders(self.settings, config.output, self.rank)
         self._frozen = {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
         if self._frozen:
             leave_out(module, self._frozen)
@@ -184,7 +188,7 @@ class Engine:
             self.average = MovingAverage(self._masters.weights(), config.ema.decay)
         self._states = reshard.States(self._masters, module, self.average, self._division.of_weights)
         self._engine.checkpoint_engine.load = reshard.read_file
-        # states on NVMe are saved and restored by `reshard`: DeepSpeed loses their step, and what it left in memory
+        # states on NVMe are saved and restored by `reshard`: DeepSpeed 0.19 starts with none when it loads them
         self._engine.zero_nvme_offload_optimizer = lambda: False
 
     # -- training -----------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from ctypes.util import find_library
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from jobs import ROOT, launch, start
 from safetensors.torch import load_file
 
 from ds_llm import config, deepspeed_config, elastic, metrics, reshard
+from ds_llm import nvme as offload
 from ds_llm.errors import ConfigError, UserError
 from ds_llm.options import to_dict
 
@@ -202,6 +204,83 @@ def test_what_cannot_be_split_or_would_be_another_run_is_one_line(monkeypatch, t
 
 SCHEDULER = {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 3}}}
 LION = {"optimizer": {"type": "Lion", "params": {"lr": 1e-4}}}
+
+
+def nvme(folder: Path) -> dict:
+    """The shipped JSON for NVMe with its folder and buffers of a small model's size."""
+    folder.mkdir(exist_ok=True)
+    settings = json.loads((ROOT / "ds_configs" / "zero3_nvme.json").read_text())
+    parts = [settings["zero_optimization"][part] for part in ("offload_optimizer", "offload_param")]
+    for part in parts:
+        part["nvme_path"] = str(folder)
+    parts[1] |= {"buffer_size": 500_000, "max_in_cpu": 0}
+    return settings
+
+
+def load_any(path: Path) -> dict[str, torch.Tensor]:
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    held = torch.load(path, weights_only=True)
+    assert {"exp_avg", "exp_avg_sq", "step"} <= held["state"].keys() and held["state"]["exp_avg"].any()
+    return {name: torch.as_tensor(value) for name, value in (held["state"] | {"weight": held["weight"]}).items()}
+
+
+@pytest.mark.skipif(find_library("aio") is None, reason="libaio is not installed (Debian: apt-get install libaio-dev)")
+def test_states_kept_on_nvme_are_saved_and_continue_there_and_elsewhere(run, tmp_path):
+    disk = tmp_path / "disk"
+    settings = tmp_path / "nvme.json"
+    settings.write_text(json.dumps(nvme(disk)))
+    # parts of less than 1 MiB stay in memory: the norms' do, a matrix' do not
+    keys = ["model.dim=512", "model.n_layers=1", "model.use_moe=false", "ema.enabled=false", "train.max_steps=4"]
+    keys += ["checkpoint.every_steps=2", "optim.warmup_steps=0"]
+    first = run(2, tmp_path / "first", *keys, f"deepspeed={settings}")
+    assert first.returncode == 0, first.stdout + first.stderr
+    saved = tmp_path / "first" / "checkpoints" / "step-00000002"
+    assert len(list(saved.glob("swapped_rank*.pt"))) == 2
+    again = run(2, tmp_path / "again", *keys, f"deepspeed={settings}", f"resume={saved}")
+    assert again.returncode == 0, again.stdout + again.stderr
+    ends = [tmp_path / name / "checkpoints" / "step-00000004" for name in ("first", "again")]
+    for name in (*(path.name for path in ends[0].glob("swapped_rank*.pt")), "model/model.safetensors"):
+        one, other = (load_any(end / name) for end in ends)
+        assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one), name
+    memory = run(1, tmp_path / "memory", *keys, "zero=2", f"resume={saved}")
+    assert memory.returncode == 0, memory.stdout + memory.stderr
+    for step in (3, 4):
+        expected = steps(tmp_path / "first")[step]["loss"]
+        assert steps(tmp_path / "memory")[step]["loss"] == pytest.approx(expected, abs=1e-4)
+    assert not list(disk.iterdir())  # nothing of the runs is left there
+
+
+def test_nvme_that_is_not_there_is_one_line(tmp_path, monkeypatch):
+    settings = {"zero_optimization": nvme(tmp_path / "disk")["zero_optimization"]}
+    zero = settings["zero_optimization"]
+    with monkeypatch.context() as patched, pytest.raises(ConfigError, match="needs libaio, which is not here"):
+        patched.setattr("ctypes.util.find_library", lambda name: None)
+        offload.check(settings)
+    monkeypatch.setattr("ctypes.util.find_library", lambda name: "libaio.so.1")
+    offload.check(settings)
+    zero["offload_param"]["nvme_path"] = "/no/such/disk"
+    with pytest.raises(ConfigError, match=r"offload_param\.nvme_path: /no/such/disk: no such folder"):
+        offload.check(settings)
+    zero["stage"] = 2
+    with pytest.raises(ConfigError, match=r"offload_optimizer\.device: nvme needs zero=3, not zero=2"):
+        offload.check(settings)
+
+
+def test_runs_with_one_disk_do_not_share_files(tmp_path):
+    own = []
+    for output in ("a", "b"):
+        settings = {"zero_optimization": nvme(tmp_path)["zero_optimization"]}
+        offload.take_folders(settings, output, rank=0)
+        own.append(Path(settings["zero_optimization"]["offload_param"]["nvme_path"]))
+    assert own[0] != own[1] and all(folder.parent == tmp_path for folder in own)
+    mine, other = (own[0] / "zero_stage_3" / "optimizer" / f"rank{rank}" for rank in (0, 1))
+    for folder in (mine, other):
+        folder.mkdir(parents=True)
+        (folder / "old.tensor.swp").write_bytes(b"left by a killed run")
+    settings = {"zero_optimization": nvme(tmp_path)["zero_optimization"]}
+    offload.take_folders(settings, "a", rank=0)
+    assert not mine.exists() and other.exists()
 
 
 class Trap:
