@@ -111,13 +111,12 @@ def newest_whole(output: Path) -> Path | None:
 def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint, or None. Collective: ranks that share the folder share the reading."""
     place = place_of(path)
+    files, mine = [], None
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
-        files = sorted(manifest["files"].items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        files, mine = [], f"manifest.json cannot be read: {type(error).__name__}"
-    else:
-        mine = None
+        files = _listed(path)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = type(error).__name__ if isinstance(error, (OSError, RecursionError)) else error
+        mine = f"manifest.json or trainer.json cannot be read: {reason}"
     for name, entry in files[place.index :: len(place.ranks)]:
         try:
             found = _checksum(path / name)
@@ -138,6 +137,19 @@ def place_of(path: Path) -> places.Place:
     """Who shares the folder of a checkpoint; collective."""
     inside = NAME.fullmatch(path.name) is not None
     return places.of(path.absolute().parent.parent if inside else path, writable=False)
+
+
+def _listed(path: Path) -> list[tuple[str, dict]]:
+    """Every file of a checkpoint with its size and checksum, as the manifest has it. Raises for what is no manifest, or
+    lies beside a trainer.json that is none, many an error."""
+    manifest, state = (json.loads((path / name).read_text()) for name in ("manifest.json", "trainer.json"))
+    files = sorted(manifest["files"].items())
+    for name, entry in files:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ValueError(f"it names {name}, outside of the checkpoint")
+        _ = entry["bytes"], entry["crc32"]
+    _ = manifest["files"]["trainer.json"], manifest["world_size"], state["step"], state["config"], state["fingerprint"]
+    return files
 
 
 def read_state(path: Path) -> dict:
@@ -164,6 +176,18 @@ def prune(output: Path, keep: int, best: int | None) -> None:
             # renamed first: a kill during the deletion must not leave half a checkpoint under a good name
             trash = doomed.rename(doomed.with_name(f".{doomed.name}.partial"))
             shutil.rmtree(trash, ignore_errors=True)
+
+
+def set_aside(output: Path, step: int) -> None:
+    """Rename the checkpoints after `step`, from which a run goes on because they are damaged: they would count as its
+    newest ones, be exported, and have the good ones deleted for them."""
+    for later in steps(output):
+        if later > step:
+            damaged = folder(output, later)
+            aside = damaged.with_name(f"damaged-{damaged.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.unlink(missing_ok=True)
+            damaged.rename(aside)
 
 
 def publish(output: Path, source: Path) -> Path:

@@ -298,6 +298,8 @@ class Trainer:
             self.state |= {name: fresh[name] for name in RESULTS}
         if path.resolve().parent == (self.output / "checkpoints").resolve():
             self.last_saved = self.state["step"]
+            if checkpoint.place_of(path).keeps:
+                checkpoint.set_aside(self.output, self.state["step"])
 
     # -- what is said and kept ------------------------------------------------------------------------------------
 
