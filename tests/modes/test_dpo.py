@@ -192,6 +192,24 @@ def test_two_processes_equal_plain_torch(overrides, world, tmp_path):
         same(tmp_path / f"zero{stage}", *by_hand(world, "sigmoid", reference, steps=3, batch=16, lr=1e-3))
 
 
+def test_shared_experts_change_nothing(overrides, world, tmp_path):
+    jobs, found = [], []
+    for size in (1, 2):
+        more = {"zero": 2, "model.path": world / "moe", "parallel.expert": size}
+        arguments = steps(overrides, tmp_path / str(size), **more)
+        jobs.append(start("forked", arguments, DS_LLM_CACHE=str(tmp_path / f"cache{size}")))
+    for size, job in enumerate(jobs, 1):
+        out, err = job.communicate(timeout=240)
+        assert job.returncode == 0, out[-3000:] + err[-3000:]
+        found.append(metrics.read(tmp_path / str(size) / "metrics.jsonl"))
+    for alone, shared in zip(of_kind(found[0], "step"), of_kind(found[1], "step"), strict=True):
+        for name, value in alone.items():
+            if name in ("loss", "margin", "grad_norm", "aux_loss"):
+                assert shared[name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
+    for alone, shared in zip(of_kind(found[0], "eval"), of_kind(found[1], "eval"), strict=True):
+        assert shared["loss"] == pytest.approx(alone["loss"], rel=1e-4)
+
+
 def test_reference_free_equals_plain_torch(overrides, world, tmp_path):
     assert run(*steps(overrides, tmp_path / "run", **{"dpo.loss": "orpo", "train.batch_size": 16}))
     same(tmp_path / "run", *by_hand(world, "orpo", None, steps=3, batch=16, lr=1e-3))

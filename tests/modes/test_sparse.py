@@ -254,6 +254,17 @@ def test_the_smallest_card_is_trained_for_on_two_processes(pruned, corpus, text,
             assert torch.equal(p, before[name])
 
 
+def test_processes_that_share_rows_train_the_same(arguments, tmp_path):
+    kinds = {"alone": [], "rows": ["parallel.sequence=2", "train.batch_size=4"]}
+    for name, keys in kinds.items():
+        done = launch("forked", [*arguments, "zero=1", *keys, f"output={tmp_path / name}", "tracking.report=false"])
+        assert done.returncode == 0, done.stdout + done.stderr
+    alone, rows = (metrics.read(tmp_path / name / "metrics.jsonl") for name in kinds)
+    for kind, name in (("step", "loss"), ("step", "grad_norm"), ("eval", "perplexity")):
+        wanted, found = ([r[name] for r in records if r["kind"] == kind] for records in (alone, rows))
+        assert found == pytest.approx(wanted, rel=1e-3)
+
+
 @pytest.mark.parametrize(
     "overrides, says",
     [
