@@ -66,3 +66,21 @@ def test_other_groups_do_not_continue_a_run(alone, tiny, tmp_path):
     keys = [*tiny, "zero=1", "train.max_steps=4", "ema.enabled=true", *CONSTANT]
     job = launch("forked", [*keys, f"output={alone(keys)}", "parallel.sequence=2"])
     assert job.returncode == 1 and "parallel.sequence" in job.stderr
+
+
+def test_masked_conversations_on_shared_rows(chats, tmp_path):
+    """Batches of padded rows, of lengths that the group does not divide, and evaluation on packs of them."""
+    keys = ["mode=sft", f"data.train={chats / 'train.jsonl'}", f"data.val={chats / 'val.jsonl'}", "data.seq_len=95"]
+    keys += [f"model.path={chats / 'qwen3_moe'}", "data.packing=false", "data.tokens_per_batch=190", "zero=1"]
+    keys += ["train.batch_size=1", "train.dtype=fp32", "train.max_steps=3", "optim.lr=1e-3", "eval.batch_size=2"]
+    keys += ["tracking.report=false", "tracking.tensorboard=false"]
+    kinds = {"alone": [], "rows": ["parallel.sequence=2", "train.accumulation_steps=2"]}
+    for name, more in kinds.items():
+        job = launch("forked", [*keys, *more, f"output={tmp_path / name}"], DS_LLM_CACHE=str(tmp_path / "cache"))
+        assert job.returncode == 0, job.stdout[-3000:] + job.stderr[-3000:]
+    (wanted, measured), (found, evaluated) = (steps(tmp_path / name) for name in kinds)
+    for mine, other in zip(found, wanted, strict=True):
+        assert mine["tokens"] == other["tokens"]
+        assert mine["loss"] == pytest.approx(other["loss"], abs=1e-4)
+        assert mine["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
+    assert [e["perplexity"] for e in evaluated] == pytest.approx([e["perplexity"] for e in measured], rel=1e-4)
