@@ -22,6 +22,7 @@ from ds_llm import engine as engines  # noqa: E402
 from ds_llm.models import accelerate, adapters  # noqa: E402
 from ds_llm.models.decoder import DecoderConfig, DecoderForCausalLM  # noqa: E402
 from ds_llm.models.head import attach_loss_head, lm_loss  # noqa: E402
+from ds_llm.models.select_moe import SelectMoeConfig, SelectMoeForCausalLM  # noqa: E402
 from ds_llm.modes.sft import SupervisedLoss  # noqa: E402
 
 BATCH, LENGTH, VOCAB, STEPS, LR, CLIP = 4, 22, 37, 3, 3e-3, 0.5
@@ -49,6 +50,7 @@ class Case:
 def model(kind: str, plain: bool = False, checkpointing: bool = False):
     torch.manual_seed(0)
     adapted, kind = kind.endswith("-lora"), kind.removesuffix("-lora")
+    gated, kind = kind.startswith("gated-"), kind.removeprefix("gated-")
     kind, experts = kind.removesuffix("-moe"), EXPERTS.get(kind.removesuffix("-moe"), {}) if "moe" in kind else {}
     if kind == "mixtral":
         experts = EXPERTS["mixtral"]
@@ -61,12 +63,15 @@ def model(kind: str, plain: bool = False, checkpointing: bool = False):
         if experts:
             settings.router_aux_loss_coef = 0.1
         made = AutoModelForCausalLM.from_config(settings, attn_implementation="sdpa")
+    if gated:
+        text = {**made.config.to_dict(), "model_type": made.config.model_type}
+        made = SelectMoeForCausalLM(SelectMoeConfig(text_config=text))
     if not plain:
         accelerate(made)
     attach_loss_head(made)
     if adapted:
         torch.manual_seed(1)
-        made = adapters.add_adapter(made, configuration.LoraConfig(enabled=True, r=2), "", [])
+        made = adapters.add_adapter(made, configuration.LoraConfig(enabled=True, r=2), "some/model", [])
         with torch.no_grad():
             for name, p in made.named_parameters():
                 if "lora_B" in name:
@@ -249,6 +254,7 @@ def cases(world: int) -> list[Case]:
         Case(kind, (f"zero={stage}", "parallel.expert=2")) for kind in ("qwen3_moe", "mixtral") for stage in (1, 3)
     ]
     made += [Case("mixtral", ("zero=2", "parallel.expert=2"), plain_kernels=True)]
+    made += [Case(f"gated-{kind}", ("zero=2", "parallel.expert=2")) for kind in ("decoder-moe", "qwen3_moe")]
     made += [Case("llama-lora", (f"zero={stage}", "parallel.sequence=2")) for stage in (0, 3)]
     made += [
         Case(kind, (f"zero={stage}", f"parallel.{name}=2"))
