@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ds_llm.data.tokenizer import save_tokenizer
 from ds_llm.errors import UserError
 from ds_llm.kernels.packed_mask import PackedMask
 from ds_llm.models import adapters
@@ -133,7 +134,7 @@ def write(
             model.save_pretrained(partial)
             if masks:
                 save_masks(partial, masks, {})
-        tokenizer.save_pretrained(partial)
+        save_tokenizer(tokenizer, partial)
         rounding = difference(logits(load_model(partial, "fp32"), probe), reference)
         if not rounding <= (TOLERANCE if dtype == "fp32" else 0.1) * max(float(reference.abs().max()), 1.0):
             raise UserError(f"{out}: not written: read back, the logits differ by {rounding:.3g} in {dtype}")

@@ -6,8 +6,10 @@ what was taken on the disk and `close` ends it. They exist on rank 0 only.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -121,6 +123,7 @@ def figures(r: dict) -> list[str]:
         ("margin", "margin", lambda v: f"{v:+.3f}"),
         ("accuracy", "acc", lambda v: f"{v:.1%}"),
         ("aux_loss", "aux", lambda v: f"{v:.4f}"),
+        ("quality_loss", "quality", lambda v: f"{v:.4f}"),
         ("lr", "lr", lambda v: f"{v:.2e}"),
         ("grad_norm", "grad", lambda v: f"{v:.3f}"),
         ("tokens_per_s", "", lambda v: f"{v:,.0f} tok/s"),
@@ -140,6 +143,7 @@ class TensorBoard:
     def __init__(self, config: Config, output: Path, start_step: int):
         from torch.utils.tensorboard import SummaryWriter
 
+        _let_writers_fail_quietly()
         self._writer = SummaryWriter(str(output / "tensorboard"), purge_step=start_step + 1 if start_step else 0)
         if not start_step:
             self._writer.add_text("config", f"```yaml\n{to_yaml(config)}```", 0)
@@ -168,6 +172,20 @@ class TensorBoard:
 
     def close(self, exit_code: int) -> None:
         self._writer.close()
+
+
+@functools.cache
+def _let_writers_fail_quietly() -> None:
+    """What goes wrong in TensorBoard's thread is raised where something is written next; no traceback before that."""
+    from tensorboard.summary.writer import event_file_writer
+
+    before = threading.excepthook
+
+    def hook(arguments) -> None:
+        if not isinstance(arguments.thread, event_file_writer._AsyncWriterThread):
+            before(arguments)
+
+    threading.excepthook = hook
 
 
 def check_wandb(config: Config) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ import torch
 from ds_llm import hardware, watchdog
 from ds_llm.cli import rank
 from ds_llm.config import Config
+from ds_llm.errors import UserError
 from ds_llm.metrics import MetricsFile
 from ds_llm.sinks import Console, TensorBoard, Wandb, check_wandb
 
@@ -35,12 +36,13 @@ class Tracker:
         self._per_token = run_info.get("loss_unit", "nats per token") == "nats per token"
         if rank() != 0:
             return
-        output = Path(output)
+        self._output = output = Path(output)
         if config.tracking.wandb.enabled:  # it can fail: nothing has been touched yet
             self._sinks.append(Wandb(config, output, start_step, run_info))
         self._metrics = MetricsFile(output / "metrics.jsonl", start_step)
         if config.tracking.tensorboard:
-            self._sinks.append(TensorBoard(config, output, start_step))
+            with self._writing():
+                self._sinks.append(TensorBoard(config, output, start_step))
         self._console = Console(total_steps, start_step, config.tracking.log_every)
         self._sinks.append(self._console)
         self._metrics.write("event", {"event": "start", "step": start_step, "total_steps": total_steps, **run_info})
@@ -101,23 +103,38 @@ class Tracker:
         """Put everything recorded so far on the disk. Call it before saving a checkpoint."""
         if self._metrics:
             self._metrics.sync()
-            for sink in self._sinks:
-                sink.sync()
+            with self._writing():
+                for sink in self._sinks:
+                    sink.sync()
 
     def close(self, exit_code: int = 0) -> None:
         """End all displays and uploads; can be called more than once. A code other than 0 marks the W&B run failed."""
         if self._metrics:
             self._metrics.close()
-        for sink in self._sinks:
-            sink.close(exit_code)
-        self._sinks, self._metrics = [], None
+        sinks, self._sinks, self._metrics = self._sinks, [], None
+        for sink in sinks:
+            # an error that ends the run is not to be hidden by one of what could not be written for it either
+            with suppress(OSError) if exit_code else self._writing():
+                sink.close(exit_code)
 
     def _send(self, kind: str, metrics: dict) -> None:
         if not self._metrics:
             return
         record = self._metrics.write(kind, metrics)
-        for sink in self._sinks:
-            getattr(sink, kind)(record)
+        with self._writing():
+            for sink in self._sinks:
+                getattr(sink, kind)(record)
+
+    @contextmanager
+    def _writing(self):
+        """Makes an `OSError` of a sink, as on a full disk, a `UserError`."""
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"{self._output}: cannot write the records of the run ({error.strerror or error}); continue with the "
+                "same command when that is mended"
+            ) from None
 
 
 class Meter:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -41,6 +42,18 @@ def load_tokenizer(path: str | os.PathLike):
         raise UserError(f"{path}: no tokenizer could be loaded from here ({reason})") from None
 
 
+def save_tokenizer(tokenizer, folder: str | os.PathLike) -> None:
+    """Write a tokenizer's files into `folder`. `OSError` where they cannot be written: the library for fast tokenizers
+    raises a bare `Exception` with the number of the error in its text."""
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        if isinstance(error, OSError) or not found:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1])), str(folder)) from None
+
+
 def train_tokenizer(inputs, out, *, vocab_size: int = 6400, field: str = "text", overwrite: bool = False) -> dict:
     """Train a byte-level BPE tokenizer on the rows of `inputs` into folder `out`; returns the statistics.
 
@@ -73,7 +86,7 @@ def train_tokenizer(inputs, out, *, vocab_size: int = 6400, field: str = "text",
         if not state["bytes"]:
             run.discard([rejects])
             raise UserError(f"{out}: nothing to train on: {statistics.nothing_left(state)}")
-        tokenizer.save_pretrained(scratch)
+        save_tokenizer(tokenizer, scratch)
         tokens = sum(len(ids) for ids in tokenizer(state["sample"])["input_ids"])
         result = {
             "records": state["records"],

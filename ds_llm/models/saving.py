@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from ds_llm.data.tokenizer import save_tokenizer
 from ds_llm.models import adapters, partial
 from ds_llm.sparsity import compact_checkpoint
 from ds_llm.sparsity.model import is_sparse
@@ -26,4 +27,4 @@ def save(model: nn.Module, weights: dict[str, Tensor], tokenizer, folder: Path) 
         compact_checkpoint.save(model, weights, folder)
     else:
         model.save_pretrained(folder, state_dict=weights)
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)

@@ -15,6 +15,7 @@ from torch import nn
 
 from ds_llm import hardware
 from ds_llm.cli import world_size
+from ds_llm.data.tokenizer import save_tokenizer
 from ds_llm.errors import ConfigError, UserError
 from ds_llm.export import output_dtype
 from ds_llm.models.loading import load_model, load_model_config, load_tokenizer
@@ -238,6 +239,6 @@ def _write(folder: Path, model: nn.Module, tokenizer, done: Mapping[str, Pruned]
     meta = {name: str(about[name]) for name in ("method", "pattern", "scope", "density") if about[name] is not None}
     meta |= {name: versions[name] for name in ("ds_llm", "torch", "transformers") if name in versions}
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
     save_masks(folder, {name: one.mask for name, one in done.items()}, meta)
     (folder / REPORT).write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
