@@ -11,3 +11,7 @@ def seed() -> int:
     print(f"seed {value}")
     random.seed(value)
     return value
+
+
+def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, default=6, help="random kills of the fault tests (default 6)")
