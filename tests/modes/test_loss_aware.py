@@ -134,7 +134,9 @@ def test_only_answers_count_and_gates_come_to_follow_the_loss(arguments, models,
     steps = records(tmp_path / "run", "step")
     assert steps[0]["quality_loss"] == pytest.approx(float(expected(losses, scores)), rel=1e-3)
     assert steps[-1]["quality_loss"] < 0.7 * steps[0]["quality_loss"]
-    assert f"quality loss loss_aware: {steps[0]['quality_loss']:.4g} (this micro-batch " in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"quality loss loss_aware: {steps[0]['quality_loss']:.4g} (this micro-batch " in printed
+    assert f"  quality {steps[0]['quality_loss']:.4f}  " in printed
 
 
 def test_a_batch_of_one_document_is_refused(arguments, models, chats, tmp_path):
