@@ -9,6 +9,7 @@ from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ds_llm.data.rows import load_json
 from ds_llm.errors import UserError
 from ds_llm.generation import Completion, Generator, Prompt
 from ds_llm.progress import progress
@@ -64,7 +65,7 @@ def read_rows(path: str, chat: bool = False, system: str | None = None) -> Itera
 
 def _parse(text: str) -> dict:
     try:
-        values = json.loads(text)
+        values = load_json(text)
     except ValueError as error:
         raise UserError(f"not JSON ({error})") from None
     if not isinstance(values, dict):

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ds_llm import prompts
 from ds_llm.data import supervised
 from ds_llm.data.clean import clean
 from ds_llm.data.encode import encode
@@ -169,3 +170,11 @@ def test_rows_that_encode_to_nothing_usable_are_one_error(chats, tmp_path):
     with pytest.raises(UserError, match=r"nothing to write: .*bad JSON"):
         encode([tmp_path / "in.jsonl"], tmp_path / "out.bin", chats / "tokenizer", workers=1)
     assert not (tmp_path / "out.bin").exists()
+
+
+def test_bad_prompts_get_an_error_of_their_own(tmp_path):
+    lines = [b'{"prompt": "fine"}', b'{"prompt": ' + b"[" * DEEP, b'{"prompt": NaN}', b"\xff", b"[]", b'{"prompt": 5}']
+    random.shuffle(lines)
+    (tmp_path / "in.jsonl").write_bytes(b"\n".join(lines))
+    for line, row in zip(lines, prompts.read_rows(str(tmp_path / "in.jsonl")), strict=True):
+        assert (row.error is None) == (line == b'{"prompt": "fine"}'), line[:30]
