@@ -31,6 +31,7 @@ from ds_llm.errors import UserError
 
 BEAT_SECONDS = 1.0
 START_SECONDS = 300.0  # for all ranks of a launch to appear
+LATE_SECONDS = 10.0  # that rank 0, when it has failed, stays for those that are still starting
 HELLO_SECONDS = 10.0  # for a new connection to say who it is
 SEND_SECONDS = 60.0  # for a message to leave; small ones do at once
 LONGEST_OBJECT, LONGEST_BYTES = 1 << 24, 1 << 31
@@ -110,12 +111,13 @@ class Peers:
             self._wake.set()
             self._thread.join(2 * HELLO_SECONDS)
         else:
+            patience = 3 * BEAT_SECONDS
             if failed is not None and self.verdict is None:
                 self._judge("failed", 0, f"{self.name(0)} failed: {failed}")
-            end = time.monotonic() + 3 * BEAT_SECONDS
-            while len(self._left) < self.world - 1:
-                present = set(self.states) - self._left - {0}
-                if self.verdict is not None and (present <= self._told or time.monotonic() > end):
+                patience += LATE_SECONDS
+            end = time.monotonic() + patience
+            while len(self._left | self._told) < self.world - 1:
+                if self.verdict is not None and time.monotonic() > end:
                     break
                 time.sleep(BEAT_SECONDS / 20)
             self._over.set()

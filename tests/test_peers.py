@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -88,6 +89,22 @@ def test_rank_0_that_fails_says_so_before_it_goes(job):
     zero.leave("no such file")
     until(lambda: one.verdict)
     assert one.verdict.text == f"{zero.name(0)} failed: no such file"
+
+
+def test_a_rank_that_starts_after_rank_0_has_failed_learns_why():
+    endpoints = []
+    zero = Peers(0, 2, 5, meet=endpoints.append)
+    zero.start()
+    ending = threading.Thread(target=zero.leave, args=("no such file",))
+    ending.start()
+    time.sleep(0.3)
+    assert ending.is_alive()
+    one = Peers(1, 2, 5, meet=lambda _: endpoints[0])
+    one.start()
+    until(lambda: one.verdict)
+    ending.join(10)
+    assert not ending.is_alive() and one.verdict.text.endswith("failed: no such file")
+    one.leave()
 
 
 @pytest.mark.parametrize(

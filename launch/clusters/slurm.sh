@@ -10,13 +10,15 @@
 #SBATCH --output=slurm-%j.log
 #SBATCH --signal=TERM@300 # five minutes before the end: the run saves and exits with 75
 #SBATCH --requeue
+#SBATCH --open-mode=append
 set -uo pipefail
 cd "${SLURM_SUBMIT_DIR:-.}"
 [[ -f .venv/bin/activate ]] && source .venv/bin/activate
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}"
 mkdir -p logs
-# ranks and the meeting point come from the variables of srun (ds_llm/launchers.py); a log for each rank besides
-srun --kill-on-bad-exit=1 --output="logs/%j-rank%t.log" --error="logs/%j-rank%t.log" \
+# Ranks and the meeting point come from the variables of srun (ds_llm/launchers.py); each rank has a log of its own. No
+# --kill-on-bad-exit: the ranks end each other, and one that has saved and exits with 75 must not have the others killed.
+srun --open-mode=append --output="logs/%j-rank%t.log" --error="logs/%j-rank%t.log" \
   python -u "${SCRIPT:-launch/train.py}" "$@"
 code=$?
 if ((code == 75)); then # interrupted after saving: the same job again goes on from there
