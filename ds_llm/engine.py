@@ -43,6 +43,7 @@ from ds_llm.errors import ConfigError, UserError
 from ds_llm.hardware import share_cores
 from ds_llm.parallel.division import Division
 from ds_llm.parallel.experts import is_expert_weight
+from ds_llm.parallel.tensor import note_whole_shapes
 from ds_llm.parameters import decay_groups, exact_buffers, leave_out, restore_buffers
 from ds_llm.watchdog import watched
 
@@ -179,6 +180,7 @@ class Engine:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(f"DeepSpeed cannot use this configuration: {reason}") from error
         restore_buffers(module, exact, device())
+        note_whole_shapes(module)
         kind = next(kind for kind in MASTERS if isinstance(self._optimizer, kind))
         self._masters = MASTERS[kind](self._optimizer)
         self.module = module

@@ -59,6 +59,7 @@ def describe(config: Config, job: Job, world: int, device: str, global_batch: in
     parameters, trained = sum(n for n, _ in sizes), sum(n for n, learns in sizes if learns)
     share = f" ({trained / 1e6:.2f}M trained)" if trained < parameters else ""
     t = config.train
+    batches = global_batch // (t.batch_size * t.accumulation_steps)  # at a time: processes that share one count once
     console.print(
         f"{type(job.model).__name__}, {parameters / 1e6:.1f}M parameters{share}, {t.dtype}, ZeRO-{config.zero}, "
         f"{world} {'process' if world == 1 else 'processes'} on {device}",
@@ -66,7 +67,7 @@ def describe(config: Config, job: Job, world: int, device: str, global_batch: in
     )
     console.print(
         f"{len(job.samples):,} samples of {job.seq_len} tokens; global batch {global_batch} = "
-        f"{t.batch_size} x {t.accumulation_steps} x {world}; {steps:,} steps",
+        f"{t.batch_size} x {t.accumulation_steps} x {batches}; {steps:,} steps",
         markup=False,
     )
     return {

@@ -113,3 +113,29 @@ def test_cards_are_read_in_the_ways_they_are_written():
     assert card_bytes("24GB") == card_bytes("24") == card_bytes("24 GiB") == 24 * 2**30
     with pytest.raises(ConfigError):
         card_bytes("0GB")
+
+
+def test_what_processes_share_is_counted_once_in_a_group():
+    sizes = [*MEASURED, "model.n_kv_heads=2", "train.dtype=bf16", "train.batch_size=4"]
+
+    def planner(*keys: str) -> Planner:
+        return Planner(load(None, [*sizes, *keys]), 8, touched=True)
+
+    moe = ["model.use_moe=true", "model.n_routed_experts=8"]
+    whole, shared = planner(*moe), planner(*moe, "parallel.expert=4")
+    assert shared.outline.parameters == whole.outline.parameters
+    assert shared.outline.shared == sum(p.numel() for p in whole._meta().parameters() if p.dim() == 3) / 4
+    assert whole.outline.trained - shared.outline.trained == 3 * shared.outline.shared
+    for stage in (1, 3):  # ZeRO shares what is left among fewer processes
+        mine, other = (p.estimate(Setting(stage)) for p in (shared, whole))
+        assert mine.optimizer == pytest.approx(other.optimizer, rel=1e-4)
+    assert shared.estimate(Setting(0)).optimizer < 0.5 * whole.estimate(Setting(0)).optimizer
+    alone, sliced = planner(), planner("parallel.tensor=2")
+    assert sliced.outline.parameters == alone.outline.parameters
+    vocabulary = 16000 * 384  # whole on every process, as are the norms
+    kept = sliced.outline.trained - vocabulary
+    assert kept == pytest.approx((alone.outline.trained - vocabulary) / 2, rel=1e-3)
+    assert 0.4 < sliced.estimate(Setting(0)).activations / alone.estimate(Setting(0)).activations < 0.95
+    rows = planner("parallel.sequence=4")
+    assert rows.outline.trained == alone.outline.trained
+    assert 0.2 < rows.estimate(Setting(2)).activations / alone.estimate(Setting(2)).activations < 0.5

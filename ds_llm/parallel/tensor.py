@@ -63,6 +63,13 @@ def split_dimension(parameter: nn.Parameter) -> int | None:
     return None if description is None or description["replicated"] else description["partition_dim"]
 
 
+def note_whole_shapes(module: nn.Module) -> None:
+    """Set `whole_shape`, see `ds_llm.hardware.whole_shape`, of the weights that DeepSpeed has split."""
+    for parameter in module.parameters():
+        if split_dimension(parameter) is not None:
+            parameter.whole_shape = torch.Size(getattr(parameter, DS_AUTOTP_UC_META)["logical_shape"])
+
+
 def whole(parameter: nn.Parameter) -> Tensor:
     """A weight that is split, put together; collective over the tensor group."""
     parts = [torch.empty_like(parameter) for _ in range(dist.get_world_size(group()))]

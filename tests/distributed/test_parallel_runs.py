@@ -12,6 +12,10 @@ CONSTANT = ["optim.schedule=constant", "optim.warmup_steps=0"]
 EXPERTS = ["model.use_moe=true", "model.n_routed_experts=4", "model.num_experts_per_tok=1", "model.n_shared_experts=1"]
 
 
+def start(output) -> dict:
+    return json.loads((output / "metrics.jsonl").read_text().splitlines()[0])
+
+
 def steps(output) -> tuple[list[dict], list[dict]]:
     records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     return [r for r in records if "grad_norm" in r], [r for r in records if "perplexity" in r]
@@ -50,6 +54,8 @@ def test_a_run_is_the_same_and_continues(alone, tiny, tmp_path, shared, extra, z
     second = launch("forked", [*keys, *shared, f"output={output}"])
     assert second.returncode == 0, second.stderr[-3000:]
     (wanted, measured), (found, evaluated) = steps(known), steps(output)
+    for name in ("parameters", "global_batch", "flops_per_token"):
+        assert start(output)[name] == start(known)[name], name
     assert [r["step"] for r in found] == [1, 2, 3, 4]
     for mine, other in zip(found, wanted, strict=True):
         assert (mine["samples"], mine["tokens"]) == (other["samples"], other["tokens"])
