@@ -79,7 +79,10 @@ class Checkpoint:
                 )
             self.kind, self.ranks = masters.KINDS[self._parts[0]["optimizer"]], self._parts[0]["ranks"]
             if len(files) != self.ranks:
-                raise UserError(f"{folder}: has the parts of {len(files)} processes of {self.ranks}")
+                raise UserError(
+                    f"{folder}: has the parts of {len(files)} processes of {self.ranks}; to continue on others every "
+                    "machine must see all of them, in a shared folder"
+                )
             self._places = defaultdict(list)
             for number, part in enumerate(self._parts):
                 for name, tensor, start, length, offset in part["fragments"]:
