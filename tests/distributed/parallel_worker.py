@@ -240,7 +240,7 @@ def cases(world: int) -> list[Case]:
         key = f"parallel.{name}=2"
         made += [Case(kind, (f"zero={stage}", key, "ema.enabled=true"), resume=True) for stage in range(4)]
         made += [
-            Case(kind, (f"zero={stage}", key, f"train.dtype={dtype}"), resume=True)
+            Case(kind, (f"zero={stage}", key, f"train.dtype={dtype}"), resume=stage == 1)
             for stage in range(4)
             for dtype in ("bf16", "fp16")
         ]
