@@ -35,6 +35,7 @@ LATE_SECONDS = 10.0  # that rank 0, when it has failed, stays for those that are
 HELLO_SECONDS = 10.0  # for a new connection to say who it is
 SEND_SECONDS = 60.0  # for a message to leave; small ones do at once
 LONGEST_OBJECT, LONGEST_BYTES = 1 << 24, 1 << 31
+FAILED = "failed: "  # what rank 0 leaves in the place of its endpoint
 LENGTHS = struct.Struct("<IQ")
 _meetings = itertools.count()  # of this process, in which jobs can follow each other
 
@@ -95,7 +96,7 @@ class Peers:
             self._meet(f"{self._server.server_address[1]} {self._token}")
             self._thread = threading.Thread(target=self._await_all, daemon=True)
         else:
-            port, self._token = self._meet(None).split()
+            port, self._token = _endpoint(self._meet(None))
             self._port = int(port)
             self._connection = self._connect("beat")
             self._thread = threading.Thread(target=self._follow, daemon=True)
@@ -115,6 +116,9 @@ class Peers:
             if failed is not None and self.verdict is None:
                 self._judge("failed", 0, f"{self.name(0)} failed: {failed}")
                 patience += LATE_SECONDS
+                if self._store is not None:  # for those that come later still
+                    with contextlib.suppress(RuntimeError):
+                        self._store.set(self._key, FAILED + self.verdict.text)
             end = time.monotonic() + patience
             while len(self._left | self._told) < self.world - 1:
                 if self.verdict is not None and time.monotonic() > end:
@@ -178,10 +182,10 @@ class Peers:
                 wait_for_workers=False,
                 multi_tenant=True,  # the process group uses the same one
             )
-            key = f"ds_llm/peers/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{next(_meetings)}"
+            self._key = f"ds_llm/peers/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{next(_meetings)}"
             if endpoint is not None:
-                self._store.set(key, endpoint)
-            return self._store.get(key).decode()
+                self._store.set(self._key, endpoint)
+            return self._store.get(self._key).decode()
         except (dist.DistNetworkError, dist.DistStoreError, RuntimeError) as error:
             if "EADDRINUSE" in str(error):
                 raise port_in_use() from None
@@ -196,6 +200,9 @@ class Peers:
         try:
             connection = socket.create_connection((address, self._port), timeout=HELLO_SECONDS)
         except OSError as error:
+            if self._store is not None:
+                with contextlib.suppress(RuntimeError):
+                    _endpoint(self._store.get(self._key).decode())
             raise UserError(
                 f"rank {self.rank} on {socket.gethostname()} cannot connect to rank 0 at {address}:{self._port} "
                 f"({error.strerror or error}); ports between the machines of a job must be open",
@@ -306,6 +313,13 @@ class Peers:
         with self._judged:
             if self.verdict is None and not self._over.is_set():
                 self.verdict = Verdict(kind, rank, text)
+
+
+def _endpoint(told: str) -> list[str]:
+    """Port and secret of rank 0; `UserError`, which it has said itself, where it has failed already."""
+    if told.startswith(FAILED):
+        raise UserError(told.removeprefix(FAILED))
+    return told.split()
 
 
 def port_in_use() -> UserError:

@@ -105,6 +105,9 @@ def test_a_rank_that_starts_after_rank_0_has_failed_learns_why():
     ending.join(10)
     assert not ending.is_alive() and one.verdict.text.endswith("failed: no such file")
     one.leave()
+    with pytest.raises(UserError, match=r"^rank 0 .*: no such file$") as error:  # what it left in the store
+        Peers(1, 2, 5, meet=lambda _: module.FAILED + one.verdict.text).start()
+    assert not error.value.any_rank
 
 
 @pytest.mark.parametrize(
