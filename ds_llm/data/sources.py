@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,26 +128,36 @@ def digests(sources: list[Source], cache: Path) -> list[str]:
 
     A file is read once: its hash is kept in `cache` for as long as path, size and modification time stay the same.
     """
-    cache.mkdir(parents=True, exist_ok=True)
-    record = cache / "hashes.json"
-    with FileLock(cache / ".hashes.lock"):
-        try:
-            known = json.loads(record.read_bytes())
-        except (FileNotFoundError, ValueError):
-            known = {}
-        before, result = dict(known), []
-        for source in sources:
-            parts = [source.dataset._fingerprint] if source.dataset is not None else []
-            for file in source.files:
-                key = json.dumps(file.identity())
-                if key not in known:
-                    with open(file.path, "rb") as content:
-                        known[key] = hashlib.file_digest(content, "sha256").hexdigest()
-                parts.append(known[key])
-            result.append(hashlib.sha256(json.dumps(parts).encode()).hexdigest())
-        if known != before:
-            write_atomically(record, json.dumps(known, indent=1).encode())
-    return result
+    with _saying(cache):
+        cache.mkdir(parents=True, exist_ok=True)
+        record = cache / "hashes.json"
+        with FileLock(cache / ".hashes.lock"):
+            try:
+                known = json.loads(record.read_bytes())
+            except (FileNotFoundError, ValueError):
+                known = {}
+            before, result = dict(known), []
+            for source in sources:
+                parts = [source.dataset._fingerprint] if source.dataset is not None else []
+                for file in source.files:
+                    key = json.dumps(file.identity())
+                    if key not in known:
+                        with open(file.path, "rb") as content:
+                            known[key] = hashlib.file_digest(content, "sha256").hexdigest()
+                    parts.append(known[key])
+                result.append(hashlib.sha256(json.dumps(parts).encode()).hexdigest())
+            if known != before:
+                write_atomically(record, json.dumps(known, indent=1).encode())
+        return result
+
+
+@contextmanager
+def _saying(folder: Path) -> Iterator[None]:
+    """Makes an `OSError`, as on a full or read-only disk, a `UserError`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{error.filename or folder}: {error.strerror or error}") from None
 
 
 def build_once(cache: Path, key: str, build: Callable[[Path], None]) -> Path:
@@ -156,18 +167,17 @@ def build_once(cache: Path, key: str, build: Callable[[Path], None]) -> Path:
     needed, and none may be waiting: with several processes, call this before they meet in a collective.
     """
     folder = cache / key[:32]
-    cache.mkdir(parents=True, exist_ok=True)
-    with FileLock(cache / f".{folder.name}.lock"):
-        if not folder.is_dir():
-            scratch = cache / f".{folder.name}.partial"
-            shutil.rmtree(scratch, ignore_errors=True)
-            scratch.mkdir()
-            try:
-                build(scratch)
-                os.replace(scratch, folder)
-            except BaseException as error:
+    with _saying(folder):
+        cache.mkdir(parents=True, exist_ok=True)
+        with FileLock(cache / f".{folder.name}.lock"):
+            if not folder.is_dir():
+                scratch = cache / f".{folder.name}.partial"
                 shutil.rmtree(scratch, ignore_errors=True)
-                if isinstance(error, OSError):
-                    raise UserError(f"{error.filename or folder}: {error.strerror or error}") from None
-                raise
+                scratch.mkdir()
+                try:
+                    build(scratch)
+                    os.replace(scratch, folder)
+                except BaseException:
+                    shutil.rmtree(scratch, ignore_errors=True)
+                    raise
     return folder

@@ -16,11 +16,13 @@ from hostile import mounted, one_line, root_only
 from jobs import ROOT, environment, launch, start
 
 from ds_llm import checkpoint, config, interrupt, metrics, trainer
+from ds_llm.data import supervised
 from ds_llm.data.clean import clean
 from ds_llm.data.encode import encode
 from ds_llm.data.tokenizer import train_tokenizer
 from ds_llm.errors import UserError
 from ds_llm.export import export
+from ds_llm.models.loading import load_tokenizer
 from ds_llm.new_folder import new_folder
 from ds_llm.scoring import options, run
 from ds_llm.sweeps import trial
@@ -64,6 +66,11 @@ def writers(chats, texts, tiny):
         train_tokenizer([texts], folder / "tok", vocab_size=262)
         return [folder / "tok/tokenizer.json"]
 
+    def samples(folder: Path) -> list[Path]:
+        tokenizer = load_tokenizer(chats / "llama")
+        made = supervised.prepare([chats / "train.jsonl"], tokenizer, max_length=64, cache=folder / "cache")
+        return [made.folder / "ids.bin", made.folder / "report.json"]
+
     def score(folder: Path) -> list[Path]:
         run.score(options.load(flags=score_flags(chats, texts, folder / "s.jsonl")))
         return [folder / "s.jsonl", folder / "s.jsonl.d/rows.parquet"]
@@ -72,7 +79,7 @@ def writers(chats, texts, tiny):
         export(chats / "llama", folder / "exported")
         return [folder / "exported/model.safetensors"]
 
-    return {f.__name__: f for f in (train, prepare, tokens, tokenizer, score, merged)}
+    return {f.__name__: f for f in (train, prepare, tokens, tokenizer, samples, score, merged)}
 
 
 @root_only
