@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -30,6 +31,9 @@ FIRST_SECONDS = 1800.0  # that the first timed piece of work may take at least: 
 GRACE_SECONDS = {"lost": 3.0, "failed": 15.0, "hang": 0.0}  # in which the main thread may end by itself
 REPORT_SECONDS = 3.0  # for the other ranks' stacks
 SILENT_SECONDS = 2.5 * BEAT_SECONDS  # without a word: more than late
+OWN_THREADS = re.compile(
+    r"peers.py\", line \d+ in (_serve|_follow|_await_all)$| in (stacks|serve_forever)$", re.MULTILINE
+)
 WORKING, TIMED, WAITING = "working", "timed", "waiting"
 AGAIN = "the same command continues"
 
@@ -156,11 +160,12 @@ def _seen(state: dict, silent: float) -> str:
 
 
 def stacks() -> str:
-    """The Python stacks of all threads of this process."""
+    """The Python stacks of all threads of this process but those that watch over it; the main thread's comes last."""
     with tempfile.TemporaryFile("w+") as file:
         faulthandler.dump_traceback(file, all_threads=True)
         file.seek(0)
-        return file.read().strip()
+        threads = file.read().strip().split("\n\n")
+    return "\n\n".join(thread for thread in threads if not OWN_THREADS.search(thread))
 
 
 def _say(text: str) -> None:

@@ -96,6 +96,7 @@ def test_a_rank_that_hangs_is_reported_with_the_stacks_of_all_but_long_saving_an
     for rank in (0, 1):  # host, process, what it did and how long
         assert re.search(rf"^  rank {rank} \(\S+, process \d+\): step 4, for [2-9] s$", err, re.MULTILINE), err
     stacks = reported(err)
+    assert "watchdog.py" not in "".join(stacks.values())  # only what hangs
     assert "in stuck" in stacks[1] and "in _step" in stacks[1] and "all_reduce" not in stacks[1]
     assert "all_reduce" in stacks[0] and "in _step" in stacks[0]
     (line,) = errors(err)
