@@ -24,6 +24,7 @@ if not torch.accelerator.is_available():
 
 import deepspeed
 import torch.distributed as dist
+from deepspeed.ops.op_builder import AsyncIOBuilder
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.config import DeepSpeedConfigError
 from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
@@ -130,7 +131,7 @@ def check_settings(config: Config) -> None:
             near = difflib.get_close_matches(name, settings.asked, n=1)
             hint = f"; did you mean '{near[0]}'?" if near else ""
             raise ConfigError(f"deepspeed: {name}: DeepSpeed has no such key{hint}")
-    nvme.check(settings)
+    nvme.check(settings, AsyncIOBuilder().is_compatible)
 
 
 def all_reduce(values: list[float], op: str = "sum") -> list[float]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import ctypes.util
 import hashlib
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from ds_llm.errors import ConfigError
@@ -22,8 +22,11 @@ def asked(settings: dict) -> list[str]:
     return [part for part in PARTS if (zero.get(part) or {}).get("device") == "nvme"]
 
 
-def check(settings: dict) -> None:
-    """Raise `ConfigError` where a run's DeepSpeed JSON asks for NVMe that this machine cannot give."""
+def check(settings: dict, libaio: Callable[[], bool]) -> None:
+    """Raise `ConfigError` where a run's DeepSpeed JSON asks for NVMe that this machine cannot give.
+
+    libaio: says whether programs can be linked with it.
+    """
     zero = settings["zero_optimization"]
     for part in asked(settings):
         key, path = f"deepspeed: zero_optimization.{part}", zero[part].get("nvme_path")
@@ -31,7 +34,7 @@ def check(settings: dict) -> None:
             raise ConfigError(f"{key}.device: nvme needs zero=3, not zero={zero['stage']}")
         if part == "offload_param" and "offload_optimizer" not in asked(settings):
             raise ConfigError(f"{key}.device: nvme needs zero_optimization.offload_optimizer.device=nvme too")
-        if ctypes.util.find_library("aio") is None:
+        if not libaio():
             raise ConfigError(
                 f"{key}.device: nvme needs libaio, which is not here (Debian, Ubuntu: apt-get install libaio-dev)"
             )
