@@ -39,17 +39,17 @@ def unlink_shared_buffer() -> None:
 
 def announce_build(extension: str, what: str) -> None:
     """Say what the coming silence is: DeepSpeed compiles its CPU parts when they are first used."""
-    if not any(Path(get_default_build_root()).rglob(f"{extension}*.so")):
+    if not any(_build_root().rglob(f"{extension}*.so")):
         console.print(f"compiling DeepSpeed's {what} for the CPU, once; this takes a minute or two")
 
 
-def remove_stale_build_locks(root: Path | None = None) -> list[Path]:
-    """Remove the build locks that killed processes left below `root` (torch's extension cache); returns them.
+def remove_stale_build_locks() -> list[Path]:
+    """Remove the build locks that killed processes left in torch's cache of extensions; returns them.
 
     torch waits for such a lock without end and without a word. A live builder keeps its lock open, so a lock that no
     process of this machine has open is stale.
     """
-    root = Path(root or get_default_build_root())
+    root = _build_root()
     if not any(root.rglob("lock")):
         return []
     with FileLock(Path(tempfile.gettempdir()) / f"ds_llm_build_locks_{os.getuid()}"):
@@ -58,6 +58,10 @@ def remove_stale_build_locks(root: Path | None = None) -> list[Path]:
             path.unlink(missing_ok=True)
             print(f"removed {path}: the process that was compiling there is gone", file=sys.stderr, flush=True)
     return stale
+
+
+def _build_root() -> Path:
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
 
 
 def _is_open(path: Path) -> bool:

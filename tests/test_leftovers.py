@@ -19,25 +19,27 @@ time.sleep(600)
 """
 
 
-def test_a_lock_stays_while_its_builder_lives_and_goes_after_its_death(tmp_path, capsys):
+def test_a_lock_stays_while_its_builder_lives_and_goes_after_its_death(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     lock = tmp_path / "py3_cpu" / "cpu_adam" / "lock"
     lock.parent.mkdir(parents=True)
     builder = subprocess.Popen([sys.executable, "-c", HOLD, str(lock)], stdout=subprocess.PIPE, text=True)
     try:
         assert builder.stdout.readline() == "held\n"
-        assert leftovers.remove_stale_build_locks(tmp_path) == []
+        assert leftovers.remove_stale_build_locks() == []
         assert lock.exists()
     finally:
         builder.kill()
         builder.wait()
     assert lock.exists()  # what a killed builder leaves, and torch waits for
-    assert leftovers.remove_stale_build_locks(tmp_path) == [lock]
+    assert leftovers.remove_stale_build_locks() == [lock]
     assert str(lock) in capsys.readouterr().err
     assert FileBaton(str(lock)).try_acquire()
 
 
-def test_no_cache_folder_is_no_error(tmp_path):
-    assert leftovers.remove_stale_build_locks(tmp_path / "none") == []
+def test_no_cache_folder_is_no_error(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "none"))
+    assert leftovers.remove_stale_build_locks() == []
 
 
 def test_shared_memory_counts_what_every_local_process_needs(tmp_path, capsys):
