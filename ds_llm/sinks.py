@@ -124,7 +124,6 @@ def figures(r: dict) -> list[str]:
         ("accuracy", "acc", lambda v: f"{v:.1%}"),
         ("aux_loss", "aux", lambda v: f"{v:.4f}"),
         ("quality_loss", "quality", lambda v: f"{v:.4f}"),
-        ("quality_loss", "quality", lambda v: f"{v:.4f}"),
         ("lr", "lr", lambda v: f"{v:.2e}"),
         ("grad_norm", "grad", lambda v: f"{v:.3f}"),
         ("tokens_per_s", "", lambda v: f"{v:,.0f} tok/s"),

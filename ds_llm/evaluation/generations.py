@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from ds_llm import hardware
-from ds_llm.cli import rank, world_size
+from ds_llm.cli import rank
 from ds_llm.config import Config
 from ds_llm.errors import ConfigError, UserError
-from ds_llm.evaluation.measure import process_group
+from ds_llm.evaluation.measure import circumstances, process_group
 from ds_llm.evaluation.references import References, read_references
 from ds_llm.evaluation.text_metrics import LABELS, check_metrics, compare, signatures
 from ds_llm.generation import Generator
@@ -157,15 +156,8 @@ def measure_generations(
         "max_new_tokens": max_new_tokens,
         "signatures": signatures(metrics, word_tokenizer),
         "seconds": time.perf_counter() - start,
-        "model": str(model_path),
-        "data": [str(path) for path in data],
-        "rejected": [dict(zip(("file", "row", "reason"), entry, strict=True)) for entry in references.rejected],
-        "batch_size": batch_size,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": hardware.device_name(),
-        "world_size": world_size(),
-        "environment": hardware.environment(),
     }
+    about |= circumstances(model_path, data, references.rejected, model, batch_size)
     return figures, about
 
 
