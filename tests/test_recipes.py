@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from ds_llm import checkpoint, config, metrics, trainer
 from ds_llm.models import partial
 from ds_llm.models.loading import load_model
+from ds_llm.modes import router
 
 SMALL = [
     "model.dim=32",
@@ -52,7 +53,9 @@ def test_pretraining(name, corpus, tmp_path):
 def test_stage_1_of_selection_trains_the_gates_alone(corpus, tmp_path):
     base = convert(save("decoder", tmp_path / "original", corpus / "tokenizer", VOCAB), tmp_path / "base")
     data = [f"data.train={corpus / 'train.bin'}", f"data.val={corpus / 'val.bin'}"]
-    _, steps, evals = train("select_stage1", [f"model.path={base}", *data], tmp_path / "run")
+    settings, steps, evals = train("select_stage1", [f"model.path={base}", *data], tmp_path / "run")
+    of_evaluations, of_steps = router.figures(settings)  # what a sweep can compare
+    assert set(of_evaluations) <= evals[-1].keys() and set(of_steps) <= steps[-1].keys()
     assert all(0 < r["gate_mean"] < 1 and r["quality_loss"] > 0 for r in [*steps, *evals])
     assert all(-1 <= r["loss_correlation"] <= 1 and 0 <= r["pair_accuracy"] <= 1 for r in evals) and evals
     trained, before = load_file(tmp_path / "run" / "model" / partial.WEIGHTS_FILE), load_model(base).state_dict()

@@ -87,6 +87,14 @@ def _check_model(config: Config) -> None:
         raise ConfigError("router.balance_weight: this model has no load-balancing loss; leave it out")
 
 
+def figures(config: Config) -> tuple[list[str], list[str]]:
+    """Names of what evaluations and steps record beside losses and perplexity."""
+    over = quality_loss.find(config.router.quality_loss).over
+    compared = {"pairs": ["quality_loss"], "losses": ["pair_loss", "quality_loss", "loss_correlation"]}
+    steps = [*METRICS, *(PAIR_METRICS if over == "pairs" else ())]
+    return ["gate_mean", *PAIR_METRICS, *compared.get(over, ["pair_loss"])], steps
+
+
 def build(config: Config, data: Data) -> Job:
     """Load the model, freeze all but gates and routers, and join it with the data."""
     options = config.router

@@ -218,7 +218,7 @@ def _metric(section, config: Config, method: str, path: str) -> Metric:
         near = [k for k in known if k.endswith(f"/{name}")] or difflib.get_close_matches(name, known, n=1)
         raise ConfigError(f"{where}: name: a run has no '{name}'; {_meant(near, known)}")
     kind, _, field = name.partition("/")
-    if kind == "eval" and not config.data.val:
+    if kind == "eval" and not config.data.val and config.mode != "router":  # it holds samples out by itself
         raise ConfigError(f"{where}: name: {name} needs data.val, what the trials evaluate on")
     return Metric("eval" if kind == "eval" else "step", field, goal == "minimize", target)
 
@@ -228,7 +228,13 @@ def _known(config: Config) -> list[str]:
     pairs = PREFERENCE_METRICS if config.mode == "dpo" else ()
     texts = [f for m in config.eval.generation_metrics for f in (ROUGE if m == "rouge" else (m,)) if m in TEXT_METRICS]
     evaluated = ["loss", *pairs, *texts] if config.mode == "dpo" else ["perplexity", "loss", *texts]
-    return [f"eval/{name}" for name in evaluated] + [f"train/{name}" for name in (*STEP_METRICS, *pairs)]
+    steps = [*STEP_METRICS, *pairs]
+    if config.mode == "router":
+        from ds_llm.modes import router
+
+        on_gates, of_steps = router.figures(config)
+        evaluated, steps = [*on_gates, *(evaluated if config.data.val else ())], steps + of_steps
+    return [f"eval/{name}" for name in evaluated] + [f"train/{name}" for name in steps]
 
 
 def _mode(mode: str | None) -> list[str]:

@@ -126,6 +126,8 @@ def test_the_trained_part_loads_on_its_base_and_on_no_other(arguments, models, c
     steps = run([*arguments, "train.batch_size=2", "train.activation_checkpointing=true"], output)
     assert all(0 <= step["pair_accuracy"] <= 1 for step in steps)
     (evaluated,) = (r for r in metrics.read(output / "metrics.jsonl") if r["kind"] == "eval")
+    of_evaluations, of_steps = router.figures(config.load(None, arguments))
+    assert set(of_evaluations) <= evaluated.keys() and set(of_steps) <= steps[-1].keys()
     assert evaluated["goal"] == "quality_loss" and evaluated["perplexity"] > 1 and 0 <= evaluated["pair_accuracy"] <= 1
     weights, base = trained(output), load_model(models / "chat").state_dict()
     names = {name for name in base if "quality_gate" in name or name.endswith("mlp.gate.weight")}

@@ -36,7 +36,7 @@ def written(tmp_path, monkeypatch):
 
 def test_there_is_a_ready_sweep_for_each_mode(monkeypatch):
     monkeypatch.chdir(jobs.ROOT)
-    assert {"pretrain", "sft", "lora", "dpo", "sparse"} <= {path.stem for path in READY}
+    assert {"pretrain", "sft", "lora", "dpo", "router", "sparse"} == {path.stem for path in READY}
     for path in READY:
         found = file.read(str(path), path.stem, [])
         assert found.config.mode == {"lora": "sft"}.get(path.stem, path.stem)
