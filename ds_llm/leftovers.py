@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from filelock import FileLock
@@ -13,6 +14,7 @@ from torch.utils.cpp_extension import get_default_build_root
 from ds_llm.progress import console
 
 SHARED_BUFFER_BYTES = 66 * 2**20 + 8  # struct allreduce_workspace in DeepSpeed's csrc/cpu/comm/shm.cpp
+BUILD_SECONDS = 900  # more than any of DeepSpeed's CPU parts takes
 
 
 def shared_memory_suffices(processes: int, folder: str = "/dev/shm") -> bool:
@@ -47,17 +49,26 @@ def remove_stale_build_locks() -> list[Path]:
     """Remove the build locks that killed processes left in torch's cache of extensions; returns them.
 
     torch waits for such a lock without end and without a word. A live builder keeps its lock open, so a lock that no
-    process of this machine has open is stale.
+    process of this machine has open is stale. Machines of a job may share the cache and do not see each other's
+    processes: there a lock must also be older than any build takes.
     """
+    alone = int(os.environ.get("WORLD_SIZE", "1")) <= int(os.environ.get("LOCAL_SIZE", "1"))
     root = _build_root()
     if not any(root.rglob("lock")):
         return []
     with FileLock(Path(tempfile.gettempdir()) / f"ds_llm_build_locks_{os.getuid()}"):
-        stale = [path for path in root.rglob("lock") if not _is_open(path)]
+        stale = [path for path in root.rglob("lock") if (alone or _age(path) > BUILD_SECONDS) and not _is_open(path)]
         for path in stale:
             path.unlink(missing_ok=True)
             print(f"removed {path}: the process that was compiling there is gone", file=sys.stderr, flush=True)
     return stale
+
+
+def _age(path: Path) -> float:
+    try:
+        return time.time() - path.stat().st_mtime
+    except FileNotFoundError:  # its builder is done
+        return 0.0
 
 
 def _build_root() -> Path:

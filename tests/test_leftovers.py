@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -32,9 +33,19 @@ def test_a_lock_stays_while_its_builder_lives_and_goes_after_its_death(tmp_path,
         builder.kill()
         builder.wait()
     assert lock.exists()  # what a killed builder leaves, and torch waits for
+    monkeypatch.setenv("WORLD_SIZE", "2")  # on two machines: its builder may live on the other one
+    assert leftovers.remove_stale_build_locks() == []
+    monkeypatch.setenv("WORLD_SIZE", "1")
     assert leftovers.remove_stale_build_locks() == [lock]
     assert str(lock) in capsys.readouterr().err
-    assert FileBaton(str(lock)).try_acquire()
+    baton = FileBaton(str(lock))
+    assert baton.try_acquire()
+    baton.release()
+    lock.touch()
+    long_ago = time.time() - 2 * leftovers.BUILD_SECONDS
+    os.utime(lock, (long_ago, long_ago))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert leftovers.remove_stale_build_locks() == [lock]
 
 
 def test_no_cache_folder_is_no_error(tmp_path, monkeypatch):

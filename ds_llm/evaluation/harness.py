@@ -65,7 +65,7 @@ def harness(
         tokenizers[name] = load_tokenizer(path)
         if chat_template and tokenizers[name].chat_template is None:
             raise UserError(f"{path}: its tokenizer has no chat template; leave --chat-template out")
-    _quiet()
+    _prepare()
     loaded = load_tasks(tasks)
     for task in loaded["tasks"].values():
         own = task.get_config("num_fewshot")
@@ -278,7 +278,8 @@ def _reason(error: Exception) -> str:
     return (lines[0] if lines else type(error).__name__).rstrip(".:")
 
 
-def _quiet() -> None:
-    """Silence what lm-eval logs of every step."""
+def _prepare() -> None:
+    """Silence what lm-eval logs of every step, and keep it from forking: a process with threads may hang in it."""
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")
     if os.environ.get("DS_LLM_VERBOSE") != "1":
         logging.getLogger("lm_eval").setLevel(logging.ERROR)

@@ -93,7 +93,7 @@ def test_preferences_are_learned_by_adapters_of_the_trained_part(arguments, chat
         *more,
         "model.freeze=[sub_models.0]",
         f"output={output}",
-        "train.max_steps=8",
+        "train.max_steps=24",
         "optim.lr=5e-2",
     ]
     assert trainer.train(config.load(None, arguments)) == 0
