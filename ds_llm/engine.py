@@ -89,7 +89,7 @@ def init_distributed() -> None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=limit)
     os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
     share_cores()
-    leftovers.remove_stale_build_locks()
+    leftovers.mend_builds()
     if device().type == "cpu":
         # every rank looks before the group opens, so before any has written: all decide the same
         if leftovers.shared_memory_suffices(int(os.environ["LOCAL_SIZE"])):

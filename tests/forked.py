@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import multiprocessing
 import os
 import runpy
@@ -27,6 +28,7 @@ from ds_llm import cli
 
 PRELOADED = (  # nothing of ds_llm: its modules look at the environment when they are imported
     "deepspeed",
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # imported, with torch's compiler, by every engine
     "torch._dynamo",
     "torch.utils.cpp_extension",
     "transformers.modeling_utils",
@@ -120,6 +122,7 @@ def _lead(processes: int, arguments: list[str], env: dict[str, str], folder: Pat
 
 def _rank(rank: int, processes: int, arguments: list[str], door: int) -> None:
     code = 1
+    gc.freeze()  # DeepSpeed collects garbage again and again: without what the libraries hold, that takes no time
     try:
         numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
         os.environ |= {name: str(value) for name, value in numbers.items()}

@@ -42,7 +42,7 @@ def test_a_recipe_is_shown_as_it_is_trained(chats, tmp_path, monkeypatch):
     (tmp_path / "train.jsonl").write_text(rows)
     (tmp_path / "recipe.yaml").write_text("mode: sft\ndata:\n  seq_len: 96\n")
     done = launch(
-        "python",
+        "forked-1",
         [
             *["show", "--config", str(tmp_path / "recipe.yaml"), "--samples", "2", f"model.path={chats / 'llama'}"],
             *[f"data.train=[{tmp_path / 'train.jsonl'},{chats / 'val.jsonl'}]", "data.weights=[1,0.5]"],

@@ -241,26 +241,26 @@ def cases(world: int) -> list[Case]:
         made += [Case(kind, (f"zero={stage}", key, "ema.enabled=true"), resume=True) for stage in range(4)]
         made += [
             Case(kind, (f"zero={stage}", key, f"train.dtype={dtype}"), resume=stage == 1)
-            for stage in range(4)
-            for dtype in ("bf16", "fp16")
+            for stage, dtype in ((0, "fp16"), (1, "bf16"), (2, "fp16"), (3, "bf16"))
         ]
-        made += [Case(kind, (f"zero={stage}", key, "train.accumulation_steps=2")) for stage in (0, 2)]
+        made += [Case(kind, ("zero=2", key, "train.accumulation_steps=2"))]
         made += [
             Case(kind, ("zero=2", key, offloaded("optimizer"))),
             Case(kind, ("zero=3", key, offloaded("optimizer", "param"))),
         ]
         made += [Case(kind, ("zero=2", key, "train.activation_checkpointing=true"))]
-    made += [
-        Case(kind, (f"zero={stage}", "parallel.expert=2")) for kind in ("qwen3_moe", "mixtral") for stage in (1, 3)
-    ]
+    made += [Case(kind, (f"zero={stage}", "parallel.expert=2")) for kind, stage in (("qwen3_moe", 1), ("mixtral", 3))]
     made += [Case("mixtral", ("zero=2", "parallel.expert=2"), plain_kernels=True)]
     made += [Case(f"gated-{kind}", ("zero=2", "parallel.expert=2")) for kind in ("decoder-moe", "qwen3_moe")]
     made += [Case("llama-lora", (f"zero={stage}", "parallel.sequence=2")) for stage in (0, 3)]
     made += [
         Case(kind, (f"zero={stage}", f"parallel.{name}=2"))
-        for kind in ("llama", "qwen3")
-        for name in ("sequence", "tensor")
-        for stage in (1, 3)
+        for kind, name, stage in (
+            ("llama", "sequence", 3),
+            ("qwen3", "sequence", 1),
+            ("llama", "tensor", 1),
+            ("qwen3", "tensor", 3),
+        )
     ]
     made += [Case(kind, ("zero=1", "parallel.sequence=2")) for kind in ("decoder-moe", "mixtral", "qwen3_moe")]
     return made

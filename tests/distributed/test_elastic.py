@@ -17,19 +17,19 @@ from ds_llm.options import to_dict
 
 WORKER = Path(__file__).with_name("elastic_worker.py")
 # name: model, dtype, ZeRO stage at which two processes save it
-SAVED = {f"experts-{dtype}-{stage}": ("experts", dtype, stage) for dtype in ("fp32", "bf16") for stage in range(4)}
+SAVED = {f"experts-fp32-{stage}": ("experts", "fp32", stage) for stage in (0, 3)}
+SAVED |= {f"experts-bf16-{stage}": ("experts", "bf16", stage) for stage in range(4)}
 SAVED |= {f"experts-fp16-{stage}": ("experts", "fp16", stage) for stage in (0, 3)}
 SAVED |= {f"{model}-{stage}": (model, "bf16", stage) for model, stage in (("lora", 2), ("sparse", 3))}
 SAVED |= {f"offload-{stage}": ("experts", "bf16", f"{stage} offload") for stage in (2, 3)}
 # processes, name, stage at which they continue
-CASES = [(1, f"experts-fp32-{stage}", (stage + 1) % 4) for stage in range(4)]
-CASES += [(4, f"experts-fp32-{stage}", stage) for stage in range(4)]
+CASES = [(1, "experts-fp32-0", 1), (1, "experts-fp32-3", 0), (4, "experts-fp32-0", 0), (4, "experts-fp32-3", 2)]
 CASES += [(1, f"experts-bf16-{stage}", stage) for stage in range(4)]
 CASES += [(4, f"experts-bf16-{stage}", (stage + 2) % 4) for stage in range(4)]
-CASES += [(4, "experts-fp16-0", 2), (4, "experts-fp16-3", 0)]
-CASES += [(4, "lora-2", 3), (1, "lora-2", 1), (4, "sparse-3", 2), (1, "sparse-3", 3)]
-CASES += [(1, "offload-2", "2 offload"), (4, "experts-bf16-2", "2 offload"), (4, "offload-3", 3)]
-CASES += [(1, "offload-3", "3 offload"), (1, "experts-bf16-3", "3 offload")]
+CASES += [(4, "experts-fp16-0", 2), (1, "experts-fp16-3", 0)]
+CASES += [(4, "lora-2", 3), (1, "sparse-3", 3), (1, "sparse-3", 2)]
+CASES += [(1, "offload-2", "2 offload"), (1, "experts-bf16-2", "2 offload"), (1, "experts-bf16-3", "3 offload")]
+CASES += [(4, "offload-3", 3)]
 TAKEN = 3  # steps before saving, of the worker
 LOSS = {"fp32": 1e-5, "bf16": 1e-3, "fp16": 1e-3}
 LAUNCHERS = {1: "forked-1", 2: "forked", 4: "forked-4"}

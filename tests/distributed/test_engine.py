@@ -19,7 +19,7 @@ def found(tmp_path_factory) -> dict:
     """What both jobs report, by world size and case."""
     folder = tmp_path_factory.mktemp("engine")
     jobs = {}
-    for world, launcher in ((2, "forked"), (1, "python")):
+    for world, launcher in ((2, "forked"), (1, "forked-1")):
         jobs[world] = start(launcher, [str(folder / f"{world}.json"), str(folder / f"state{world}")], WORKER)
     reports = {}
     for world, job in jobs.items():

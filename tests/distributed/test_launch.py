@@ -40,10 +40,10 @@ def test_every_launcher_trains_the_same(tiny, tmp_path):
 
 
 def test_mistakes_end_all_ranks_with_one_line(tiny, corpus, tmp_path):
-    """A wrong key under deepspeed, a port in use under torchrun's environment, a folder in use under python."""
+    """A wrong key under deepspeed, one of DeepSpeed's, a missing file, a port in use."""
     wrong = start("deepspeed", [*tiny, "optim.lrr=1", f"output={tmp_path / 'a'}"])
-    missing = start("torchrun", [*tiny, "data.train=nowhere.bin", f"output={tmp_path / 'b'}"])
-    misspelt = start("python", [*tiny, "deepspeed.zero_optimzation.stage=3", f"output={tmp_path / 'c'}"])
+    missing = start("forked", [*tiny, "data.train=nowhere.bin", f"output={tmp_path / 'b'}"])
+    misspelt = start("forked-1", [*tiny, "deepspeed.zero_optimzation.stage=3", f"output={tmp_path / 'c'}"])
     _, err = misspelt.communicate(timeout=120)
     assert misspelt.returncode == 2
     assert "zero_optimzation: DeepSpeed has no such key; did you mean 'zero_optimization'?" in err
@@ -77,12 +77,12 @@ def test_mistakes_end_all_ranks_with_one_line(tiny, corpus, tmp_path):
 
 def test_two_runs_on_one_folder(tiny, tmp_path):
     output = tmp_path / "run"
-    first = start("python", [*tiny, "train.max_steps=100000", f"output={output}"])
+    first = start("forked-1", [*tiny, "train.max_steps=100000", f"output={output}"])
     try:
         while not (output / "metrics.jsonl").exists():
             assert first.poll() is None
         before = (output / "config.yaml").read_bytes()
-        second = launch("python", [*tiny, "train.max_steps=5", f"output={output}"])
+        second = launch("forked-1", [*tiny, "train.max_steps=5", f"output={output}"])
         assert second.returncode == 1 and first.poll() is None
         assert second.stderr == f"error: output: {output}: another run is writing there; {second.stderr.split('; ')[1]}"
         assert (output / "config.yaml").read_bytes() == before
@@ -132,8 +132,8 @@ def test_a_disk_too_small_is_noticed_before_writing(tiny, tmp_path):
 
 
 def test_print_config_is_a_configuration(tiny, tmp_path):
-    shown = launch("python", [*tiny, "--print-config"])
+    shown = launch("forked-1", [*tiny, "--print-config"])
     assert shown.returncode == 0
     (tmp_path / "shown.yaml").write_text(shown.stdout)
-    again = launch("python", ["--config", str(tmp_path / "shown.yaml"), "--print-config"])
+    again = launch("forked-1", ["--config", str(tmp_path / "shown.yaml"), "--print-config"])
     assert again.stdout == shown.stdout and "dim: 32" in shown.stdout

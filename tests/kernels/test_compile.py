@@ -21,9 +21,9 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("module", compile_check.MODULES)
+@pytest.mark.parametrize("module", ["token_stats"])
 def test_compiles_without_spills(module):
-    """In bf16; `python -m ds_llm.kernels.compile_check` alone compiles every dtype."""
+    """One module in bf16; `python -m ds_llm.kernels.compile_check`, which `make test` runs too, compiles all."""
     done = run("-m", "ds_llm.kernels.compile_check", "--module", module, "--dtype", "bf16")
     assert done.returncode == 0, done.stdout + done.stderr
     specs = importlib.import_module(f"ds_llm.kernels.{module}").compile_specs()

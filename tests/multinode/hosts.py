@@ -215,13 +215,11 @@ class Cluster:
         for space in [*(host.space for host in self.hosts), self.switch]:
             _take_down(space)
 
-    def launch(
-        self, script: Path, arguments: list[str], folder: Path, order: tuple[int, ...] = (0, 1), flags=(), **env
-    ):
-        """Start `deepspeed --hostfile` on the first of the hosts in `order`; returns the process."""
+    def launch(self, script: Path, arguments: list[str], folder: Path, **env):
+        """Start `deepspeed --hostfile` on the first host; returns the process."""
         folder.mkdir(exist_ok=True)
-        chosen = [self.hosts[number] for number in order]
-        (folder / "hostfile").write_text("".join(f"{host.name} slots=1\n" for host in chosen))
+        first = self.hosts[0]
+        (folder / "hostfile").write_text("".join(f"{host.name} slots=1\n" for host in self.hosts))
         settings = {
             "GLOO_SOCKET_IFNAME": "eth0",
             "DS_ACCELERATOR": "cpu",
@@ -232,10 +230,10 @@ class Cluster:
         (folder / ".deepspeed_env").write_text("".join(f"{name}={value}\n" for name, value in settings.items()))
         command = [
             *(str(Path(sys.executable).parent / "deepspeed"), "--hostfile", "hostfile", "--no_ssh_check"),
-            *("--master_addr", chosen[0].address, "--master_port", "29500", *flags, str(script), *arguments),
+            *("--master_addr", first.address, "--master_port", "29500", str(script), *arguments),
         ]
         return subprocess.Popen(
-            chosen[0].inside(*command),
+            first.inside(*command),
             cwd=folder,
             env={**os.environ, "PDSH_SSH_ARGS_APPEND": f"-F {self.folder}/ssh_config", "DS_ACCELERATOR": "cpu"},
             text=True,

@@ -1,5 +1,5 @@
-"""`deepspeed --hostfile` on two machines: training and scoring as on one, with folders shared and not shared, a machine
-that is cut off or loses its power, and machines that change places."""
+"""`deepspeed --hostfile` on two machines: training and scoring as on one, with folders shared and not shared, and a
+machine that is cut off or loses its power."""
 
 import os
 import re
@@ -69,14 +69,13 @@ def test_training_on_two_hosts_in_a_shared_folder_is_that_on_one(cluster, tiny, 
 
 
 def test_a_host_that_is_cut_off_ends_the_job_and_a_restart_goes_on(cluster, own, tiny, tmp_path):
-    """In a folder that is another one on each host; then the hosts change places, which is refused."""
+    """In a folder that is another one on each host."""
     red, blue = cluster.hosts
     output = cluster.apart / "run"
     limits = [f"stability.lost_timeout={LOST}", "checkpoint.every_steps=4", "checkpoint.keep=2", "model.dropout=0.1"]
     arguments = [*tiny, *limits, "zero=2", "eval.before=false", "data.val=[]", "train.max_steps=18"]
     one = launch("forked", [*arguments, f"output={tmp_path / 'one'}"])
     assert one.returncode == 0, one.stderr
-    logs = cluster.shared / "logs"
     slow = tmp_path / "slow.py"  # so that there is time to pull a cable
     slow.write_text(
         "import time; from ds_llm import trainer; step = trainer.Trainer._step\n"
@@ -103,22 +102,6 @@ def test_a_host_that_is_cut_off_ends_the_job_and_a_restart_goes_on(cluster, own,
         {p.name for p in folder.rglob("checkpoints/step-00000008/**/*optim_states.pt")} for folder in (on_red, on_blue)
     ]
     assert len(files[0]) == len(files[1]) == 1 and files[0] != files[1]
-
-    job = cluster.launch(
-        TRAIN,
-        [*arguments, f"output={output}"],
-        tmp_path / "here",
-        order=(1, 0),
-        flags=["--enable_each_rank_log", str(logs)],
-    )
-    out, err = end(job)
-    said = "".join(path.read_text() for path in logs.iterdir())
-    assert job.returncode != 0 and len(list(logs.iterdir())) == 2
-    (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
-    assert "step-00000008: the machines share no folder, and " in line, said
-    lacking = r"blue lacks \S+pp_rank_0\S+ and \d+ more \(on red\); red lacks \S+pp_rank_1\S+ and \d+ more \(on blue\)"
-    assert re.search(rf"{lacking}: start them in the order they had", line), line
-    assert "parameters, fp32" not in said  # no model was built
 
     job = cluster.launch(TRAIN, [*arguments, f"output={output}"], tmp_path / "here")
     out, err = end(job)

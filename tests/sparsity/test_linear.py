@@ -51,10 +51,11 @@ def fresh():
 
 
 def pruned(name: str, include=()):
-    """A model of random weights, about a third kept, and its masks."""
+    """A model of random weights, three tenths of each matrix kept, and its masks."""
     model = MODELS[name]().eval()
     for target in prunable(model, include):
-        target.weight.mul_(torch.rand_like(target.weight) < 0.3)
+        count = target.weight.numel()  # kept: as many each time, so that no other tensor may have that size by chance
+        target.weight.mul_((torch.randperm(count) < 0.3 * count).view_as(target.weight))
     return model, masks_from_zeros(model, include=include)
 
 

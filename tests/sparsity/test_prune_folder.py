@@ -202,7 +202,7 @@ def test_windows_of_token_files_and_beginnings_of_texts(corpus, text):
 def test_the_command(dense, text, tmp_path):
     arguments = ["--model", str(dense), "--out", str(tmp_path / "out"), "--method", "wanda", "--pattern", "2:4"]
     arguments += ["--data", str(text), "--sequences", "4", "--length", "32"]
-    job = start("python", arguments, ROOT / "launch" / "prune.py")
+    job = start("forked-1", arguments, ROOT / "launch" / "prune.py")
     out, err = job.communicate(timeout=120)
     assert job.returncode == 0, err
     assert "kept 50.00% of 13,824 weights in 14 matrices" in out

@@ -18,7 +18,7 @@ def found(tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("sparse")
     jobs = {
         world: start(launcher, [str(folder / f"{world}.json"), str(folder / f"state{world}"), *OFFLOADED], WORKER)
-        for world, launcher in ((2, "forked"), (1, "python"))
+        for world, launcher in ((2, "forked"), (1, "forked-1"))
     }
     for job in jobs.values():
         out, err = job.communicate(timeout=400)
