@@ -46,6 +46,7 @@ from ds_llm.parallel.division import Division
 from ds_llm.parallel.experts import is_expert_weight
 from ds_llm.parallel.tensor import note_whole_shapes
 from ds_llm.parameters import decay_groups, exact_buffers, leave_out, restore_buffers
+from ds_llm.peers import port_in_use
 from ds_llm.watchdog import watched
 
 # Blocks whose experts run on the tokens routed to them: ZeRO-3 must gather them whole, or ranks whose tokens skip an
@@ -103,11 +104,7 @@ def init_distributed() -> None:
     except dist.DistNetworkError as error:
         if "EADDRINUSE" not in str(error):
             raise
-        raise UserError(
-            f"port {os.environ['MASTER_PORT']}: another job on this machine uses it; choose another one, for example "
-            "deepspeed --master_port 29600 ... (torchrun: --master-port)",
-            any_rank=True,
-        ) from None
+        raise port_in_use() from None
     dist.barrier()  # every rank has mapped every buffer; without names they go when the last process does
     leftovers.unlink_shared_buffer()
 

@@ -323,6 +323,7 @@ def _endpoint(told: str) -> list[str]:
 
 
 def port_in_use() -> UserError:
+    """Where MASTER_PORT is taken."""
     return UserError(
         f"port {os.environ['MASTER_PORT']}: another job on this machine uses it; choose another one, for example "
         "deepspeed --master_port 29600 ... (torchrun: --master-port)",

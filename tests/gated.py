@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from jobs import VOCAB
 from transformers import AutoTokenizer, OlmoeConfig, OlmoeForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from ds_llm.convert_select_moe import select_moe
@@ -41,3 +42,10 @@ def save(kind: str, folder: Path, tokenizer: Path, vocab_size: int, spread: floa
 
 def convert(source: Path, out: Path, **options) -> Path:
     return select_moe(source, out, **{"init_std": 0.3, **options}).folder
+
+
+def pair(folder: Path, corpus: Path, chats: Path) -> Path:
+    """Select-MoE models: `decoder` with the tokenizer of the corpus, and `chat`, made of the chat model qwen3_moe."""
+    convert(save("decoder", folder / "original", corpus / "tokenizer", VOCAB), folder / "decoder")
+    convert(chats / "qwen3_moe", folder / "chat")
+    return folder

@@ -1,10 +1,8 @@
 """Fusing and taking out: what is written has the logits it should have, or nothing is written."""
 
-import subprocess
-
 import pytest
 import torch
-from jobs import ROOT, command, environment
+from jobs import ROOT, launch
 from transformers import AutoModelForCausalLM
 
 from ds_llm import convert
@@ -30,12 +28,7 @@ def logits(folder, ids):
 
 def test_commands_fuse_and_take_out(pair, tmp_path):
     ids = torch.randint(3, 250, (2, 20))
-    run = lambda *arguments: subprocess.run(  # noqa: E731
-        command("python", list(map(str, arguments)), ROOT / "launch/convert.py"),
-        env=environment(),
-        capture_output=True,
-        text=True,
-    )
+    run = lambda *arguments: launch("forked-1", list(map(str, arguments)), script=ROOT / "launch/convert.py")  # noqa: E731
     done = run("boost", "--models", *pair, "--out", tmp_path / "fused", "--lambda", "0.3")
     assert done.returncode == 0 and done.stderr == "", done.stderr
     assert "fused against the vote of 2 models, fp32: largest difference of the logits" in done.stdout

@@ -21,7 +21,7 @@ def steps(output) -> list[dict]:
 def test_every_launcher_trains_the_same(tiny, tmp_path):
     """One process with 4 accumulation steps, two with 2: the same batches, losses and gradient norms."""
     jobs = {}
-    for launcher, accumulation in (("python", 4), ("deepspeed", 2), ("torchrun", 2)):
+    for launcher, accumulation in (("forked-1", 4), ("deepspeed", 2), ("torchrun", 2)):
         more = [f"train.accumulation_steps={accumulation}", "train.max_steps=6", "model.use_moe=true"]
         jobs[launcher] = start(launcher, [*tiny, *more, f"output={tmp_path / launcher}"])
     for launcher, job in jobs.items():
@@ -30,7 +30,7 @@ def test_every_launcher_trains_the_same(tiny, tmp_path):
         assert err.strip() == "", err  # nobody's warnings
         assert "built successfully" not in out
         assert out.count("Summary") == 1  # one rank speaks
-    expected = steps(tmp_path / "python")
+    expected = steps(tmp_path / "forked-1")
     assert len(expected) == 6
     for launcher in ("deepspeed", "torchrun"):
         for one, other in zip(expected, steps(tmp_path / launcher), strict=True):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from gated import convert, save
-from jobs import VOCAB, launch
+from gated import pair
+from jobs import launch
 from safetensors.torch import load_file
 
 from ds_llm import config, metrics, trainer
@@ -21,10 +21,7 @@ from ds_llm.modes import router
 
 @pytest.fixture(scope="module")
 def models(corpus, chats, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    convert(save("decoder", folder / "original", corpus / "tokenizer", VOCAB), folder / "decoder")
-    convert(chats / "qwen3_moe", folder / "chat")
-    return folder
+    return pair(tmp_path_factory.mktemp("models"), corpus, chats)
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from gated import convert, save
-from jobs import ROOT, TRACKED, VOCAB, launch
+from gated import convert, pair
+from jobs import ROOT, TRACKED, launch
 from safetensors.torch import load_file
 
 from ds_llm import config, metrics, trainer
@@ -25,11 +25,7 @@ STEPS = 2
 
 @pytest.fixture(scope="module")
 def models(corpus, chats, tmp_path_factory) -> Path:
-    """Folder of Select-MoE models: `decoder` with the corpus' tokenizer, `chat` made of the chat model qwen3_moe."""
-    folder = tmp_path_factory.mktemp("models")
-    convert(save("decoder", folder / "original", corpus / "tokenizer", VOCAB), folder / "decoder")
-    convert(chats / "qwen3_moe", folder / "chat")
-    return folder
+    return pair(tmp_path_factory.mktemp("models"), corpus, chats)
 
 
 @pytest.fixture
