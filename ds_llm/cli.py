@@ -7,13 +7,17 @@ import logging
 import os
 import select
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from ds_llm import launchers
+from ds_llm import interrupt, launchers
 from ds_llm.errors import UserError
 
+# In which rank 0 says what is wrong for all: a launcher ends it as soon as another rank has ended. After that this rank
+# alone has the error, or the launcher leaves ranks alone.
+FIRST_RANK_SECONDS = 10.0
 # what gloo and NCCL say in a process whose peer has ended
 LOST_PEER = ("onnection closed by peer", "onnection reset by peer", "roken pipe", "remote process exited")
 
@@ -72,16 +76,32 @@ def import_extensions() -> None:
             raise UserError(f"DS_LLM_EXTENSIONS: {name} cannot be run: {reason}") from error
 
 
+def _ended_for_rank_0() -> bool:
+    """Wait while rank 0 may say an error that all ranks have; whether the launcher then ends this process."""
+    end = time.monotonic() + FIRST_RANK_SECONDS
+    while not interrupt.received and time.monotonic() < end:
+        time.sleep(0.05)
+    return interrupt.received
+
+
+def say(error: UserError) -> None:
+    """Print the line of an error that nobody has said yet."""
+    if not error.said:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    error.said = True
+
+
 def run(main: Callable[[], int | None]) -> None:
-    """Run `main` and exit with its result. A `UserError` becomes one line on stderr and its exit code."""
+    """Run `main` and exit with its result. A `UserError` becomes one line on stderr, of rank 0 where all
+    have it, and its exit code."""
     try:
         launchers.adopt()
         quiet()
         import_extensions()
         code = main() or 0
     except UserError as error:
-        if rank() == 0 or error.any_rank:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        if not rank() or error.any_rank or error.said or not _ended_for_rank_0():
+            say(error)
         code = error.exit_code
     except RuntimeError as error:  # torch's own distributed errors are such
         if world_size() == 1 or not any(words in str(error) for words in LOST_PEER) or _verbose():

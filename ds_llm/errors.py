@@ -5,12 +5,12 @@ class UserError(Exception):
     """A wrong option, file or environment. The message is one line: what is wrong, where, and what to do.
 
     Launch scripts print it without a traceback and exit with `exit_code`. Every rank finds the same mistake, so rank 0
-    speaks for all; `any_rank` is for what only one rank meets.
+    speaks for all; `any_rank` is for what only one rank meets. `said`: it stands on stderr already.
     """
 
     def __init__(self, message: str, exit_code: int = 1, any_rank: bool = False):
         super().__init__(message)
-        self.exit_code, self.any_rank = exit_code, any_rank
+        self.exit_code, self.any_rank, self.said = exit_code, any_rank, False
 
 
 class ConfigError(UserError):

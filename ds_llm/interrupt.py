@@ -7,6 +7,7 @@ import signal
 
 import psutil
 
+received = False  # whether this process was asked by a signal
 EXIT_CODE = 75  # EX_TEMPFAIL: the run was interrupted after saving; start it again with resume=auto
 
 
@@ -29,6 +30,8 @@ class Interrupt:
             signal.signal(number, handler)
 
     def _on_signal(self, number, frame) -> None:
+        global received
+        received = True
         self.reason = self.reason or signal.Signals(number).name
 
     def requested(self) -> bool:

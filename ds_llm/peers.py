@@ -120,7 +120,7 @@ class Peers:
                     with contextlib.suppress(RuntimeError):
                         self._store.set(self._key, FAILED + self.verdict.text)
             end = time.monotonic() + patience
-            while len(self._left | self._told) < self.world - 1:
+            while len(self._left | self._told) + self._late() < self.world - 1:
                 if self.verdict is not None and time.monotonic() > end:
                     break
                 time.sleep(BEAT_SECONDS / 20)
@@ -185,7 +185,10 @@ class Peers:
             self._key = f"ds_llm/peers/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{next(_meetings)}"
             if endpoint is not None:
                 self._store.set(self._key, endpoint)
-            return self._store.get(self._key).decode()
+            found = self._store.get(self._key).decode()
+            if found.startswith(FAILED):
+                self._store.add(f"{self._key}/late", 1)
+            return found
         except (dist.DistNetworkError, dist.DistStoreError, RuntimeError) as error:
             if "EADDRINUSE" in str(error):
                 raise port_in_use() from None
@@ -194,6 +197,13 @@ class Peers:
                 f"{self.start_seconds:g} s: did it start, and does this machine reach that address and port?",
                 any_rank=True,
             ) from None
+
+    def _late(self) -> int:
+        """Rank 0: how many have come when it had failed, and know it."""
+        with contextlib.suppress(RuntimeError):
+            if self.verdict is not None and self._store is not None:
+                return self._store.add(f"{self._key}/late", 0)
+        return 0
 
     def _connect(self, kind: str) -> socket.socket:
         address = os.environ.get("MASTER_ADDR", "127.0.0.1")
@@ -318,7 +328,9 @@ class Peers:
 def _endpoint(told: str) -> list[str]:
     """Port and secret of rank 0; `UserError`, which it has said itself, where it has failed already."""
     if told.startswith(FAILED):
-        raise UserError(told.removeprefix(FAILED))
+        error = UserError(told.removeprefix(FAILED))
+        error.said = True
+        raise error
     return told.split()
 
 

@@ -23,7 +23,7 @@ import threading
 import time
 from collections.abc import Iterator
 
-from ds_llm.cli import LOST_PEER, rank, world_size
+from ds_llm.cli import LOST_PEER, rank, say, world_size
 from ds_llm.errors import UserError
 from ds_llm.peers import BEAT_SECONDS, Peers, Verdict
 
@@ -203,6 +203,8 @@ def guard(hang_seconds: float, lost_seconds: float, section: str) -> Iterator[Pe
         failed = None
     except UserError as error:
         failed = str(error)
+        if rank() == 0 or error.any_rank:
+            say(error)  # before the others know: the first that ends has the launcher end this one
         raise
     except RuntimeError as error:
         failed = (str(error).strip() or type(error).__name__).splitlines()[0]
