@@ -265,7 +265,7 @@ class Sweep:
         page = self.report()
         counts = {s.name: sum(t.state == s for t in self.study.trials) for s in self.states}
         console.print(
-            f"{counts['COMPLETE']} trials finished, {counts['PRUNED']} ended early, {counts['FAIL']} failed; report: "
+            f"trials: {counts['COMPLETE']} finished, {counts['PRUNED']} ended early, {counts['FAIL']} failed; report: "
             f"{page}",
             markup=False,
         )

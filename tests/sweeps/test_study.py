@@ -149,7 +149,7 @@ def test_a_sweep_of_real_trainings(sweep, tmp_path, capsys):
     assert [row[0] for row in rows] == ["0", "2", "1", "3"]  # from the best to the worst, then what failed
     assert rows[0][1:5] == [f"{found[0].value:.6g}", "0.01", "4", "6"] and rows[0][-1] == "best"
     assert "is not divisible" in rows[2][-1]
-    assert "2 trials finished, 0 ended early, 2 failed" in capsys.readouterr().out
+    assert "trials: 2 finished, 0 ended early, 2 failed" in capsys.readouterr().out
     # the same command again does nothing more, another sweep is not mixed into this one
     started = len(Process.started)
     assert sweep(method="grid", parameters=parameters).run() == 0 and len(Process.started) == started
