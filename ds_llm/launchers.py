@@ -1,9 +1,9 @@
 """Rank and meeting point of a process that srun or mpirun started, in the variables that torch.distributed reads.
 
-`deepspeed` and `torchrun` set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT themselves; with
-`srun python launch/train.py` (which is also what `deepspeed --launcher slurm` runs) and `mpirun python launch/train.py` they
-come from the variables of these. What is set already stays.
-"""  # noqa: E501
+`deepspeed` and `torchrun` set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT themselves;
+with `srun python launch/train.py` (which is also what `deepspeed --launcher slurm` runs) and
+`mpirun python launch/train.py` they come from the variables of these. What is set already stays.
+"""
 
 from __future__ import annotations
 
