@@ -35,6 +35,7 @@ LATE_SECONDS = 10.0  # that rank 0, when it has failed, stays for those that are
 HELLO_SECONDS = 10.0  # for a new connection to say who it is
 SEND_SECONDS = 60.0  # for a message to leave; small ones do at once
 LONGEST_OBJECT, LONGEST_BYTES = 1 << 24, 1 << 31
+LONGEST_HELLO = 1 << 16  # from whoever connects
 FAILED = "failed: "  # what rank 0 leaves in the place of its endpoint
 LENGTHS = struct.Struct("<IQ")
 _meetings = itertools.count()  # of this process, in which jobs can follow each other
@@ -240,7 +241,7 @@ class Peers:
 
     def _serve(self, connection: socket.socket) -> None:
         try:
-            hello, _ = _receive(connection, HELLO_SECONDS)
+            hello, _ = _receive(connection, HELLO_SECONDS, LONGEST_HELLO)
             if not hmac.compare_digest(str(hello.get("token")), self._token):
                 return
             rank = int(hello["rank"])
@@ -369,12 +370,12 @@ def _send(connection: socket.socket, what: dict, data: bytes = b"") -> None:
     connection.sendall(LENGTHS.pack(len(text), len(data)) + text + data)
 
 
-def _receive(connection: socket.socket, patience: float | None) -> tuple[dict, bytes]:
-    """The next message. `Silence` after `patience` seconds of this process's own running time: while the whole job is
-    suspended, nobody is late."""
+def _receive(connection: socket.socket, patience: float | None, longest: int | None = None) -> tuple[dict, bytes]:
+    """The next message, of up to `longest` bytes. `Silence` after `patience` seconds of this process's running time: while
+    the whole job is suspended, nobody is late."""
     lengths = _read(connection, LENGTHS.size, patience)
     text, data = LENGTHS.unpack(lengths)
-    if text > LONGEST_OBJECT or data > LONGEST_BYTES:
+    if text > LONGEST_OBJECT or data > LONGEST_BYTES or (longest is not None and text + data > longest):
         raise ConnectionError("no message of this job")
     found = json.loads(_read(connection, text, patience))
     if not isinstance(found, dict):

@@ -158,6 +158,10 @@ def test_strangers_get_no_answer_and_disturb_nobody(job):
             stranger.shutdown(socket.SHUT_WR)
             stranger.settimeout(10)
             assert stranger.recv(100) == b""
+    with socket.create_connection(("127.0.0.1", port)) as stranger:  # who announces a long message is not listened to
+        stranger.sendall(module.LENGTHS.pack(10, module.LONGEST_HELLO))
+        stranger.settimeout(module.HELLO_SECONDS / 2)
+        assert stranger.recv(100) == b""
     zero.own["now"] = 1
     until(lambda: one.states.get(0, {}).get("now") == 1)
     assert zero.states[1]["host"] == one.own["host"] and zero.verdict is None
