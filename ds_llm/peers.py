@@ -371,8 +371,10 @@ def _send(connection: socket.socket, what: dict, data: bytes = b"") -> None:
 
 
 def _receive(connection: socket.socket, patience: float | None, longest: int | None = None) -> tuple[dict, bytes]:
-    """The next message, of up to `longest` bytes. `Silence` after `patience` seconds of this process's running time: while
-    the whole job is suspended, nobody is late."""
+    """The next message, of up to `longest` bytes.
+
+    `Silence` after `patience` seconds of this process's running time: while the whole job is suspended, nobody is late.
+    """
     lengths = _read(connection, LENGTHS.size, patience)
     text, data = LENGTHS.unpack(lengths)
     if text > LONGEST_OBJECT or data > LONGEST_BYTES or (longest is not None and text + data > longest):
