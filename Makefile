@@ -29,7 +29,7 @@ demo: setup
 	@PATH="$(CURDIR)/$(BIN):$$PATH" PROCESSES="$(PROCESSES)" bash launch/demo.sh
 
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 	$(BIN)/python -m ds_llm.kernels.compile_check
 
 lint: setup
