@@ -273,7 +273,7 @@ class Engine:
 
         trained_only: without frozen weights and buffers.
         """
-        state = dict(self._division.whole_weights(model, trained_only))
+        state = dict(self._division.whole_weights(model, _gathered, trained_only))
         if self.rank == 0 and not trained_only:
             persistent = model.state_dict().keys()
             state.update({n: b.detach().cpu() for n, b in model.named_buffers() if n in persistent})
@@ -377,3 +377,8 @@ def _require_gradient(_, args: tuple) -> tuple:
     if torch.is_grad_enabled() and not hidden.requires_grad:
         hidden = hidden.detach().requires_grad_()
     return hidden, *rest
+
+
+def _gathered(parameter: nn.Parameter):
+    """A context in which a parameter of ZeRO-3 is whole."""
+    return deepspeed.zero.GatheredParameters([parameter] if hasattr(parameter, "ds_id") else [])

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -74,16 +73,21 @@ class Division:
                 grad.mul_(factor)
         return norm
 
-    def whole_weights(self, model: nn.Module, trained_only: bool = False) -> Iterator[tuple[str, Tensor | None]]:
-        """Names and whole weights of `model` on the CPU, on rank 0 (None elsewhere), one at a time; collective."""
+    def whole_weights(
+        self, model: nn.Module, gathered: Callable, trained_only: bool = False
+    ) -> Iterator[tuple[str, Tensor | None]]:
+        """Names and whole weights of `model` on the CPU, on rank 0 (None elsewhere), one at a time; collective.
+
+        gathered: a context manager in which a parameter of ZeRO-3 is whole.
+        """
         for name, parameter in model.named_parameters():
             if experts.is_expert_weight(parameter) or (trained_only and not parameter.requires_grad):
                 continue
-            with _gathered(parameter):
+            with gathered(parameter):
                 split = tensor.split_dimension(parameter) is not None
                 whole = tensor.whole(parameter) if split else parameter.detach()
                 yield name, whole.to("cpu", copy=True) if self.layout.rank == 0 else None
-        yield from experts.whole_weights(model, _gathered)
+        yield from experts.whole_weights(model, gathered)
 
 
 def check(config: Config) -> None:
@@ -107,8 +111,3 @@ def check(config: Config) -> None:
 def is_divided(parameter: nn.Parameter) -> bool:
     """Whether ranks of a group hold different parts of a weight, other than ZeRO's."""
     return experts.is_expert_weight(parameter) or tensor.split_dimension(parameter) is not None
-
-
-def _gathered(parameter: nn.Parameter):
-    """A context in which a parameter of ZeRO-3 is whole."""
-    return deepspeed.zero.GatheredParameters([parameter] if hasattr(parameter, "ds_id") else [])
