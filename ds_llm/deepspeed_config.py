@@ -167,6 +167,13 @@ def adopt(config: Config, world_size: int) -> list[str]:
     return changed
 
 
+def dtype_key(config: Config) -> str:
+    """What sets the run's `train.dtype`: that key, or the one of the user's JSON from which `adopt` took it."""
+    dtype = config.train.dtype
+    in_json = read(config.deepspeed).get(dtype, {}).get("enabled") is True
+    return f"deepspeed: {dtype}.enabled" if in_json else f"train.dtype={dtype}"
+
+
 def build(config: Config, world_size: int) -> dict:
     """The whole JSON handed to DeepSpeed. `config` must have been through `adopt`."""
     user = read(config.deepspeed)

@@ -109,6 +109,13 @@ def init_distributed() -> None:
     leftovers.unlink_shared_buffer()
 
 
+def check_dtype(dtype: str, key: str) -> None:
+    """Raise `ConfigError` that names `key` for a type (fp32, bf16, fp16) in which DeepSpeed does not train here."""
+    if dtype == "fp16" and not deepspeed.get_accelerator().is_fp16_supported():
+        kind = "CPU" if device().type == "cpu" else "device"
+        raise ConfigError(f"{key}: DeepSpeed finds no fp16 arithmetic on this {kind}; use bf16 or fp32")
+
+
 def check_settings(config: Config) -> None:
     """Let DeepSpeed read the run's JSON before a model is built.
 

@@ -349,12 +349,13 @@ def train(config: Config) -> int:
     from importlib import import_module
 
     from ds_llm.cli import rank, world_size
-    from ds_llm.deepspeed_config import adopt
+    from ds_llm.deepspeed_config import adopt, dtype_key
 
     interrupt = Interrupt()
     for note in adopt(config, world_size()):
         console.print(note, markup=False)
     combinations.check(config, world_size())
+    engine.check_dtype(config.train.dtype, dtype_key(config))
     mode = import_module(f"ds_llm.modes.{config.mode}")
     data = mode.check(config)
     division.check(config)

@@ -68,6 +68,10 @@ def score(config: ScoreConfig, stop: Callable[[], str | None] = lambda: None) ->
     belong to another run, when no row can be scored, and when a rank fails.
     """
     options.check(config)
+    if config.zero3:
+        from ds_llm import engine  # DeepSpeed takes seconds to import
+
+        engine.check_dtype(config.dtype, f"score.dtype={config.dtype}")
     with watchdog.guard(config.hang_timeout, config.lost_timeout, "score") as peers:
         job = jobs.prepare(config)
         with jobs.lock(job):
