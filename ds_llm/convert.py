@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ds_llm.compat.transformers import choose_attention, chosen_attention
 from ds_llm.data.tokens import tokenizer_hash
 from ds_llm.errors import UserError
 from ds_llm.export import TOLERANCE, difference, logits, output_dtype, probe_tokens, write
@@ -127,7 +128,7 @@ def load_part(model: QwenBoostForCausalLM, index: int) -> nn.Module:
     if not (model.config.is_llmboost and index):
         return part
     config = type(part.config).from_dict(part.config.to_dict())
-    config._attn_implementation = part.config._attn_implementation
+    choose_attention(config, chosen_attention(part.config))
     plain = type(part)(config)
     weights = {name: value for name, value in part.state_dict().items() if not predecessor.is_connection(name)}
     plain.load_state_dict(weights, assign=True)

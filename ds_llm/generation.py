@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
-from transformers.generation.logits_process import NoRepeatNGramLogitsProcessor, RepetitionPenaltyLogitsProcessor
 
+from ds_llm.compat.transformers import NoRepeatNGramLogitsProcessor, RepetitionPenaltyLogitsProcessor
 from ds_llm.errors import UserError
 from ds_llm.models.loading import ensure_padding, load_model, load_model_config, load_tokenizer, match_tokenizer
 from ds_llm.sampling import SamplingParams, one_answer

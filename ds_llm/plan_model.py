@@ -11,6 +11,7 @@ from unittest import mock
 import torch
 from torch import nn
 
+from ds_llm.compat.transformers import choose_attention
 from ds_llm.config import Config
 from ds_llm.errors import ConfigError
 from ds_llm.modes import lengths
@@ -96,7 +97,7 @@ def _architecture(config: Config) -> tuple[object, Callable]:
     lora = config.lora if config.mode != "sparse" and config.lora.enabled else None
 
     def make(architecture) -> nn.Module:
-        architecture._attn_implementation = kernel
+        choose_attention(architecture, kernel)
         if config.model.path is None:
             model = DecoderForCausalLM(architecture)
         else:

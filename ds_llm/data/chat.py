@@ -193,7 +193,7 @@ def _marked_spans(tokenizer, template: _Template, messages, tools) -> list[tuple
     """What the template itself marks by `{% generation %}`, without the header."""
     if not re.search(r"\{%-?\s*generation\s*-?%\}", template.text):
         return []
-    from transformers.utils.chat_template_utils import render_jinja_template
+    from ds_llm.compat.transformers import render_jinja_template
 
     messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
     texts, spans = render_jinja_template(

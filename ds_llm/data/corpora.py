@@ -322,7 +322,8 @@ def _convert_gguf(folder: str, name: str, out: Path) -> None:
         raise UserError(f"package {error.name} is missing; run: pip install gguf accelerate") from None
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
-    from transformers.utils.logging import disable_progress_bar
+
+    from ds_llm.compat.transformers import disable_progress_bar
 
     disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)

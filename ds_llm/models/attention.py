@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ds_llm.models.hf_kernels import ATTENTION
+from ds_llm.compat.transformers import ATTENTION
 
 MODEL_TYPES = ("ds_llm_decoder", *ATTENTION)  # whose attention is causal, without sinks, soft caps or biases on scores
 

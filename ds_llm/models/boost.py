@@ -10,7 +10,6 @@ registers it with transformers' Auto classes.
 # no `from __future__ import annotations` here: the configuration's types are checked at run time
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Self
 
@@ -18,14 +17,20 @@ import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationMixin
-from transformers.cache_utils import Cache
-from transformers.configuration_utils import PreTrainedConfig
-from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
-from transformers.modeling_utils import PreTrainedModel
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-from transformers.utils import can_return_tuple
 
+from ds_llm.compat.hf_model import CACHE, CausalModel, cache_argument, model_output, takes_cache
+from ds_llm.compat.transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    Cache,
+    CausalLMOutputWithPast,
+    ModelOutput,
+    PreTrainedConfig,
+    PreTrainedModel,
+    can_return_tuple,
+    choose_attention,
+    chosen_attention,
+)
 from ds_llm.kernels.token_stats import TokenStats, linear_cross_entropy, linear_token_stats
 from ds_llm.models import predecessor
 from ds_llm.models.head import (
@@ -57,7 +62,7 @@ class QwenBoostConfig(PreTrainedConfig):
     model_type = "qwen_boost"
     has_no_defaults_at_init = True
     attribute_map = {"num_submodels": "num_sub_models"}  # noqa: RUF012 (transformers reads it from the class)
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+    keys_to_ignore_at_inference = [CACHE]  # noqa: RUF012
 
     num_sub_models: int | None = None
     sub_model_cfgs: list[dict] | None = None
@@ -142,13 +147,13 @@ def _layer_types(config: PreTrainedConfig) -> list[str]:
     return getattr(config, "layer_types", None) or [usual] * config.num_hidden_layers
 
 
-@dataclass
+@model_output
 class MixedOutput(ModelOutput):
     """`last_hidden_state` [B, S, sum of H_i]: those of the sub-models side by side. With experts, see `DecoderOutput`:
     `aux_loss` and `aux_report` of the sub-models that train, `expert_counts` of all layers."""
 
     last_hidden_state: Tensor | None = None
-    past_key_values: Cache | None = None
+    cache: Cache | None = None
     aux_loss: Tensor | None = None
     aux_report: Tensor | None = None
     expert_counts: Tensor | None = None
@@ -208,22 +213,23 @@ class MixedBackbone(nn.Module):
     def config(self) -> QwenBoostConfig:
         return self._model[0].config
 
+    @takes_cache
     def forward(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         use_cache: bool | None = None,
         token_mask: Tensor | None = None,
         **kwargs,
     ) -> MixedOutput:
         """Arguments as for any transformers decoder; token_mask [B, S] bool: False where padding, for experts."""
         model = self._model[0]
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         hidden, states, experts = [], None, []
-        for part, cache in zip(model.sub_models, self._caches(past_key_values), strict=True):
+        for part, part_cache in zip(model.sub_models, self._caches(cache), strict=True):
             body, extra = backbone(part), dict(kwargs)
             if token_mask is not None and getattr(body, "takes_token_mask", False):
                 extra["token_mask"] = token_mask
@@ -238,7 +244,7 @@ class MixedBackbone(nn.Module):
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=cache,
+                **cache_argument(part_cache),
                 use_cache=bool(use_cache),
                 **extra,
             )
@@ -247,7 +253,7 @@ class MixedBackbone(nn.Module):
                 states = predecessor.attention_inputs(part, out.hidden_states)
             if figures := expert_figures(out, balanced, attention_mask if token_mask is None else token_mask.long()):
                 experts.append((part, *figures))
-        found = MixedOutput(last_hidden_state=torch.cat(hidden, -1), past_key_values=past_key_values)
+        found = MixedOutput(last_hidden_state=torch.cat(hidden, -1), **cache_argument(cache))
         learning = [entry for entry in experts if any(p.requires_grad for p in entry[0].parameters())]
         if learning and len({entry[3].shape[-1] for entry in learning}) == 1:
             _, aux, report, counts = zip(*learning, strict=True)
@@ -263,7 +269,7 @@ class MixedBackbone(nn.Module):
         if not cache.layers:
             cache.layers.extend(DynamicCache(config=self.config).layers)
         if len(cache.layers) != sum(counts):
-            raise ValueError(f"past_key_values: has {len(cache.layers)} layers, the sub-models {sum(counts)}")
+            raise ValueError(f"cache: has {len(cache.layers)} layers, the sub-models {sum(counts)}")
         views, start = [], 0
         for count in counts:
             view = copy.copy(cache)
@@ -273,23 +279,18 @@ class MixedBackbone(nn.Module):
         return views
 
 
-class QwenBoostForCausalLM(PreTrainedModel, GenerationMixin):
+class QwenBoostForCausalLM(CausalModel, GenerationMixin):
     """A vote of causal language models (Qwen, Llama or any other architecture with a linear head)."""
 
     config_class = QwenBoostConfig
     base_model_prefix = ""
-    supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ("past_key_values",)
-    _supports_flash_attn = True
-    _supports_sdpa = True
-    _supports_attention_backend = True
 
     def __init__(self, config: QwenBoostConfig):
         super().__init__(config)
         parts = []
         for values in config.sub_model_cfgs:
             sub = _sub_config(values)
-            sub._attn_implementation = config._attn_implementation
+            choose_attention(sub, chosen_attention(config))
             kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(sub)]
             parts.append((kind[0] if isinstance(kind, tuple) else kind)(sub))
         self._adopt(parts)
@@ -332,7 +333,7 @@ class QwenBoostForCausalLM(PreTrainedModel, GenerationMixin):
             architectures=[cls.__name__],
             dtype=models[0].dtype,
         )
-        config._attn_implementation = models[0].config._attn_implementation
+        choose_attention(config, chosen_attention(models[0].config))
         with torch.device("meta"):
             fused = cls(config)
         fused._adopt(models)
@@ -354,13 +355,14 @@ class QwenBoostForCausalLM(PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> MixedHead:
         return self.lm_head
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -382,14 +384,14 @@ class QwenBoostForCausalLM(PreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             use_cache=use_cache,
             **kwargs,
         )
         loss, logits = loss_and_logits(
             self, out.last_hidden_state, labels, num_items_in_batch, logits_to_keep, out.aux_loss
         )
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=out.past_key_values)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **cache_argument(out.cache))
 
 
 AutoConfig.register(QwenBoostConfig.model_type, QwenBoostConfig)

@@ -7,7 +7,6 @@ of transformers' Llama. Importing this module registers it with transformers' Au
 
 # no `from __future__ import annotations` here: the configuration's types are checked at run time
 import math
-from dataclasses import dataclass
 from typing import Self
 
 import torch
@@ -15,17 +14,21 @@ import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, GenerationMixin
-from transformers import initialization as init
-from transformers.cache_utils import Cache
-from transformers.configuration_utils import PreTrainedConfig
-from transformers.masking_utils import create_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import ModelOutput
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
-from transformers.models.llama.modeling_llama import eager_attention_forward
-from transformers.utils import can_return_tuple
-from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from ds_llm.compat.hf_model import CACHE, CausalModel, cache_argument, model_output, takes_cache
+from ds_llm.compat.transformers import (
+    ALL_ATTENTION_FUNCTIONS,
+    Cache,
+    GradientCheckpointingLayer,
+    ModelOutput,
+    PreTrainedConfig,
+    can_return_tuple,
+    capture_outputs,
+    chosen_attention,
+    create_causal_mask,
+    eager_attention_forward,
+)
+from ds_llm.compat.transformers import initialization as init
 from ds_llm.config import ModelConfig
 from ds_llm.kernels.rope import apply_rope, rope_tables
 from ds_llm.models.head import LMHead, document_lengths, loss_and_logits
@@ -41,7 +44,7 @@ class DecoderConfig(PreTrainedConfig):
     """
 
     model_type = "ds_llm_decoder"
-    keys_to_ignore_at_inference = ["past_key_values", "aux_loss", "aux_report", "expert_counts"]  # noqa: RUF012
+    keys_to_ignore_at_inference = [CACHE, "aux_loss", "aux_report", "expert_counts"]  # noqa: RUF012
     base_model_tp_plan = {  # noqa: RUF012
         **{f"layers.*.self_attn.{name}_proj": "colwise" for name in "qkv"},
         **{f"layers.*.mlp.{name}_proj": "colwise" for name in ("gate", "up")},
@@ -143,7 +146,7 @@ def swiglu_width(hidden_size: int, multiple_of: int) -> int:
     return math.ceil(8 * hidden_size / 3 / multiple_of) * multiple_of
 
 
-@dataclass
+@model_output
 class DecoderOutput(ModelOutput):
     """Output of `DecoderModel`.
 
@@ -153,7 +156,7 @@ class DecoderOutput(ModelOutput):
     """
 
     last_hidden_state: Tensor | None = None
-    past_key_values: Cache | None = None
+    cache: Cache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
     router_logits: tuple[Tensor, ...] | None = None
@@ -162,13 +165,13 @@ class DecoderOutput(ModelOutput):
     expert_counts: Tensor | None = None
 
 
-@dataclass
+@model_output
 class DecoderCausalLMOutput(ModelOutput):
     """Output of `DecoderForCausalLM`; `logits` [B, S, V], None in training when labels are given."""
 
     loss: Tensor | None = None
     logits: Tensor | None = None
-    past_key_values: Cache | None = None
+    cache: Cache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
     router_logits: tuple[Tensor, ...] | None = None
@@ -195,16 +198,14 @@ class DecoderAttention(nn.Module):
         self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
         self.o_proj.into_residual = True
 
-    def forward(
-        self, hidden, rope, attention_mask=None, past_key_values=None, **kwargs
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(self, hidden, rope, attention_mask=None, cache=None, **kwargs) -> tuple[Tensor, Tensor | None]:
         """hidden [B, S, H], rope = (cos, sin) [S or B x S, head_dim / 2] -> output [B, S, H], attention weights."""
         shape = (*hidden.shape[:-1], -1, self.head_dim)
         q, k = apply_rope(self.q_proj(hidden).view(shape), self.k_proj(hidden).view(shape), *rope)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), self.v_proj(hidden).view(shape).transpose(1, 2)
-        if past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(chosen_attention(self.config), eager_attention_forward)
         dropout = self.config.attention_dropout if self.training else 0.0
         out, weights = attend(self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
         return self.o_proj(out.reshape(*hidden.shape[:-1], -1)), weights
@@ -221,9 +222,10 @@ class DecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(self, hidden, rope, attention_mask=None, past_key_values=None, token_mask=None, **kwargs):
+    @takes_cache
+    def forward(self, hidden, rope, attention_mask=None, cache=None, token_mask=None, **kwargs):
         """Returns (hidden [B, S, H],), followed by what `MoEBlock` returns beside its output."""
-        out, _ = self.self_attn(self.input_layernorm(hidden), rope, attention_mask, past_key_values, **kwargs)
+        out, _ = self.self_attn(self.input_layernorm(hidden), rope, attention_mask, cache, **kwargs)
         hidden = hidden + F.dropout(out, self.dropout, self.training)
         normed = self.post_attention_layernorm(hidden)
         if isinstance(self.mlp, MoEBlock):
@@ -233,20 +235,13 @@ class DecoderLayer(GradientCheckpointingLayer):
         return hidden + F.dropout(out, self.dropout, self.training), *rest
 
 
-class DecoderPreTrainedModel(PreTrainedModel):
+class DecoderPreTrainedModel(
+    CausalModel,
+    records={"hidden_states": (DecoderLayer, 0), "attentions": (DecoderAttention, 1), "router_logits": (Router, 0)},
+):
     config_class = DecoderConfig
     base_model_prefix = "model"
-    supports_gradient_checkpointing = True
     _no_split_modules = ("DecoderLayer",)
-    _skip_keys_device_placement = ("past_key_values",)
-    _supports_flash_attn = True
-    _supports_sdpa = True
-    _supports_attention_backend = True
-    _can_record_outputs = {  # noqa: RUF012 (transformers reads it from the class)
-        "hidden_states": OutputRecorder(DecoderLayer, index=0),
-        "attentions": OutputRecorder(DecoderAttention, index=1),
-        "router_logits": OutputRecorder(Router, index=0),
-    }
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -281,13 +276,14 @@ class DecoderModel(DecoderPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @takes_cache
     @capture_outputs
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         token_mask: Tensor | None = None,
@@ -309,18 +305,18 @@ class DecoderModel(DecoderPreTrainedModel):
             config=self.config,
             inputs_embeds=hidden,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             position_ids=position_ids,
+            **cache_argument(cache),
         )
-        flash = "flash" in (self.config._attn_implementation or "")
-        if flash and position_ids is not None and attention_mask is None and past_key_values is None:
+        flash = "flash" in (chosen_attention(self.config) or "")
+        if flash and position_ids is not None and attention_mask is None and cache is None:
             kwargs = {**document_lengths(position_ids.expand(batch, -1)), **kwargs}
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         if position_ids is None:
-            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            seen = cache.get_seq_length() if cache is not None else 0
             positions = torch.arange(length, device=hidden.device) + seen
         else:
             positions = position_ids[0] if position_ids.shape[0] == 1 else position_ids
@@ -334,34 +330,33 @@ class DecoderModel(DecoderPreTrainedModel):
                 hidden,
                 rope,
                 attention_mask=causal_mask,
-                past_key_values=past_key_values,
                 token_mask=token_mask,
+                **cache_argument(cache),
                 **kwargs,
             )
             stats.append(rest)
-        out = DecoderOutput(last_hidden_state=self.norm(hidden), past_key_values=past_key_values)
+        out = DecoderOutput(last_hidden_state=self.norm(hidden), **cache_argument(cache))
         if self.config.use_moe:
             aux, balance, counts = (torch.stack(column) for column in zip(*stats, strict=True))
             out.aux_loss, out.aux_report, out.expert_counts = aux.sum(), balance.mean(), counts
         return out
 
 
-class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 (read from the class)
-
+class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin, tied={"lm_head.weight": "model.embed_tokens.weight"}):
     def __init__(self, config: DecoderConfig):
         super().__init__(config)
         self.model = DecoderModel(config)
         self.lm_head = LMHead(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -379,7 +374,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -390,7 +385,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         return DecoderCausalLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=out.past_key_values,
+            **cache_argument(out.cache),
             hidden_states=out.hidden_states,
             attentions=out.attentions,
             router_logits=out.router_logits,

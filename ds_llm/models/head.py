@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.utils.checkpoint import checkpoint
 
+from ds_llm.compat.transformers import chosen_attention
 from ds_llm.errors import UserError
 from ds_llm.kernels.token_stats import TokenStats, linear_cross_entropy, linear_token_stats
 
@@ -226,7 +227,7 @@ def run_backbone(
     body = backbone(model)
     if token_mask is not None and getattr(body, "takes_token_mask", False):
         options["token_mask"] = token_mask
-    flash = "flash" in (getattr(body.config, "_attn_implementation", None) or "")
+    flash = "flash" in (chosen_attention(body.config) or "")
     if flash and position_ids is not None and attention_mask is None:
         options.update(document_lengths(position_ids))
     return body(

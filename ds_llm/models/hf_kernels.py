@@ -11,21 +11,11 @@ from importlib import import_module
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ds_llm.compat.transformers import ATTENTION, EXPERTS, ROUTERS, apply_gate, experts_kernel
 from ds_llm.kernels.moe_routing import permute, route, unpermute
 from ds_llm.kernels.rope import apply_rope
 from ds_llm.models.moe import grouped_linear
 
-# class names by file of transformers.models; other files of the same layout differ in what surrounds the rotation
-ATTENTION = {
-    "llama": "LlamaAttention",
-    "qwen2": "Qwen2Attention",
-    "qwen3": "Qwen3Attention",
-    "qwen3_moe": "Qwen3MoeAttention",
-    "mixtral": "MixtralAttention",
-    "olmoe": "OlmoeAttention",
-}
-ROUTERS = {"qwen3_moe": "Qwen3MoeTopKRouter", "mixtral": "MixtralTopKRouter", "olmoe": "OlmoeTopKRouter"}
-EXPERTS = {"qwen3_moe": "Qwen3MoeExperts", "mixtral": "MixtralExperts", "olmoe": "OlmoeExperts"}
 # what a model has unless its user asked for another implementation
 DEFAULT_EXPERTS = (None, "eager", "grouped_mm")
 
@@ -68,7 +58,7 @@ def _route_float32_weights(self, hidden_states: Tensor) -> tuple[Tensor, Tensor,
 def _experts(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Forward of gated experts: hidden [T, H], index and weights [T, K] -> [T, H]."""
     rows, offsets, inverse = permute(hidden_states, top_k_index, self.num_experts)
-    rows = self._apply_gate(grouped_linear(rows, self.gate_up_proj, offsets))
+    rows = apply_gate(self)(grouped_linear(rows, self.gate_up_proj, offsets))
     out = unpermute(grouped_linear(rows, self.down_proj, offsets), inverse, top_k_weights)
     return out.to(hidden_states.dtype)
 
@@ -110,7 +100,7 @@ def _accelerated(module: nn.Module) -> tuple[str, type | None] | None:
     if original.__name__ == ROUTERS.get(file):
         return "routers", _with_forward(original, _route_float32_weights if file == "mixtral" else _route)
     if original.__name__ == EXPERTS.get(file):
-        supported = getattr(module.config, "_experts_implementation", None) in DEFAULT_EXPERTS
+        supported = experts_kernel(module.config) in DEFAULT_EXPERTS
         return "experts", _with_forward(original, _experts) if supported else None
     return None
 

@@ -20,14 +20,19 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-from transformers.utils import is_flash_attn_2_available
-from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 import ds_llm.models.decoder
 import ds_llm.models.select_moe  # noqa: F401 (they register the project's models with the Auto classes)
 from ds_llm.cli import rank
+from ds_llm.compat.transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    disable_progress_bar,
+    enable_progress_bar,
+    is_flash_attn_2_available,
+    is_progress_bar_enabled,
+    supported_kernels,
+)
 from ds_llm.config import DTYPES
 from ds_llm.data.tokenizer import load_tokenizer as read_tokenizer
 from ds_llm.errors import UserError
@@ -281,11 +286,7 @@ def _model_class(config) -> type:
 def _supported(config, asked: str, kernel: str) -> str:
     """The kernel, or for `auto` the best one the architecture has."""
     model = _model_class(config)
-    has = {
-        "flash_attention_2": getattr(model, "_supports_flash_attn", False),
-        "sdpa": getattr(model, "_supports_sdpa", False),
-        "eager": True,
-    }
+    has = supported_kernels(model) | {"eager": True}
     if asked != "auto":
         if not has[kernel]:
             raise UserError(f"attention {kernel}: a '{config.model_type}' model does not have it; use auto or eager")

@@ -7,24 +7,25 @@ decoder), under the same names, so that model's weight files are also this one's
 
 # no `from __future__ import annotations` here: the configuration's types are checked at run time
 import dataclasses
-from dataclasses import dataclass
 
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin
-from transformers import initialization as init
-from transformers.cache_utils import Cache
-from transformers.configuration_utils import PreTrainedConfig
-from transformers.modeling_outputs import ModelOutput
-from transformers.modeling_utils import PreTrainedModel
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
+from ds_llm.compat.hf_model import CACHE, CausalModel, cache_argument, model_output, takes_cache
 
 # `ds_llm.models.head.balancing_loss` takes it from the module of the model's class, as from those of transformers
-from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func  # noqa: F401
-from transformers.utils import can_return_tuple
-
+from ds_llm.compat.transformers import (
+    CONFIG_MAPPING,
+    MODEL_MAPPING,
+    Cache,
+    ModelOutput,
+    PreTrainedConfig,
+    can_return_tuple,
+    load_balancing_loss_func,  # noqa: F401
+)
+from ds_llm.compat.transformers import initialization as init
 from ds_llm.errors import UserError
 from ds_llm.models.head import LMHead, balancing_loss, loss_and_logits
 from ds_llm.models.quality_gate import OPTION, QualityGate, add_gates
@@ -50,7 +51,7 @@ class SelectMoeConfig(PreTrainedConfig):
     has_no_defaults_at_init = True
     sub_configs = {"text_config": AutoConfig}  # noqa: RUF012 (transformers reads it from the class)
     keys_to_ignore_at_inference = [  # noqa: RUF012
-        "past_key_values",
+        CACHE,
         "aux_loss",
         "quality_loss",
         "quality_scores",
@@ -104,7 +105,7 @@ class SelectMoeConfig(PreTrainedConfig):
         return QualityOptions(**{f.name: getattr(self, f.name) for f in dataclasses.fields(QualityOptions)})
 
 
-@dataclass
+@model_output
 class SelectMoeOutput(ModelOutput):
     """Output of `SelectMoeForCausalLM`.
 
@@ -115,7 +116,7 @@ class SelectMoeOutput(ModelOutput):
 
     loss: Tensor | None = None
     logits: Tensor | None = None
-    past_key_values: Cache | None = None
+    cache: Cache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
     router_logits: tuple[Tensor, ...] | None = None
@@ -124,15 +125,9 @@ class SelectMoeOutput(ModelOutput):
     quality_loss: Tensor | None = None
 
 
-class SelectMoeForCausalLM(PreTrainedModel, GenerationMixin):
+class SelectMoeForCausalLM(CausalModel, GenerationMixin, tied={"lm_head.weight": "model.embed_tokens.weight"}):
     config_class = SelectMoeConfig
     base_model_prefix = "model"
-    supports_gradient_checkpointing = True
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 (read from the class)
-    _skip_keys_device_placement = ("past_key_values",)
-    _supports_flash_attn = True
-    _supports_sdpa = True
-    _supports_attention_backend = True
 
     def __init__(self, config: SelectMoeConfig):
         super().__init__(config)
@@ -151,13 +146,14 @@ class SelectMoeForCausalLM(PreTrainedModel, GenerationMixin):
                 init.normal_(gate.weight, self.config.quality_gate_init_mean, self.config.quality_gate_init_std)
         super().initialize_weights()
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -182,7 +178,7 @@ class SelectMoeForCausalLM(PreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            **cache_argument(cache),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -197,7 +193,7 @@ class SelectMoeForCausalLM(PreTrainedModel, GenerationMixin):
         return SelectMoeOutput(
             loss=loss,
             logits=logits,
-            past_key_values=out.past_key_values,
+            **cache_argument(out.get(CACHE)),
             hidden_states=out.hidden_states,
             attentions=out.attentions,
             aux_loss=aux,

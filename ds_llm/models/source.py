@@ -18,8 +18,8 @@ from urllib.request import getproxies
 
 from huggingface_hub import constants
 from transformers import PreTrainedConfig
-from transformers.utils.peft_utils import find_adapter_config_file
 
+from ds_llm.compat.transformers import find_adapter_config_file
 from ds_llm.errors import UserError
 
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")

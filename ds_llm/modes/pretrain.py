@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ds_llm.compat.transformers import choose_attention
 from ds_llm.config import Config
 from ds_llm.data.tokens import TokenData
 from ds_llm.errors import ConfigError, UserError
@@ -89,7 +90,7 @@ def build(config: Config, data: Data) -> Job:
         size = config.model.vocab_size or len(data.tokenizer)
         tokens = {f"{name}_token_id": getattr(data.tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
         decoder = DecoderConfig.from_model_config(config.model, size, **tokens)
-        decoder._attn_implementation = attention_kernel(config.model.attention, config.train.dtype)
+        choose_attention(decoder, attention_kernel(config.model.attention, config.train.dtype))
         model = DecoderForCausalLM(decoder)
         attach_loss_head(model)
         if config.train.activation_checkpointing:

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ds_llm.compat.transformers import chosen_attention
 from ds_llm.config import Config
 from ds_llm.models.head import backbone
 from ds_llm.parallel import experts, sequence, tensor
@@ -25,7 +26,7 @@ class Division:
         self.layout = layout = Layout.of(config.parallel)
         self.module, self._clipping = module, 0.0
         if layout.sequence > 1:
-            self._kernel = backbone(module.model).config._attn_implementation
+            self._kernel = chosen_attention(backbone(module.model).config)
             self._rows = neighbours(layout.sequence)
         if layout.expert > 1:
             experts.spread(module, layout.expert)

@@ -26,9 +26,9 @@ from deepspeed.checkpoint.constants import (
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from torch import Tensor, nn
 
+from ds_llm.compat.transformers import EXPERTS
 from ds_llm.errors import UserError
 from ds_llm.kernels.moe_routing import permute, unpermute
-from ds_llm.models.hf_kernels import EXPERTS
 from ds_llm.models.moe import Experts, grouped_linear
 from ds_llm.parallel.layout import Exchange
 

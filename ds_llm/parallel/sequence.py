@@ -15,8 +15,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ds_llm.compat.transformers import ALL_ATTENTION_FUNCTIONS
 from ds_llm.errors import UserError
 from ds_llm.models.attention import MODEL_TYPES, document_attention
 from ds_llm.models.head import IGNORE_INDEX, document_lengths

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from torch import nn
 from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface
 
+from ds_llm.compat.transformers import AttentionMaskInterface, chosen_attention
 from ds_llm.models.attention import MODEL_TYPES, document_attention
 from ds_llm.models.head import backbone
 
@@ -18,7 +18,7 @@ NAME = "ds_llm_documents"
 def attend_by_document(model: nn.Module) -> bool:
     """Let a model on a CPU use `document_attention`; whether it does. Its inputs must then be one row of documents."""
     body = backbone(model)
-    if body.config.model_type not in MODEL_TYPES or body.config._attn_implementation != "sdpa":
+    if body.config.model_type not in MODEL_TYPES or chosen_attention(body.config) != "sdpa":
         return False
     body.set_attn_implementation(NAME)
     return True

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 import ds_llm.scoring.router  # noqa: F401 (registers its metric)
 from ds_llm.cli import world_size
+from ds_llm.compat.transformers import chosen_attention
 from ds_llm.config import Config
 from ds_llm.errors import UserError
 from ds_llm.hardware import share_cores
@@ -103,7 +104,7 @@ class Scorer:
         self._prefix = self._find_prefix() if self._unconditional else None
         body = backbone(model)
         on_cpu = torch.device(device or _accelerator()).type == "cpu"
-        self._packed = "flash" in (body.config._attn_implementation or "") or (on_cpu and attend_by_document(model))
+        self._packed = "flash" in (chosen_attention(body.config) or "") or (on_cpu and attend_by_document(model))
         self._takes_token_mask = getattr(body, "takes_token_mask", False)
         self._vocabulary = model.get_input_embeddings().num_embeddings
         self._open = ExitStack()
@@ -179,6 +180,7 @@ class Scorer:
         config = Config(zero=3)
         dtype = next(run.parameters()).dtype
         config.train.dtype = next(name for name, value in TORCH_DTYPES.items() if value == dtype)
+        engine.check_dtype(config.train.dtype, f"dtype {config.train.dtype}")
         if offload:
             offloaded = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
             config.deepspeed = {"zero_optimization": {"stage": 3, "offload_param": offloaded}}

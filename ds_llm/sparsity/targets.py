@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
+from ds_llm.compat.transformers import Conv1D, apply_gate
 from ds_llm.errors import UserError
 from ds_llm.models.boost import QwenBoostForCausalLM
 from ds_llm.models.moe import Experts, swiglu
@@ -108,7 +108,7 @@ def ends(model: nn.Module, include: Iterable[str]) -> list[Target]:
 
 def is_experts(module: nn.Module) -> bool:
     """Whether a module is a stack of experts: 3-D weights, and a forward that is told the routing."""
-    if not (isinstance(module, Experts) or hasattr(module, "_apply_gate")):
+    if not (isinstance(module, Experts) or apply_gate(module)):
         return False
     stacks = {name for name, p in module.named_parameters(recurse=False) if p.dim() == 3}
     return OUT in stacks and bool(stacks.intersection(IN))
@@ -137,4 +137,4 @@ def expert_hidden(module: nn.Module, rows: Tensor, expert: int) -> Tensor:
     out = nn.functional.linear(rows, getattr(module, name)[expert], None if bias is None else bias[expert])
     if isinstance(module, Experts):
         return swiglu(*out.chunk(2, dim=-1))
-    return module._apply_gate(out) if module.has_gate else module.act_fn(out)
+    return apply_gate(module)(out) if module.has_gate else module.act_fn(out)

@@ -156,8 +156,8 @@ def test_logits_step_by_step_equal_one_pass(extra):
     whole = model(input_ids=ids).logits
     cache, parts = None, []
     for piece in ids.split([6, 1, 1, 5, 2], dim=1):
-        out = model(input_ids=piece, past_key_values=cache, use_cache=True)
-        cache, parts = out.past_key_values, [*parts, out.logits]
+        out = model(input_ids=piece, cache=cache, use_cache=True)
+        cache, parts = out.cache, [*parts, out.logits]
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-5, atol=1e-5)
     last = model(input_ids=ids, logits_to_keep=3).logits
     torch.testing.assert_close(last, whole[:, -3:], rtol=1e-5, atol=1e-5)

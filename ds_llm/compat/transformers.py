@@ -1,0 +1,95 @@
+"""transformers 5.17 to 5.24: names outside its top-level interface, and class names of its models.
+
+`NAMES`: each such name, the module it lies in and what it is for. Models are built with `ds_llm.compat.hf_model`.
+"""
+
+from __future__ import annotations
+
+from ds_llm.compat.names import lookup
+
+NAMES = {
+    # configurations and models
+    "CONFIG_MAPPING": ("transformers.models.auto.configuration_auto", "configuration class of a `model_type`"),
+    "MODEL_MAPPING": ("transformers.models.auto.modeling_auto", "backbone class of a configuration class"),
+    "MODEL_FOR_CAUSAL_LM_MAPPING": (
+        "transformers.models.auto.modeling_auto",
+        "language model class of a configuration class",
+    ),
+    "PreTrainedConfig": ("transformers.configuration_utils", "base of our configurations"),
+    "PreTrainedModel": ("transformers.modeling_utils", "base of our models"),
+    "ModelOutput": ("transformers.modeling_outputs", "base of our models' outputs"),
+    "CausalLMOutputWithPast": ("transformers.modeling_outputs", "output of the boosted model"),
+    "GradientCheckpointingLayer": ("transformers.modeling_layers", "base of the decoder's layers"),
+    "Cache": ("transformers.cache_utils", "type of the key-value cache"),
+    "initialization": ("transformers", "fills weights unless a file has given them"),
+    "can_return_tuple": ("transformers.utils", "serves `return_dict=False`"),
+    "capture_outputs": ("transformers.utils.output_capturing", "collects what layers return, on request"),
+    "OutputRecorder": ("transformers.utils.output_capturing", "says which layers give which output"),
+    "Conv1D": ("transformers.pytorch_utils", "GPT-2's linear layers, which pruning treats as such"),
+    "find_adapter_config_file": ("transformers.utils.peft_utils", "finds an adapter's configuration on the hub"),
+    # attention
+    "ALL_ATTENTION_FUNCTIONS": ("transformers.modeling_utils", "attention kernel of a name"),
+    "AttentionMaskInterface": ("transformers.masking_utils", "says which mask our attention kernels get"),
+    "create_causal_mask": ("transformers.masking_utils", "causal mask, block-diagonal for packed documents"),
+    "eager_attention_forward": ("transformers.models.llama.modeling_llama", "attention that returns its weights"),
+    "is_flash_attn_2_available": ("transformers.utils", "whether flash-attn can be used"),
+    "load_balancing_loss_func": ("transformers.models.mixtral.modeling_mixtral", "balance loss of models with experts"),
+    # generation and chats
+    "NoRepeatNGramLogitsProcessor": ("transformers.generation.logits_process", "bans repeated n-grams"),
+    "RepetitionPenaltyLogitsProcessor": ("transformers.generation.logits_process", "penalises repeated tokens"),
+    "render_jinja_template": ("transformers.utils.chat_template_utils", "renders chats, with the assistant's spans"),
+    # output on the terminal
+    "disable_progress_bar": ("transformers.utils.logging", "hides the bars of loading"),
+    "enable_progress_bar": ("transformers.utils.logging", "shows them again"),
+    "is_progress_bar_enabled": ("transformers.utils.logging", "whether they were shown"),
+}
+# Blocks whose experts run on the tokens routed to them; the project's own is MoEBlock.
+MOE_BLOCKS = (
+    "MoEBlock",
+    "MixtralSparseMoeBlock",
+    "OlmoeSparseMoeBlock",
+    "Qwen2MoeSparseMoeBlock",
+    "Qwen3MoeSparseMoeBlock",
+)
+# class names by file of transformers.models; other files of the same layout differ in what surrounds the rotation
+ATTENTION = {
+    "llama": "LlamaAttention",
+    "qwen2": "Qwen2Attention",
+    "qwen3": "Qwen3Attention",
+    "qwen3_moe": "Qwen3MoeAttention",
+    "mixtral": "MixtralAttention",
+    "olmoe": "OlmoeAttention",
+}
+ROUTERS = {"qwen3_moe": "Qwen3MoeTopKRouter", "mixtral": "MixtralTopKRouter", "olmoe": "OlmoeTopKRouter"}
+EXPERTS = {"qwen3_moe": "Qwen3MoeExperts", "mixtral": "MixtralExperts", "olmoe": "OlmoeExperts"}
+
+
+def chosen_attention(config) -> str | None:
+    """Name of the attention kernel that a model of this configuration uses, None where none was chosen."""
+    return getattr(config, "_attn_implementation", None)
+
+
+def choose_attention(config, name: str | None) -> None:
+    """Have models built from this configuration use the attention kernel of a name."""
+    config._attn_implementation = name
+
+
+def supported_kernels(model) -> dict[str, bool]:
+    """Which of the attention kernels `flash_attention_2` and `sdpa` a model or model class says it can use."""
+    return {
+        "flash_attention_2": getattr(model, "_supports_flash_attn", False),
+        "sdpa": getattr(model, "_supports_sdpa", False),
+    }
+
+
+def experts_kernel(config) -> str | None:
+    """Name of the experts' implementation that was asked for, None where none was."""
+    return getattr(config, "_experts_implementation", None)
+
+
+def apply_gate(experts):
+    """The method of a module of experts that joins gate and up projections, None where it has none."""
+    return getattr(experts, "_apply_gate", None)
+
+
+__getattr__ = lookup("transformers", NAMES)
