@@ -16,7 +16,8 @@ def cases(small: bool) -> Iterator[KernelCase]:
     dtype = torch.float32 if small else torch.bfloat16
     for density in (0.1, 0.5):
         yield from sparse_cases(rows, columns, density, dtype)
-    for tokens, hidden, vocabulary in [(512, 256, 8192)] if small else [(16384, 2048, 151936), (16384, 4096, 128256)]:
+    large = (16384, 2048, 151936), (16384, 4096, 128256), (4096, 4096, 128256)
+    for tokens, hidden, vocabulary in [(512, 256, 8192)] if small else large:
         yield stats_case(tokens, hidden, vocabulary, dtype)
         yield cross_entropy_case(tokens, hidden, vocabulary, dtype)
 

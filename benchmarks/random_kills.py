@@ -31,7 +31,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import torch
 
 from benchmarks import machine
-from ds_llm import cli, config, metrics, reshard, trainer
+from benchmarks.run_results import trained
+from ds_llm import cli, config, trainer
 from ds_llm.data.clean import clean
 from ds_llm.data.encode import encode
 from ds_llm.data.tokenizer import train_tokenizer
@@ -119,7 +120,12 @@ def works(inputs: Path) -> dict[str, Work]:
     flags |= {"tokens_per_batch": 64, "report": False}
     texts = [inputs / "texts.jsonl"]
     found = [
-        Work("train", lambda out: trainer.train(config.load(None, [*keys, f"output={out}"])), trained, train_phase),
+        Work(
+            "train",
+            lambda out: trainer.train(config.load(None, [*keys, f"output={out}"])),
+            lambda out: trained(out, STEPS),
+            train_phase,
+        ),
         Work("clean", lambda out: clean(texts, out / "out.jsonl", **small), files, prepare_phase),
         Work(
             "tokens",
@@ -138,34 +144,6 @@ def files(out: Path) -> dict[str, bytes]:
 
 def scored(out: Path) -> dict[str, bytes]:
     return {name: (out / name).read_bytes() for name in ("s", "s.d/rows.parquet")}
-
-
-def trained(out: Path) -> dict[str, object]:
-    """The last checkpoint, the exported model and the figures of every step and evaluation."""
-    last = out / "checkpoints" / f"step-{STEPS:08d}"
-    found: dict[str, object] = {"metrics": metrics.deterministic(metrics.read(out / "metrics.jsonl"))}
-    for path in sorted(p for place in (last, out / "model") for p in place.rglob("*") if p.is_file()):
-        name = str(path.relative_to(out))
-        if path.suffix == ".pt":
-            found |= {f"{name}{key}": value for key, value in leaves(reshard.read_file(path))}
-        elif path.name == "trainer.json":
-            state = json.loads(path.read_text())
-            state["config"].pop("output")
-            found[name] = state
-        elif path.name != "manifest.json":  # checksums of torch's files, whose bytes may differ
-            found[name] = path.read_bytes()
-    return found
-
-
-def leaves(value, name: str = ""):
-    """Every tensor as bytes and every other value of a nested state, by path."""
-    if torch.is_tensor(value):
-        yield name, (value.dtype, value.shape, value.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    elif isinstance(value, (dict, list, tuple)):
-        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from leaves(inner, f"{name}/{key}")
-    elif isinstance(value, (int, float, str, bool, type(None))):
-        yield name, value
 
 
 def train_phase(out: Path, began: float) -> str:

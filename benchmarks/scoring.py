@@ -1,9 +1,9 @@
 """How fast is scoring, and how much memory does it take, beside the usual loops and beside the floor?
 
-Documents are Wikipedia passages of BoolQ, every token after a document's first is scored: entropy and
-log-probability. All contestants share one model in memory and take turns batch by batch, so that they meet the same
-load; a figure is the median of the rounds, a ratio the median of each round's own. CPU seconds are those of all
-threads.
+Documents are Wikipedia passages of BoolQ or texts of your own (`--texts`), every token after a document's first is
+scored: entropy and log-probability. All contestants share one model in memory and take turns batch by batch, so that
+they meet the same load; a figure is the median of the rounds, a ratio the median of each round's own. CPU seconds are
+those of all threads.
 
 ours         `ds_llm.scoring.forward.Scorer` on batches of documents of similar length
 batch 1      transformers, one document at a time, all its logits
@@ -28,6 +28,9 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+
+from ds_llm import cli
+from ds_llm.errors import UserError
 
 MIB = 1 << 20
 CHUNK = 512  # rows of the floor's matrix product
@@ -76,13 +79,16 @@ def resident() -> int:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def documents(count: int, tokenizer, seed: int) -> list[np.ndarray]:
-    """Token ids of passages drawn at random."""
-    from ds_llm.data.corpora import boolq, cache_folder
+def documents(count: int, tokenizer, seed: int, path: Path | None) -> list[np.ndarray]:
+    """Token ids of texts drawn at random: of the rows `{"text"}` in `path`, or without one of BoolQ's passages."""
+    if path is None:
+        from ds_llm.data.corpora import boolq, cache_folder
 
-    path = boolq(cache_folder() / "boolq")["boolq"]
+        path = boolq(cache_folder() / "boolq")["boolq"]
     with open(path, encoding="utf-8") as file:
         texts = sorted({json.loads(line)["text"] for line in file})
+    if len(texts) < count:
+        raise UserError(f"{path}: {len(texts)} different texts, {count} are to be scored; lower --documents")
     chosen = np.random.default_rng(seed).choice(len(texts), count, replace=False)
     return [np.array(tokenizer(texts[i])["input_ids"]) for i in chosen]
 
@@ -192,9 +198,10 @@ def disagreement(reference: dict, found: dict) -> float:
     return max(abs(float(b) / float(a) - 1) for a, b in pairs)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scoring", description=__doc__.split("\n")[0])
     parser.add_argument("--model", type=Path, metavar="FOLDER", help="(default: SmolLM2-135M-Instruct)")
+    parser.add_argument("--texts", type=Path, metavar="JSONL", help='rows {"text"} (default: passages, fetched)')
     parser.add_argument("--documents", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, help="tokens of our batches (default 2048; on a GPU 16384)")
@@ -202,13 +209,12 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write the results here")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
     import torch
 
     from benchmarks.machine import record, versions
-    from ds_llm import cli
     from ds_llm.data.corpora import smollm2
     from ds_llm.scoring.forward import Scorer
 
@@ -217,7 +223,7 @@ def main() -> None:
     scorer = Scorer(args.model or smollm2()["smollm2"], ["entropy", "logprob"], dtype=args.dtype)
     cuda = scorer.device.type == "cuda"
     budget = args.tokens or (16384 if cuda else 2048)
-    ids = documents(args.documents, scorer.tokenizer, args.seed)
+    ids = documents(args.documents, scorer.tokenizer, args.seed, args.texts)
     tokens = sum(map(len, ids))
     model, device, count = scorer.model, scorer.device, len(ids)
     batches = {
@@ -269,4 +275,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -12,7 +12,7 @@ compact frozen the same with embeddings and norms frozen (sparse.train_dense=fal
 
 Each lives in a process of its own; they take their steps in turns, so that all meet the same load, and time ratios are
 medians over the rounds. `state` is parameters, gradients and optimizer state; `masks` what a contestant keeps besides
-to know what is pruned; `peak` is the largest resident memory during the steps.
+to know what is pruned; `peak` is the largest resident memory during the steps, on a GPU the largest allocation.
 """
 
 import argparse
@@ -26,6 +26,7 @@ CONTESTANTS = ("dense", "re-masked", "utils.prune", "compact", "compact frozen")
 SHAPES = {  # share of the embedding in all weights: 3.9 % as in a Llama of 7B, and SmolLM2's 21 %
     "default": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 4, "vocab_size": 2048},
     "smollm2": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "vocab_size": 49152},
+    "large": {"hidden_size": 2048, "intermediate_size": 5504, "num_hidden_layers": 8, "vocab_size": 32000},
     "tiny": {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 128},
 }
 LR = 1e-4
@@ -43,6 +44,8 @@ def contestant(name: str, shape: dict, density: float, batch: int, length: int, 
     from ds_llm.sparsity.targets import prunable
 
     torch.set_num_threads(threads)
+    cuda = torch.cuda.is_available()
+    torch.set_default_device("cuda" if cuda else "cpu")
     torch.manual_seed(0)
     heads = {"num_attention_heads": shape["hidden_size"] // 64, "tie_word_embeddings": True}
     model = attach_loss_head(LlamaForCausalLM(LlamaConfig(**shape, **heads)))
@@ -82,10 +85,14 @@ def contestant(name: str, shape: dict, density: float, batch: int, length: int, 
     pipe.send("ready")
     torch.manual_seed(1)
     while pipe.recv() == "step":
-        if optimizer.state and not peak_is_new():
+        if optimizer.state and cuda:
+            torch.cuda.reset_peak_memory_stats()
+        elif optimizer.state and not peak_is_new():
             raise SystemExit("error: no /proc/self/clear_refs: the peak memory of a phase is measured on Linux only")
         start = time.perf_counter()
         loss = step()
+        if cuda:
+            torch.cuda.synchronize()  # the loss is there before the optimizer's step has ended
         pipe.send((time.perf_counter() - start, loss))
     tensors = [t for p in model.parameters() for t in (p, p.grad) if t is not None]
     tensors += [t for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t)]
@@ -94,7 +101,7 @@ def contestant(name: str, shape: dict, density: float, batch: int, length: int, 
     # under utils.prune `weight` is a tensor of its own, made from weight_orig
     kept_besides += [m.weight for m in model.modules() if hasattr(m, "weight_orig")]
     sizes = [sum(t.numel() * t.element_size() for t in group) for group in (tensors, kept_besides)]
-    pipe.send((*sizes, peak_bytes()))
+    pipe.send((*sizes, torch.cuda.max_memory_allocated() if cuda else peak_bytes()))
 
 
 def peak_is_new() -> bool:

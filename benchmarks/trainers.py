@@ -29,6 +29,7 @@ import torch
 
 from benchmarks import trainers_run
 from ds_llm import cli
+from ds_llm.errors import UserError
 
 COMMON = ("torch", "deepspeed", "accelerate", "datasets", "transformers.models.llama.modeling_llama")
 MODES = {"sft": "boolq_chat", "dpo": "qa_pairs"}
@@ -205,9 +206,23 @@ def table(results: dict[Contestant, list[dict]], differences: dict[str, float]) 
     return rows
 
 
-def main() -> None:
+def own_rows(folder: Path, modes: list[str]) -> dict[str, list[str]]:
+    """Lines of `sft.jsonl` (conversations) and `dpo.jsonl` (pairs) in a folder."""
+    found = {}
+    for mode in modes:
+        try:
+            found[mode] = (folder / f"{mode}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        except OSError as error:
+            raise UserError(f"--rows: {error.filename}: {error.strerror}; {mode} takes its rows from there") from None
+    return found
+
+
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.trainers", description=__doc__.split("\n")[0])
     parser.add_argument("--model", type=Path, metavar="FOLDER", help="a Llama-type chat model (default: SmolLM2-135M)")
+    parser.add_argument(
+        "--rows", type=Path, metavar="FOLDER", help="sft.jsonl, dpo.jsonl to train on (default: fetched)"
+    )
     parser.add_argument("--layers", type=int, metavar="N", help="keep the model's first N layers only")
     parser.add_argument("--mode", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--zero", nargs="+", type=int, choices=range(4), default=[0, 2], metavar="STAGE")
@@ -218,7 +233,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write the results here")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     os.environ["HF_HUB_OFFLINE"] = "1"
     if not torch.accelerator.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # what DeepSpeed would find out too, with a warning
@@ -235,14 +250,18 @@ def main() -> None:
         print("TRL: not installed (pip install trl accelerate); only ours is measured")
         chosen = [c for c in chosen if c.trainer == "ours"]
     results: dict[Contestant, list[dict]] = {c: [] for c in chosen}
-    context = multiprocessing.get_context("forkserver")
+    # what a process imports may have touched the GPU, and such a process cannot be forked
+    context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
     context.set_forkserver_preload(list(COMMON))
     with tempfile.TemporaryDirectory() as scratch:
         scratch = Path(scratch)
         model = args.model or corpora.smollm2()["smollm2"]
         if args.layers:
             model = shorten(model, args.layers, scratch / Path(model).name)
-        rows = {mode: getattr(corpora, MODES[mode])(scratch / mode)["train"].open().readlines() for mode in args.mode}
+        if args.rows:
+            rows = own_rows(args.rows, args.mode)
+        else:
+            rows = {m: getattr(corpora, MODES[m])(scratch / m)["train"].open().readlines() for m in args.mode}
         os.environ["DS_LLM_CACHE"] = str(scratch / "cache")
         jobs = {mode: write_job(args, mode, model, rows[mode][:ROWS], scratch) for mode in args.mode}
         for repeat in range(args.repeats):
@@ -279,7 +298,7 @@ def main() -> None:
             line += f"{row[name] / unit:16.2f}{row[f'ours_to_this_{name}']:6.2f}x" if known else f"{'':23}"
         print(line + f"{row['loss_difference']:15.1e}")
     if args.json:
-        asked = {k: v for k, v in vars(args).items() if k not in ("json", "model")}
+        asked = {k: v for k, v in vars(args).items() if k not in ("json", "model", "rows")}
         runs = {c.name: found for c, found in results.items()}
         measured = {"model": model.name, "arguments": asked, "tokens_per_step": tokens, "table": rows, "runs": runs}
         args.json.write_text(json.dumps(about | measured, indent=2) + "\n")
