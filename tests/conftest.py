@@ -6,6 +6,7 @@ imports Triton) can be.
 
 import os
 import sys
+from collections import Counter
 
 # equal bits whatever the alignment of a tensor, for tests that compare runs byte by byte; MKL reads it when first used
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
@@ -22,3 +23,13 @@ if not torch.cuda.is_available():
 
 from chats import chats  # noqa: F401 (fixture)
 from jobs import corpus, tiny  # noqa: F401 (fixtures)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Name each reason for which tests were skipped once, with their number."""
+    reports = terminalreporter.stats.get("skipped", [])
+    reasons = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in reports)
+    if reasons:
+        terminalreporter.section("not tested here")
+    for reason, count in reasons.most_common():
+        terminalreporter.write_line(f"{count:4d}  {reason}")

@@ -1,4 +1,7 @@
-"""A tiny corpus with known structure, and jobs that run the real launch scripts in real processes."""
+"""A tiny corpus with known structure, and jobs that run the real launch scripts in real processes.
+
+A test waits for what a job does, not for a time: on a busy machine everything takes several times as long.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ import signal
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import forked
@@ -16,6 +21,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 VOCAB = 61
 FORKED = {"forked": 2, "forked-1": 1, "forked-4": 4}  # processes
+PATIENCE = 900  # seconds for what takes one or some tens of them on a quiet machine: ends what hangs, decides nothing
 TRACKED = ["tracking.log_every=1", "tracking.report=false", "tracking.tensorboard=false"]  # every step, nothing else
 
 
@@ -44,7 +50,7 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def launch(launcher: str, arguments: list[str], timeout: float = 240, **kwargs) -> subprocess.CompletedProcess:
+def launch(launcher: str, arguments: list[str], timeout: float = PATIENCE, **kwargs) -> subprocess.CompletedProcess:
     """Run `launch/train.py` to its end; nothing of the job survives a timeout, no shared memory its end."""
     job = start(launcher, arguments, **kwargs)
     try:
@@ -73,6 +79,49 @@ def start(
         stderr=subprocess.PIPE,
         start_new_session=True,
     )
+
+
+def until(condition: Callable[[], bool], job: subprocess.Popen | forked.Job) -> None:
+    """Wait for what a running job does; a job that ends without it fails the test."""
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        if job.poll() is not None or time.monotonic() > end:
+            if job.poll() is None:
+                os.killpg(job.pid, signal.SIGKILL)
+            pytest.fail("it never came to that\n" + "\n".join(text[-3000:] for text in job.communicate()))
+        time.sleep(0.01)
+
+
+# The loop of a process, which stands still from its n-th piece of work on until somebody says so or asks it to stop
+HOLD = """
+import time
+from pathlib import Path
+from {module} import {name}
+
+work, begun = {name}.{method}, []
+
+def held(self, *given):
+    begun.append(time.monotonic())
+    while len(begun) > {count} and not Path({go!r}).exists():
+        if (stop := getattr(self, "interrupt", None)) is not None and stop.requested():
+            break
+        time.sleep(0.01)
+    return work(self, *given)
+
+{name}.{method} = held
+"""
+
+
+def hold(folder: Path, what: str, count: int) -> dict[str, str]:
+    """Environment of a job that stands still after `count` steps of training (`what`: step) or batches of scoring
+    (score) until `folder`/go exists: a test can meet it there however slow either of them is."""
+    module, name, method = {
+        "step": ("ds_llm.trainer", "Trainer", "_step"),
+        "score": ("ds_llm.scoring.forward", "Scorer", "score"),
+    }[what]
+    extension = folder / f"hold_{what}_{count}.py"
+    extension.write_text(HOLD.format(module=module, name=name, method=method, count=count, go=str(folder / "go")))
+    return {"DS_LLM_EXTENSIONS": str(extension)}
 
 
 @pytest.fixture(scope="session")

@@ -176,11 +176,11 @@ class Scorer:
         """ZeRO-3 around the pass: what to call for one, and where its tensors belong."""
         from ds_llm import engine
 
-        _join()
         config = Config(zero=3)
         dtype = next(run.parameters()).dtype
         config.train.dtype = next(name for name, value in TORCH_DTYPES.items() if value == dtype)
         engine.check_dtype(config.train.dtype, f"dtype {config.train.dtype}")
+        _join()
         if offload:
             offloaded = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
             config.deepspeed = {"zero_optimization": {"stage": 3, "offload_param": offloaded}}

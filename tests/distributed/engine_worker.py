@@ -12,6 +12,7 @@ from pathlib import Path
 from ds_llm import cli
 
 cli.quiet()
+import deepspeed  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
@@ -154,7 +155,8 @@ def main(results: Path, scratch: Path) -> None:
         cases = [("fp32", stage, 4, "adamw") for stage in range(4)]
     else:
         cases = [("fp32", stage, accumulation, "adamw") for stage in range(4) for accumulation in (1, 2)]
-        cases += [(dtype, stage, 2, "adamw") for dtype in ("bf16", "fp16") for stage in range(4)]
+        halves = ["bf16", *["fp16"] * bool(deepspeed.get_accelerator().is_fp16_supported())]
+        cases += [(dtype, stage, 2, "adamw") for dtype in halves for stage in range(4)]
         cases += [("fp32", 2, 1, "adam")]
     for dtype, stage, accumulation, name in cases:
         try:

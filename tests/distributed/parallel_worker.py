@@ -13,6 +13,7 @@ from pathlib import Path
 from ds_llm import cli
 
 cli.quiet()
+import deepspeed  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
@@ -236,12 +237,14 @@ def cases(world: int) -> list[Case]:
         made += [Case("decoder-moe", ("zero=0", "parallel.expert=4")), Case("llama", ("zero=3", "parallel.sequence=4"))]
         made += [Case("qwen3", ("zero=3", "parallel.tensor=2")), Case("mixtral", ("zero=3", "parallel.expert=2"))]
         return made
+    fp16 = bool(deepspeed.get_accelerator().is_fp16_supported())
     for name, kind in LAYOUTS.items():
         key = f"parallel.{name}=2"
         made += [Case(kind, (f"zero={stage}", key, "ema.enabled=true"), resume=True) for stage in range(4)]
         made += [
             Case(kind, (f"zero={stage}", key, f"train.dtype={dtype}"), resume=stage == 1)
             for stage, dtype in ((0, "fp16"), (1, "bf16"), (2, "fp16"), (3, "bf16"))
+            if dtype != "fp16" or fp16
         ]
         made += [Case(kind, ("zero=2", key, "train.accumulation_steps=2"))]
         made += [

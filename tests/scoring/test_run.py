@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from chats import WORDS, conversations
+from devices import FP16_HERE
 
 from ds_llm.errors import ConfigError, UserError
 from ds_llm.models.loading import load_tokenizer
@@ -247,6 +248,15 @@ def test_what_cannot_be_scored_is_said_before_the_model_is_loaded(tmp_path, mode
         assert "\n" not in str(error.value)
     with pytest.raises(ConfigError, match=r"did you mean 'score\.max_length'"):
         options.load(None, ["score.max_lenght=3"])
+
+
+@pytest.mark.skipif(FP16_HERE, reason="this device has fp16, so nothing refuses it")
+def test_sharding_in_fp16_without_a_device_for_it_is_said_before_anything_is_read(tmp_path, model, data):
+    half = {"zero3": True, "dtype": "fp16"}
+    with pytest.raises(ConfigError, match=r"^score.dtype=fp16: .* no fp16 arithmetic on this .*; use bf16 or fp32$"):
+        run.score(configure("nowhere/at/all", data, tmp_path / "scores.jsonl", **half))
+    with pytest.raises(ConfigError, match=r"^dtype fp16: .* no fp16 arithmetic"):  # of a model saved in it
+        Scorer(model, ["entropy"], **half)
 
 
 def test_the_output_is_no_input_of_a_pattern(tmp_path, model, data):
