@@ -3,13 +3,13 @@
 from setuptools import find_packages, setup
 
 INSTALL = [
-    "torch>=2.11",  # tensors, autograd, SDPA, grouped matrix products
-    "deepspeed>=0.19",  # ZeRO, the launcher, CPU-Adam
-    "transformers>=5.17",  # models, tokenizer loading, generation
+    "torch>=2.11,<2.14",  # tensors, autograd, SDPA, grouped matrix products
+    "deepspeed>=0.19.8,<0.19.9",  # ZeRO, the launcher, CPU-Adam; its patch releases change what we work with
+    "transformers>=5.17,<5.25",  # models, tokenizer loading, generation
     "tokenizers>=0.22",  # BPE training and parallel encoding
     "safetensors>=0.6",  # model files without pickle
-    "peft>=0.17",  # low-rank adapters
-    "datasets>=3",  # data sets by hub name
+    "peft>=0.19,<0.22",  # low-rank adapters
+    "datasets>=4.0,<5.3",  # data sets by hub name
     "omegaconf>=2.3",  # typed configuration, YAML and key=value overrides
     "rich>=13",  # progress, tables, readable terminal output
     "numpy>=1.26",  # token files
@@ -30,13 +30,13 @@ EXTRAS = {
         "rouge-score>=0.1.2",  # ROUGE of generated answers
     ],
     "sweep": [
-        "optuna>=5",  # chooses the values of trials: TPE, random; importance of parameters
+        "optuna>=5.0,<5.1",  # chooses the values of trials: TPE, random; importance of parameters
         "scipy>=1.10",  # beta distributions
     ],
-    "eval": ["lm-eval>=0.4.13", "accelerate>=1.0"],  # benchmarks: prompts, metrics, standard errors
+    "eval": ["lm-eval>=0.4.13,<0.4.14", "accelerate>=1.0"],  # benchmarks: prompts, metrics, standard errors
     "gguf": ["gguf>=0.10", "accelerate>=1.0"],  # loads GGUF checkpoints through transformers
     "qlora": ["bitsandbytes>=0.45", "accelerate>=1.0"],  # base models held in 4 bits under adapters
-    "gpu": ["triton>=3.6", "liger-kernel>=0.5"],  # kernels on CUDA devices
+    "gpu": ["triton>=3.6,<3.10", "liger-kernel>=0.5"],  # kernels on CUDA devices
     "flash-attn": ["flash-attn>=2.7"],  # variable-length attention on CUDA devices
 }
 EXTRAS["test"] = [
@@ -45,7 +45,7 @@ EXTRAS["test"] = [
     *EXTRAS["sweep"],
     *EXTRAS["eval"],
     *EXTRAS["gguf"],
-    "triton>=3.6",  # the interpreter and the sm_80 / sm_90 compiler run without a GPU
+    "triton>=3.6,<3.10",  # the interpreter and the sm_80 / sm_90 compiler run without a GPU
     "pytest>=8",
     "pytest-timeout>=2.3",  # a hang fails instead of stopping the suite
     "pytest-xdist>=3.6",  # two files of tests at once: most wait for processes to start
@@ -57,7 +57,7 @@ setup(
     name="ds_llm",
     version="0.1.0",
     description="DeepSpeed trainer for language models: pretraining, fine-tuning, data selection, sparse models",
-    python_requires=">=3.11",
+    python_requires=">=3.11,<3.14",
     packages=[*find_packages(include=["ds_llm", "ds_llm.*"]), "ds_llm.kernels"],
     package_dir={"ds_llm.kernels": "kernels"},
     install_requires=INSTALL,

@@ -9,7 +9,7 @@ from importlib import metadata
 # compares. docs/versions.md says what was run with which.
 TESTED = {
     "torch": ("2.11", "2.14"),
-    "deepspeed": ("0.19.2", "0.20"),
+    "deepspeed": ("0.19.8", "0.19.9"),
     "transformers": ("5.17", "5.25"),
     "peft": ("0.19", "0.22"),
     "triton": ("3.6", "3.10"),
