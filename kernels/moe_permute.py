@@ -146,18 +146,21 @@ def _gather_backward_kernel(
 ):
     """Both gradients of the weighted sum, each row of grad and rows read once."""
     token = tl.program_id(0).to(tl.int64)
+    grad += token * grad_t
+    inverse += token * TOP_K
+    weights += token * w_t
     choice = tl.arange(0, BLOCK_K)
     dot = tl.zeros((BLOCK_K,), tl.float32)
     for start in range(0, WIDTH, BLOCK):
         column = start + tl.arange(0, BLOCK)
         inside = column < WIDTH
-        g = tl.load(grad + token * grad_t + column.to(tl.int64) * grad_h, mask=inside, other=0.0).to(tl.float32)
+        g = tl.load(grad + column.to(tl.int64) * grad_h, mask=inside, other=0.0).to(tl.float32)
         for k in tl.static_range(TOP_K):
-            place = tl.load(inverse + token * TOP_K + k).to(tl.int64)
+            place = tl.load(inverse + k).to(tl.int64)
             read = tl.where(place >= 0, inside, False)
             row = tl.load(rows + place * rows_n + column.to(tl.int64) * rows_h, mask=read, other=0.0).to(tl.float32)
             dot += tl.where(choice == k, tl.sum(tl.where(read, g * row, 0.0), 0), 0.0)
-            value = tl.where(place < 0, 0.0, g * tl.load(weights + token * w_t + k * w_k))
+            value = tl.where(place < 0, 0.0, g * tl.load(weights + k * w_k))
             place = tl.where(place < 0, -1 - place, place)
             tl.store(rows_grad + place * WIDTH + column, value.to(rows_grad.dtype.element_ty), mask=inside)
     tl.store(weights_grad + token * TOP_K + choice, dot, mask=choice < TOP_K)

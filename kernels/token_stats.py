@@ -22,6 +22,8 @@ __all__ = ["TokenStats", "linear_cross_entropy", "linear_token_stats"]
 
 IGNORE = -100
 TILE_TOKENS, TILE_VOCAB = 512, 1024  # a float32 tile of logits and its exponentials stay in a 2-4 MiB L2 cache
+# of a thread, with labels: three programs of 8 warps fit a multiprocessor; unasked, ptxas may aim at four and spill
+REGISTERS = 80
 MASKED = -1e30  # stands for -inf where inf - inf would make NaN
 
 
@@ -134,27 +136,30 @@ def _token_stats_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     logits += row * row_stride
-    label = tl.full([], IGNORE, tl.int64)
-    target = tl.full([], 0.0, tl.float32)
     if LABELS:
         label = tl.load(labels + row)
+        ignored = label == IGNORE
         inside = (label >= 0) & (label < vocabulary)
         target = capped(logits + label, bias + label, inside, softcap, BIAS, SOFTCAP)
         if TEMPERATURE:
             target = target / temperature
         target = tl.where(inside, target, float("nan"))
+        floor = tl.maximum(target, MASKED)  # what the maximum is when the label's logit is the largest
+        label = label.to(tl.int32)  # of one outside, nothing below matters
     m = tl.full([], MASKED, tl.float32)
     s = tl.zeros([BLOCK], tl.float32)
     t = tl.zeros([BLOCK], tl.float32)
-    beaten = tl.zeros([BLOCK], tl.int32)
+    before = tl.zeros([], tl.int32)  # 1 when a word with a lower index has the label's logit
     for start in range(0, vocabulary, BLOCK):
         column = start + tl.arange(0, BLOCK)
         x = capped(logits + column, bias + column, column < vocabulary, softcap, BIAS, SOFTCAP)
         if TEMPERATURE:
             x = x / temperature
-        if LABELS:
-            beaten |= ((x > target) | ((x == target) & (column < label))).to(tl.int32)
         top = tl.maximum(m, tl.max(x, 0))
+        if LABELS:  # noqa: SIM102  (this is known when compiling, the next is not)
+            # in a branch that few steps take: noting it for every logit takes 16 more registers of a thread
+            if (top == floor) & (start < label):
+                before |= tl.max(((x == target) & (column < label)).to(tl.int32), 0)
         shift = m - top
         scale = tl.exp(shift)
         x -= top
@@ -167,8 +172,8 @@ def _token_stats_kernel(
     tl.store(logsumexp + row, m + log_sum)
     tl.store(entropy + row, log_sum - tl.sum(t, 0) / total)
     if LABELS:
-        tl.store(logprob + row, tl.where(label != IGNORE, (target - m) - log_sum, 0.0))
-        tl.store(hit + row, inside & (tl.max(beaten, 0) == 0))
+        tl.store(logprob + row, tl.where(ignored, 0.0, (target - m) - log_sum))
+        tl.store(hit + row, inside & (m <= floor) & (before == 0))
 
 
 def token_stats_triton(
@@ -212,6 +217,7 @@ def token_stats_triton(
                 MASKED=MASKED,
                 BLOCK=block,
                 num_warps=warps,
+                maxnreg=None if labels is None else REGISTERS,
             )
     return outputs
 
@@ -232,7 +238,8 @@ def compile_specs() -> list[CompileSpec]:
                 constants = flags | {"IGNORE": IGNORE, "MASKED": MASKED, "BLOCK": block}
                 signature = {"logits": f"*{dtype}", "bias": f"*{dtype}", "labels": "*i64"} | results | sizes
                 label = f"token stats {dtype} V={vocabulary} {name}"
-                specs.append(CompileSpec(label, _token_stats_kernel, signature, constants, num_warps=warps))
+                registers = REGISTERS if labels else None
+                specs.append(CompileSpec(label, _token_stats_kernel, signature, constants, warps, 3, registers))
     return specs
 
 

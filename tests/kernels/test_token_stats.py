@@ -126,6 +126,21 @@ def test_statistics_of_extreme_logits(device, compute, dtype):
         check_stats(found, weight.double().t(), labels[i : i + 1], torch.zeros(1, dtype=torch.bool, device=device))
 
 
+@options
+@given(seed=st.integers(0, 2**31), equal=st.integers(1, 4), dtype=st.sampled_from(DTYPES))
+@pytest.mark.parametrize("compute", [token_stats_reference, token_stats_triton])
+def test_of_equal_largest_logits_the_first_is_the_hit(device, compute, seed, equal, dtype):
+    """Several words share the largest logit, in one block of the vocabulary or in many; each is the label once."""
+    V = 300
+    g = torch.Generator().manual_seed(seed)
+    logits = torch.randint(-8, 3, (V,), generator=g)
+    labels = torch.randperm(V, generator=g)[: equal + 1]  # the last one has a smaller logit
+    logits[labels[:equal]] = 3
+    hidden = torch.ones(len(labels), 1, dtype=dtype, device=device)
+    hit = compute(hidden, logits[:, None].to(device, dtype), labels.to(device), None, None, 1.0, V)[3]
+    assert torch.equal(hit.cpu(), labels == logits.argmax())
+
+
 def test_mask_through_the_bias(device, path):
     bias = torch.randn(40, device=device)
     bias[5:30] = -torch.inf
