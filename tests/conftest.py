@@ -18,6 +18,7 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # which DeepSpeed would find out too, with a warning
     if "triton" in sys.modules and not sys.modules["triton"].knobs.runtime.interpret:
         raise RuntimeError("a pytest plugin imported triton before tests/conftest.py: run with TRITON_INTERPRET=1")
 

@@ -81,7 +81,7 @@ class Job:
 
 def _lead(processes: int, arguments: list[str], env: dict[str, str], folder: Path) -> None:
     """What a launcher does: start the ranks, pass signals on, end all when one fails; exits with its code."""
-    patience = 10  # seconds that the others get to end by themselves
+    patience = 60  # seconds that the others get to end by themselves
     os.setsid()
     os.environ.clear()
     os.environ.update(env)

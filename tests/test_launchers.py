@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from jobs import ROOT, environment
+from jobs import PATIENCE, ROOT, environment
 
 from ds_llm import launchers, metrics
 from ds_llm.errors import UserError
@@ -99,7 +99,7 @@ def test_two_tasks_of_srun_train_together(tiny, tmp_path):
         for task in range(2)
     ]
     try:
-        (out, err), (other, _) = (task.communicate(timeout=200) for task in tasks)
+        (out, err), (other, _) = (task.communicate(timeout=PATIENCE) for task in tasks)
     finally:
         for task in tasks:
             task.kill()

@@ -11,6 +11,7 @@ import threading
 import time
 
 import pytest
+from jobs import PATIENCE
 
 from ds_llm import peers as module
 from ds_llm.errors import UserError
@@ -20,7 +21,7 @@ CHILD = """
 import sys, time
 from ds_llm import peers
 peers.BEAT_SECONDS = 0.05
-other = peers.Peers(1, 2, 5, meet=lambda _: sys.argv[1])
+other = peers.Peers(1, 2, 60, meet=lambda _: sys.argv[1])
 other.own["doing"] = "step 7"
 other.start()
 time.sleep(600)
@@ -38,7 +39,7 @@ def job():
     """Starts the ranks of a job in threads of this process; all are gone afterwards."""
     started = []
 
-    def start(world, lost_seconds=5.0, **more):
+    def start(world, lost_seconds=60.0, **more):
         endpoint = []
         for rank in range(world):
             meet = endpoint.append if rank == 0 else lambda _: endpoint[0]
@@ -53,8 +54,8 @@ def job():
         found.leave()
 
 
-def until(condition, seconds=10):
-    end = time.monotonic() + seconds
+def until(condition):
+    end = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.005)
@@ -93,16 +94,16 @@ def test_rank_0_that_fails_says_so_before_it_goes(job):
 
 def test_a_rank_that_starts_after_rank_0_has_failed_learns_why():
     endpoints = []
-    zero = Peers(0, 2, 5, meet=endpoints.append)
+    zero = Peers(0, 2, 60, meet=endpoints.append)
     zero.start()
     ending = threading.Thread(target=zero.leave, args=("no such file",))
     ending.start()
     time.sleep(0.3)
     assert ending.is_alive()
-    one = Peers(1, 2, 5, meet=lambda _: endpoints[0])
+    one = Peers(1, 2, 60, meet=lambda _: endpoints[0])
     one.start()
     until(lambda: one.verdict)
-    ending.join(10)
+    ending.join(PATIENCE)
     assert not ending.is_alive() and one.verdict.text.endswith("failed: no such file")
     one.leave()
     with pytest.raises(UserError, match=r"^rank 0 .*: no such file$") as error:  # what it left in the store
@@ -111,15 +112,15 @@ def test_a_rank_that_starts_after_rank_0_has_failed_learns_why():
 
 
 @pytest.mark.parametrize(
-    ("number", "said"), [(signal.SIGKILL, "is gone"), (signal.SIGSTOP, "gave no sign of life for 0.5 s")]
+    ("number", "lost", "said"), [(signal.SIGKILL, 60, "is gone"), (signal.SIGSTOP, 2, "gave no sign of life for 2 s")]
 )
-def test_a_process_that_is_killed_or_stopped_is_named_with_its_host_and_what_it_did(job, number, said):
-    zero = Peers(0, 2, 0.5, meet=lambda endpoint: endpoints.append(endpoint))
+def test_a_process_that_is_killed_or_stopped_is_named_with_its_host_and_what_it_did(job, number, lost, said):
+    zero = Peers(0, 2, lost, meet=lambda endpoint: endpoints.append(endpoint))
     endpoints = []
     zero.start()
     child = subprocess.Popen([sys.executable, "-c", CHILD, endpoints[0]])
     try:
-        until(lambda: zero.states.get(1, {}).get("doing") == "step 7", 60)
+        until(lambda: zero.states.get(1, {}).get("doing") == "step 7")
         child.send_signal(number)
         until(lambda: zero.verdict)
         assert zero.verdict.kind == "lost" and said in zero.verdict.text
@@ -141,8 +142,9 @@ def test_rank_0_that_vanishes_is_found_by_the_others(job):
 
 
 def test_a_rank_that_never_comes_is_not_waited_for_without_end(job):
-    zero, one, *_ = job(2, start_seconds=0.2)
-    zero.world = 4
+    zero, one = job(2)
+    until(lambda: zero.states)
+    zero.world, zero.start_seconds = 4, 0.2
     zero._await_all()
     assert zero.verdict.kind == "lost" and zero.verdict.text.startswith("rank 2 and 1 more did not appear within 0.2 s")
     until(lambda: one.verdict)
@@ -156,7 +158,7 @@ def test_strangers_get_no_answer_and_disturb_nobody(job):
         with socket.create_connection(("127.0.0.1", port)) as stranger:
             stranger.sendall(data)
             stranger.shutdown(socket.SHUT_WR)
-            stranger.settimeout(10)
+            stranger.settimeout(PATIENCE)
             assert stranger.recv(100) == b""
     with socket.create_connection(("127.0.0.1", port)) as stranger:  # who announces a long message is not listened to
         stranger.sendall(module.LENGTHS.pack(10, module.LONGEST_HELLO))

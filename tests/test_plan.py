@@ -23,7 +23,7 @@ MEASURED = ["model.dim=384", "model.n_layers=8", "model.n_heads=6", "model.vocab
 def measured(*overrides: str) -> int:
     """Bytes by which rank 0 of a training on two processes grew."""
     job = jobs.start("forked", [*MEASURED, *overrides], script=jobs.ROOT / "tests" / "plan_worker.py")
-    out, err = job.communicate(timeout=280)
+    out, err = job.communicate(timeout=jobs.PATIENCE)
     assert job.returncode == 0, err[-3000:]
     return json.loads(next(line for line in out.splitlines() if line.startswith("{")))["growth"]
 
@@ -98,7 +98,7 @@ def test_the_command(tmp_path):
     ]
     running = [jobs.start("forked-1", arguments) for arguments, _, _ in calls]
     for (_, code, text), job in zip(calls, running, strict=True):
-        out, err = job.communicate(timeout=280)
+        out, err = job.communicate(timeout=jobs.PATIENCE)
         assert job.returncode == code and text in err, (out, err)
         if code:
             assert err.startswith("error: ") and err.count("\n") == 1

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from jobs import PATIENCE
 from test_generation import CONTEXT, make
 
 from ds_llm.generation import Generator
@@ -143,7 +144,7 @@ def test_typed_lines_in_a_process(saved, generator):
         list(map(str, command)),
         input="\n".join(typed).encode(),
         capture_output=True,
-        timeout=120,
+        timeout=PATIENCE,
         env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
     )
     assert (done.returncode, done.stderr) == (0, b"")

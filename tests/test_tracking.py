@@ -14,7 +14,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from jobs import environment
+from jobs import PATIENCE, environment
 
 from ds_llm import hardware, metrics
 from ds_llm.config import load
@@ -22,9 +22,10 @@ from ds_llm.errors import UserError
 from ds_llm.tracking import Meter, Tracker
 
 STEPS, SAVE_EVERY = 400, 7
-# trains nothing: it reports figures that are a function of the step, as a training loop does, and "saves"
+# trains nothing: it reports figures that are a function of the step, as a training loop does, and "saves"; where it is
+# to be killed it stands still before its end
 LOOP = """
-import sys, time
+import os, sys, time
 from pathlib import Path
 from ds_llm.config import load
 from ds_llm.tracking import Meter, Tracker
@@ -35,6 +36,8 @@ meter = Meter(total_steps=total)
 meter.start()
 for step in range(start + 1, total + 1):
     time.sleep(pause)
+    while step > int(os.environ.get("STAND_STILL_AFTER", total)):
+        time.sleep(1)
     loss = 2 + 1 / (step % 89 + 1)
     tracker.step({"step": step, "epoch": step / 100, "loss": loss, "grad_norm": 1 / step, "lr": 1e-3 / step,
                   "tokens": 64 * step, "samples": step, **meter.step(step, 64)})
@@ -53,9 +56,18 @@ tracker.close()
 """
 
 
-def loop(output, start: int, total: int = STEPS, pause: float = 0.0, *overrides: str, **kwargs) -> subprocess.Popen:
+def loop(
+    output,
+    start: int,
+    total: int = STEPS,
+    pause: float = 0.0,
+    *overrides: str,
+    stand_still: int | None = None,
+    **kwargs,
+) -> subprocess.Popen:
     command = [sys.executable, "-c", LOOP, str(output), str(start), str(total), str(pause), *overrides]
-    return subprocess.Popen(command, env=environment(), **{"stdout": subprocess.DEVNULL, **kwargs})
+    more = {} if stand_still is None else {"STAND_STILL_AFTER": str(stand_still)}
+    return subprocess.Popen(command, env=environment(**more), **{"stdout": subprocess.DEVNULL, **kwargs})
 
 
 def scalars(folder) -> dict[str, list[tuple[int, float]]]:
@@ -96,20 +108,20 @@ def test_a_killed_and_resumed_run_leaves_the_records_of_an_undisturbed_one(tmp_p
     """SIGKILL twice at a random moment; metrics file and event files have every step once, with the same values."""
     random = np.random.default_rng()
     saved = 0
-    for _ in range(2):
-        job = loop(tmp_path, saved, pause=0.01)
+    for half in (1, 2):
+        job = loop(tmp_path, saved, pause=0.01, stand_still=half * STEPS // 2 - SAVE_EVERY)
         current = saved
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE
         while current <= saved and time.monotonic() < deadline:
             time.sleep(0.02)
             current = int((tmp_path / "saved").read_text()) if (tmp_path / "saved").exists() else 0
         time.sleep(random.uniform(0, 0.5))
         job.send_signal(signal.SIGKILL)
-        assert job.wait(60) == -signal.SIGKILL, "the loop ended before it was killed: make it longer"
+        assert job.wait(PATIENCE) == -signal.SIGKILL
         saved = int((tmp_path / "saved").read_text())
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"kind": "step", "st')  # a line cut short by the kill
-    assert loop(tmp_path, saved).wait(60) == 0
+    assert loop(tmp_path, saved).wait(PATIENCE) == 0
 
     records = metrics.read(tmp_path / "metrics.jsonl")
     steps = [r for r in records if r["kind"] == "step"]
@@ -205,7 +217,7 @@ def test_a_live_line_on_a_terminal(tmp_path):
     job = loop(tmp_path, 0, 40, 0.05, "tracking.tensorboard=false", stdout=slave, stderr=slave, stdin=slave)
     os.close(slave)
     raw = b""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while job.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
         try:

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from jobs import PATIENCE
 
 from ds_llm.data.prepare import add_commands
 from ds_llm.data.tokens import TokenFile
@@ -16,6 +17,20 @@ from ds_llm.errors import UserError
 from .conftest import random_text, write_jsonl
 
 SCRIPT = Path(__file__).resolve().parents[2] / "launch/prepare.py"
+# for DS_LLM_EXTENSIONS: the work does not end before it is interrupted
+STAND_STILL = """
+import time
+from ds_llm.data import resume
+write, written = resume.AppendFile.write, []
+
+def held(self, data):
+    written.append(len(data))
+    while len(written) > COUNT:
+        time.sleep(0.01)
+    return write(self, data)
+
+resume.AppendFile.write = held
+"""
 
 
 def run(*words) -> None:
@@ -75,18 +90,24 @@ def test_interrupted_by_the_keyboard_it_says_how_to_go_on(tmp_path):
     rng = random.Random(5)
     text = random_text(rng, 200)
     for i in range(40):
-        write_jsonl(tmp_path / f"{i}.jsonl", [{"text": f"{i} {k} {text}"} for k in range(700)])
+        write_jsonl(tmp_path / f"{i}.jsonl", [{"text": f"{i} {k} {text}"} for k in range(100)])
+    (tmp_path / "extension.py").write_text(STAND_STILL.replace("COUNT", str(rng.randint(4, 40))))
     out = tmp_path / "out/clean.jsonl"
     command = [sys.executable, str(SCRIPT), "clean", str(tmp_path), "--out", str(out), "--workers", "2"]
     process = subprocess.Popen(
-        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        env=environment() | {"DS_LLM_EXTENSIONS": str(tmp_path / "extension.py")},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     while not out.with_name("clean.jsonl.partial").exists():
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.005)
     time.sleep(rng.uniform(0, 0.2))
     os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to the workers too
-    stderr = process.communicate(timeout=60)[1]
+    stderr = process.communicate(timeout=PATIENCE)[1]
     assert process.returncode == 130, stderr
     assert stderr == "error: interrupted; run the same command again to continue\n"
 

@@ -1,6 +1,7 @@
 """Preparation that is killed, starved of disk space or started twice, in real processes."""
 
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -13,9 +14,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+from jobs import PATIENCE
 
 from ds_llm.data.clean import clean
 from ds_llm.data.encode import encode
+from ds_llm.data.resume import Run
 from ds_llm.errors import UserError
 
 from .conftest import random_text, write_jsonl
@@ -58,22 +61,65 @@ def start(function, *arguments) -> multiprocessing.Process:
     return process
 
 
+def stand_still(saves: int, function, *arguments):
+    """Start a process that stands still before it saves for the n-th time; returns it and what lets it go on."""
+    reached, go = FORK.Event(), FORK.Event()
+
+    def run() -> None:
+        save, left = Run.save, [saves]
+
+        def counted(self, state: dict) -> None:
+            left[0] -= 1
+            if not left[0]:
+                reached.set()
+                go.wait()
+            save(self, state)
+
+        Run.save = counted
+        function(*arguments)
+
+    process = start(run)
+    assert reached.wait(PATIENCE)
+    return process, go
+
+
 @pytest.mark.parametrize("job", ["clean", "tokens"], indirect=True)
-def test_killed_at_random_moments_the_result_is_the_same(tmp_path, rng, job):
+def test_killed_at_random_moments_the_result_is_the_same(tmp_path, rng, job, monkeypatch):
+    """A moment is a number of Python's calls since the first save: other work on the machine does not shift it."""
+    monkeypatch.setattr("ds_llm.data.statistics.picture", lambda *_: b"many calls, and none of them matters here")
     (tmp_path / "whole").mkdir()
     (tmp_path / "cut").mkdir()
-    begin = time.monotonic()
-    job(tmp_path / "whole")
-    duration = time.monotonic() - begin
-    continued = 0
+    save = Run.save
+
+    def counting(folder: Path, last: float) -> int:
+        """The calls of a run, which kills itself at the one after `last`."""
+        calls = 0
+
+        def count(*_) -> None:
+            nonlocal calls
+            calls += 1
+            if calls > last:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        def saving(self, state: dict) -> None:
+            sys.setprofile(count)
+            save(self, state)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Run, "save", saving)
+            try:
+                job(folder)
+            finally:
+                sys.setprofile(None)
+        return calls
+
+    total, continued = counting(tmp_path / "whole", math.inf), 0
     for _ in range(8):
-        process = start(job, tmp_path / "cut")
-        process.join(rng.uniform(0, duration / 3))
-        alive = process.is_alive()
-        process.kill()
+        process = start(counting, tmp_path / "cut", rng.randrange(total // 3))
         process.join()
-        if not alive:
+        if process.exitcode == 0:
             break
+        assert process.exitcode == -signal.SIGKILL
         continued += bool(list((tmp_path / "cut").glob("*.partial.json")))
     job(tmp_path / "cut")
     assert continued, "no run was killed between its first save and its end"
@@ -140,7 +186,7 @@ def test_the_launch_script_is_killed_and_takes_its_workers_with_it(tmp_path, tok
     assert process.poll() is None, "ended before its workers were seen"
     process.kill()
     process.wait()
-    assert not psutil.wait_procs(children, timeout=30)[1]
+    assert not psutil.wait_procs(children, timeout=PATIENCE)[1]
     done = subprocess.run(line, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "400" in done.stdout
@@ -164,7 +210,7 @@ def test_a_full_disk_is_one_error_and_the_work_goes_on_afterwards(tmp_path, job)
 
     receiver, sender = FORK.Pipe(duplex=False)
     process = start(starved, tmp_path / "cut", sender)
-    assert receiver.poll(60)
+    assert receiver.poll(PATIENCE)
     message = receiver.recv()
     process.join()
     assert "File too large" in message and "the same command continues" in message
@@ -176,36 +222,28 @@ def test_a_second_run_on_one_output_is_refused(tmp_path, job, rng):
     (tmp_path / "whole").mkdir()
     (tmp_path / "cut").mkdir()
     job(tmp_path / "whole")
-    process = start(job, tmp_path / "cut")
-    while not list((tmp_path / "cut").glob("*.partial.json")):
-        assert process.is_alive()
-        time.sleep(0.001)
-    os.kill(process.pid, signal.SIGSTOP)
+    process, go = stand_still(rng.randint(1, 8), job, tmp_path / "cut")
     try:
         with pytest.raises(UserError, match="another process is writing it"):
             job(tmp_path / "cut")
     finally:
-        os.kill(process.pid, signal.SIGCONT)
+        go.set()
     process.join()
     assert process.exitcode == 0
     assert results(tmp_path / "cut") == results(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("job", ["clean", "tokens"], indirect=True)
-def test_nothing_that_was_saved_is_done_again(tmp_path, job, monkeypatch):
+def test_nothing_that_was_saved_is_done_again(tmp_path, job, monkeypatch, rng):
     from ds_llm.data import workers
 
     (tmp_path / "cut").mkdir()
-    process = start(job, tmp_path / "cut")
-    saved = [0, 0, 0]
-    while saved < [0, 30, 0]:
-        assert process.is_alive()
-        for record in (tmp_path / "cut").glob("*.partial.json"):
-            saved = json.loads(record.read_bytes()).get("state", {}).get("position", saved)
+    process, _ = stand_still(rng.randint(4, 20), job, tmp_path / "cut")
     process.kill()
     process.join()
     (record,) = (tmp_path / "cut").glob("*.partial.json")
     saved = json.loads(record.read_bytes())["state"]["position"]
+    assert saved > [0, 0, 0]
     starts = []
 
     def read(sources, position, size):
@@ -220,11 +258,7 @@ def test_nothing_that_was_saved_is_done_again(tmp_path, job, monkeypatch):
 
 def test_unfinished_work_of_other_settings_is_not_mixed_in(tmp_path, source):
     out = tmp_path / "out.jsonl"
-    process = start(lambda: clean([source], out, workers=1, batch_bytes=100, save_seconds=0.0))
-    record = tmp_path / "out.jsonl.partial.json"
-    while not record.exists() or not json.loads(record.read_bytes())["state"]["lines"]:
-        assert process.is_alive()
-        time.sleep(0.001)
+    process, _ = stand_still(20, lambda: clean([source], out, workers=1, batch_bytes=100, save_seconds=0.0))
     process.kill()
     process.join()
     partial = tmp_path / "out.jsonl.partial"
@@ -251,14 +285,11 @@ def test_a_dead_worker_is_one_error_and_the_work_goes_on_afterwards(tmp_path, so
         answer.close()
 
     receiver, sender = FORK.Pipe(duplex=False)
-    process = start(run, sender)
-    record = tmp_path / "out.jsonl.partial.json"
-    while not record.exists():
-        assert process.is_alive()
-        time.sleep(0.001)
+    process, go = stand_still(2, run, sender)
     workers = [p for p in psutil.Process(process.pid).children() if "spawn_main" in " ".join(p.cmdline())]
     workers[0].kill()
-    assert receiver.poll(60)
+    go.set()
+    assert receiver.poll(PATIENCE)
     assert "a worker process died" in receiver.recv()
     process.join()
     clean([tmp_path / "a.jsonl"], out, workers=1, batch_bytes=2000)

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from jobs import ROOT, environment, launch, start
+from jobs import PATIENCE, ROOT, environment, launch, start, until
 
 from ds_llm import checkpoint, config, metrics, trainer
 from ds_llm.errors import UserError
@@ -25,7 +25,7 @@ def test_every_launcher_trains_the_same(tiny, tmp_path):
         more = [f"train.accumulation_steps={accumulation}", "train.max_steps=6", "model.use_moe=true"]
         jobs[launcher] = start(launcher, [*tiny, *more, f"output={tmp_path / launcher}"])
     for launcher, job in jobs.items():
-        out, err = job.communicate(timeout=240)
+        out, err = job.communicate(timeout=PATIENCE)
         assert job.returncode == 0, f"{launcher}\n{out}\n{err}"
         assert err.strip() == "", err  # nobody's warnings
         assert "built successfully" not in out
@@ -43,11 +43,11 @@ def test_mistakes_end_all_ranks_with_one_line(tiny, corpus, tmp_path):
     """A wrong key under deepspeed, one of DeepSpeed's, a missing file, a port in use."""
     wrong = start("deepspeed", [*tiny, "optim.lrr=1", f"output={tmp_path / 'a'}"])
     misspelt = start("forked-1", [*tiny, "deepspeed.zero_optimzation.stage=3", f"output={tmp_path / 'c'}"])
-    _, err = misspelt.communicate(timeout=120)
+    _, err = misspelt.communicate(timeout=PATIENCE)
     assert misspelt.returncode == 2
     assert "zero_optimzation: DeepSpeed has no such key; did you mean 'zero_optimization'?" in err
     assert "Traceback" not in err
-    _, err = wrong.communicate(timeout=120)
+    _, err = wrong.communicate(timeout=PATIENCE)
     assert wrong.returncode == 2
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
     assert (
@@ -69,7 +69,7 @@ def test_mistakes_end_all_ranks_with_one_line(tiny, corpus, tmp_path):
             env=environment(**address),
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=PATIENCE,
         )
     assert found.returncode == 1
     assert found.stderr.startswith(f"error: port {port}: another job") and found.stderr.count("\n") == 1
@@ -79,8 +79,7 @@ def test_two_runs_on_one_folder(tiny, tmp_path):
     output = tmp_path / "run"
     first = start("forked-1", [*tiny, "train.max_steps=100000", f"output={output}"])
     try:
-        while not (output / "metrics.jsonl").exists():
-            assert first.poll() is None
+        until((output / "metrics.jsonl").exists, first)
         before = (output / "config.yaml").read_bytes()
         second = launch("forked-1", [*tiny, "train.max_steps=5", f"output={output}"])
         assert second.returncode == 1 and first.poll() is None
@@ -103,7 +102,7 @@ def test_a_disk_that_fills_up_while_saving(tiny, tmp_path, capsys):
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
     )
     assert full.returncode == 1, full.stdout + full.stderr

@@ -3,13 +3,11 @@
 import json
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import psutil
-import pytest
 import torch
-from jobs import launch, start
+from jobs import PATIENCE, hold, launch, start, until
 
 from ds_llm import metrics
 
@@ -66,21 +64,15 @@ def same_state(one: Path, other: Path) -> None:
 
 def wait_for_step(output: Path, step: int, job: subprocess.Popen) -> None:
     """Until the metrics hold `step`."""
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        records = metrics.read(output / "metrics.jsonl")
-        if any(r["kind"] == "step" and r["step"] >= step for r in records):
-            return
-        assert job.poll() is None, job.communicate()
-        time.sleep(0.02)
-    pytest.fail(f"step {step} was never reached")
+    figures = output / "metrics.jsonl"
+    until(lambda: any(r["kind"] == "step" and r["step"] >= step for r in metrics.read(figures)), job)
 
 
 def kill_one_rank(job: subprocess.Popen) -> tuple[str, str]:
     """Kill rank 1; the job must end by itself. Returns its output."""
     ranks = [p for p in psutil.Process(job.pid).children(recursive=True) if p.environ().get("RANK") == "1"]
     ranks[0].kill()
-    return job.communicate(timeout=60)
+    return job.communicate(timeout=PATIENCE)
 
 
 def same_metrics(one: Path, other: Path) -> None:
@@ -95,7 +87,7 @@ def test_killed_and_resumed_is_bitwise_the_same(tiny, tmp_path):
     whole = launch("forked", [*arguments, f"output={tmp_path / 'whole'}"])
     assert whole.returncode == 0, whole.stdout + whole.stderr
     output = tmp_path / "killed"
-    job = start("deepspeed", [*arguments, f"output={output}"])
+    job = start("deepspeed", [*arguments, f"output={output}"], **hold(tmp_path, "step", STEPS - 2))
     wait_for_step(output, 2 * EVERY + 2, job)
     _, err = kill_one_rank(job)
     assert job.returncode != 0 and "Traceback" not in err
@@ -119,10 +111,10 @@ def test_interrupted_by_sigterm_saves_and_continues(tiny, tmp_path):
     whole = launch("forked", [*arguments, f"output={tmp_path / 'whole'}"])
     assert whole.returncode == 0, whole.stdout + whole.stderr
     output = tmp_path / "stopped"
-    job = start("torchrun", [*arguments, f"output={output}"])
+    job = start("torchrun", [*arguments, f"output={output}"], **hold(tmp_path, "step", STEPS - 2))
     wait_for_step(output, 4, job)
     job.send_signal(signal.SIGTERM)  # torchrun passes it on to its processes
-    out, _ = job.communicate(timeout=120)
+    out, _ = job.communicate(timeout=PATIENCE)
     assert job.returncode != 0
     saved = max(output.glob("checkpoints/step-*"))
     assert "stopped by SIGTERM after step" in out and str(saved) in out

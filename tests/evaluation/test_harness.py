@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 import yaml
-from jobs import ROOT, VOCAB, launch, start
+from jobs import PATIENCE, ROOT, VOCAB, launch, start
 
 from ds_llm.convert_select_moe import select_moe
 from ds_llm.errors import UserError
@@ -238,7 +238,7 @@ def test_a_real_launcher_gives_the_figures_of_one_process(models, tasks, tmp_pat
     job = start("deepspeed", arguments, script=SCRIPT)
     one = json.loads(json.dumps(harness(models / "gates", names, against=against, limit=9)["results"]))
     assert len(one) == 3
-    out, err = job.communicate(timeout=240)
+    out, err = job.communicate(timeout=PATIENCE)
     assert job.returncode == 0, out + err
     found = json.loads((tmp_path / "two.json").read_text())
     assert found["world_size"] == 2 and found["results"] == one

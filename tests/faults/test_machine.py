@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 from hostile import mounted, one_line, root_only
-from jobs import ROOT, environment, launch, start
+from jobs import PATIENCE, ROOT, environment, hold, launch, start, until
 
 from ds_llm import checkpoint, config, interrupt, metrics, trainer
 from ds_llm.data import supervised
@@ -134,7 +134,7 @@ def test_a_clock_that_jumps_gives_no_wrong_figure_and_no_wrong_checkpoint(tiny, 
 
 def test_processes_are_known_again_after_the_clock_was_set(monkeypatch):
     """The start of a process by the wall clock moves with it, which psutil takes from the machine's boot time."""
-    child = subprocess.Popen(["sleep", "60"])
+    child = subprocess.Popen(["sleep", str(PATIENCE)])
     try:
         identity = [child.pid, interrupt.since_boot(psutil.Process(child.pid))]
         for module in (psutil, psutil._pslinux):
@@ -148,13 +148,6 @@ def test_processes_are_known_again_after_the_clock_was_set(monkeypatch):
         child.wait()
 
 
-def wait_until(condition, job) -> None:
-    end = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < end and job.poll() is None
-        time.sleep(0.01)
-
-
 def ranks(job, number: str) -> psutil.Process:
     """The process of a rank of a job of `forked`; it is the second child, in order of start."""
     children = sorted(psutil.Process(job.pid).children(), key=lambda p: p.pid)
@@ -164,15 +157,16 @@ def ranks(job, number: str) -> psutil.Process:
 def test_one_slow_rank_changes_nothing(tiny, tmp_path):
     """A rank that stands still for seconds, again and again, is waited for; the result has the same bits."""
     keys = [*tiny, "train.max_steps=12", "eval.before=false", "data.val=[]", "zero=2", "checkpoint.every_steps=4"]
-    job = start("forked", [*keys, f"output={tmp_path / 'slow'}"])
+    job = start("forked", [*keys, f"output={tmp_path / 'slow'}"], **hold(tmp_path, "step", 10))
     figures = tmp_path / "slow" / "metrics.jsonl"
     for step in (1, 5):
-        wait_until(lambda step=step: sum(r["kind"] == "step" for r in metrics.read(figures)) >= step, job)
+        until(lambda step=step: sum(r["kind"] == "step" for r in metrics.read(figures)) >= step, job)
         slow = ranks(job, str(random.randrange(2)))
         slow.suspend()
         time.sleep(random.uniform(0.5, 2))
         slow.resume()
-    out, err = job.communicate(timeout=120)
+    (tmp_path / "go").touch()
+    out, err = job.communicate(timeout=PATIENCE)
     assert job.returncode == 0, out + err
     even = launch("forked", [*keys, f"output={tmp_path / 'even'}"])
     assert even.returncode == 0, even.stdout + even.stderr
@@ -186,8 +180,8 @@ def test_two_scorings_in_one_place(chats, texts, tmp_path):
     """The second one is refused while the first one lives, even one that stands still, and harms nothing."""
     out = tmp_path / "s.jsonl"
     arguments = ["--model", str(chats / "llama"), "--data", str(texts), "--out", str(out), "score.report=false"]
-    job = start("forked-1", [*arguments, "score.tokens_per_batch=64"], SCORE)
-    wait_until(lambda: any((tmp_path / "s.jsonl.d").glob("parts/part-*")), job)
+    job = start("forked-1", [*arguments, "score.tokens_per_batch=64"], SCORE, **hold(tmp_path, "score", 20))
+    until(lambda: any((tmp_path / "s.jsonl.d").glob("parts/part-*")), job)
     (first,) = psutil.Process(job.pid).children()
     first.suspend()
     flags = score_flags(chats, texts, out) | {"tokens_per_batch": 64}
@@ -195,18 +189,20 @@ def test_two_scorings_in_one_place(chats, texts, tmp_path):
         run.score(options.load(flags=flags))
     one_line(raised.value)
     first.resume()
-    stdout, err = job.communicate(timeout=120)
+    (tmp_path / "go").touch()
+    stdout, err = job.communicate(timeout=PATIENCE)
     assert job.returncode == 0, stdout + err
     assert run.score(options.load(flags=flags))["rows"] == 300  # finished before
 
 
 def test_two_writers_of_one_folder_and_one_that_was_killed(chats, tmp_path):
     out = tmp_path / "exported"
-    hold = "from ds_llm.new_folder import new_folder; from pathlib import Path; import time\n"
-    hold += (
-        f"with new_folder(Path({str(out)!r})) as p: (p / 'half').write_text('x'); print(p, flush=True); time.sleep(99)"
+    script = "from ds_llm.new_folder import new_folder; from pathlib import Path; import time\n"
+    script += (
+        f"with new_folder(Path({str(out)!r})) as p: (p / 'half').write_text('x'); print(p, flush=True); "
+        f"time.sleep({PATIENCE})"
     )
-    other = subprocess.Popen([sys.executable, "-c", hold], env=environment(), stdout=subprocess.PIPE, text=True)
+    other = subprocess.Popen([sys.executable, "-c", script], env=environment(), stdout=subprocess.PIPE, text=True)
     partial = Path(other.stdout.readline().strip())
     with pytest.raises(UserError, match="another process is writing it; wait for it or name another folder"):
         export(chats / "llama", out)

@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from jobs import start
+from jobs import PATIENCE, start
 
 from ds_llm import config, metrics, trainer
 from ds_llm.data.order import SampleOrder
@@ -186,7 +186,7 @@ def test_two_processes_equal_plain_torch(overrides, world, tmp_path):
         arguments = steps(overrides, tmp_path / f"zero{stage}", zero=stage, **{"train.accumulation_steps": 2}, **more)
         jobs[stage] = reference, start("forked", arguments, DS_LLM_CACHE=str(tmp_path / "cache"))
     for stage, (reference, job) in jobs.items():
-        out, err = job.communicate(timeout=240)
+        out, err = job.communicate(timeout=PATIENCE)
         assert job.returncode == 0, out[-3000:] + err[-3000:]
         assert err.strip() == "", err
         same(tmp_path / f"zero{stage}", *by_hand(world, "sigmoid", reference, steps=3, batch=16, lr=1e-3))
@@ -199,7 +199,7 @@ def test_shared_experts_change_nothing(overrides, world, tmp_path):
         arguments = steps(overrides, tmp_path / str(size), **more)
         jobs.append(start("forked", arguments, DS_LLM_CACHE=str(tmp_path / f"cache{size}")))
     for size, job in enumerate(jobs, 1):
-        out, err = job.communicate(timeout=240)
+        out, err = job.communicate(timeout=PATIENCE)
         assert job.returncode == 0, out[-3000:] + err[-3000:]
         found.append(metrics.read(tmp_path / str(size) / "metrics.jsonl"))
     for alone, shared in zip(of_kind(found[0], "step"), of_kind(found[1], "step"), strict=True):

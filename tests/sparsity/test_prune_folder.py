@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import transformers
-from jobs import ROOT, start
+from jobs import PATIENCE, ROOT, start
 from pruning_models import llama, uneven
 
 from ds_llm.errors import ConfigError, UserError
@@ -203,7 +203,7 @@ def test_the_command(dense, text, tmp_path):
     arguments = ["--model", str(dense), "--out", str(tmp_path / "out"), "--method", "wanda", "--pattern", "2:4"]
     arguments += ["--data", str(text), "--sequences", "4", "--length", "32"]
     job = start("forked-1", arguments, ROOT / "launch" / "prune.py")
-    out, err = job.communicate(timeout=120)
+    out, err = job.communicate(timeout=PATIENCE)
     assert job.returncode == 0, err
     assert "kept 50.00% of 13,824 weights in 14 matrices" in out
     assert "Traceback" not in err

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from jobs import ROOT, start
+from jobs import PATIENCE, ROOT, start
 
 WORKER = Path(__file__).with_name("engine_worker.py")
 OFFLOADED = [str(ROOT / "ds_configs" / f"zero{stage}_offload.json") for stage in (2, 3)]
@@ -21,7 +21,7 @@ def found(tmp_path_factory) -> dict:
         for world, launcher in ((2, "forked"), (1, "forked-1"))
     }
     for job in jobs.values():
-        out, err = job.communicate(timeout=400)
+        out, err = job.communicate(timeout=PATIENCE)
         assert job.returncode == 0, out[-3000:] + err[-3000:]
     return {world: json.loads((folder / f"{world}.json").read_text()) for world in jobs}
 

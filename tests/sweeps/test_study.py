@@ -283,6 +283,6 @@ def test_the_command(tmp_path):
         env = {"WANDB_MODE": "offline", "CUDA_VISIBLE_DEVICES": ""}
         running.append(jobs.start("forked-1", [*arguments, *place], script=script, **env))
     for (_, code, text), job in zip(calls, running, strict=True):
-        out, err = job.communicate(timeout=200)
+        out, err = job.communicate(timeout=jobs.PATIENCE)
         assert job.returncode == code, (out, err)
         assert text in err and err.startswith("error: ") and err.count("\n") == 1
