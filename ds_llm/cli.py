@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ds_llm import interrupt, launchers
+from ds_llm.compat import versions
 from ds_llm.errors import UserError
 
 # In which rank 0 says what is wrong for all: a launcher ends it as soon as another rank has ended. After that this rank
@@ -97,6 +98,8 @@ def run(main: Callable[[], int | None]) -> None:
     try:
         launchers.adopt()
         quiet()
+        if not rank():
+            versions.warn_untested()
         import_extensions()
         code = main() or 0
     except UserError as error:

@@ -24,40 +24,40 @@ if not torch.accelerator.is_available():
 
 import deepspeed
 import torch.distributed as dist
-from deepspeed.ops.op_builder import AsyncIOBuilder
-from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-from deepspeed.runtime.config import DeepSpeedConfigError
-from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
-from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
-from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
-from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-from deepspeed.utils import set_z3_leaf_modules
 from pydantic import ValidationError
 from torch import nn
 
-from ds_llm import leftovers, masters, nvme, reshard
+from ds_llm import leftovers, nvme, reshard
 from ds_llm.average import MovingAverage
+from ds_llm.compat import deepspeed_optimizers as masters
+from ds_llm.compat.deepspeed import (
+    AsyncIOBuilder,
+    BF16_Optimizer,
+    DeepSpeedConfigError,
+    DeepSpeedZeroOptimizer,
+    DeepSpeedZeroOptimizer_Stage3,
+    FP16_Optimizer,
+    FP16_UnfusedOptimizer,
+    is_partitioned,
+    is_shared_expert,
+    leave_states_to_us,
+    loss_scale,
+    set_z3_leaf_modules,
+    unpartitioned_numel,
+    use_gloo_alone,
+)
+from ds_llm.compat.transformers import MOE_BLOCKS
 from ds_llm.config import Config
 from ds_llm.deepspeed_config import AskedKeys
 from ds_llm.deepspeed_config import build as build_deepspeed_config
 from ds_llm.errors import ConfigError, UserError
 from ds_llm.hardware import share_cores
 from ds_llm.parallel.division import Division
-from ds_llm.parallel.experts import is_expert_weight
 from ds_llm.parallel.tensor import note_whole_shapes
 from ds_llm.parameters import decay_groups, exact_buffers, leave_out, restore_buffers
 from ds_llm.peers import port_in_use
 from ds_llm.watchdog import watched
 
-# Blocks whose experts run on the tokens routed to them: ZeRO-3 must gather them whole, or ranks whose tokens skip an
-# expert wait for ranks whose tokens use it.
-MOE_BLOCKS = (
-    "MoEBlock",
-    "MixtralSparseMoeBlock",
-    "OlmoeSparseMoeBlock",
-    "Qwen2MoeSparseMoeBlock",
-    "Qwen3MoeSparseMoeBlock",
-)
 # DeepSpeed's optimizers, and what knows where each has its fp32 weights
 MASTERS = {
     DeepSpeedZeroOptimizer_Stage3: masters.Zero3,
@@ -96,7 +96,7 @@ def init_distributed() -> None:
         if leftovers.shared_memory_suffices(int(os.environ["LOCAL_SIZE"])):
             leftovers.announce_build("deepspeed_shm_comm", "communication")
         else:
-            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+            use_gloo_alone()
     leftovers.unlink_shared_buffer()  # one that a job killed at its start left: the others must not map it
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # it prints what it has built
@@ -194,9 +194,7 @@ class Engine:
         if config.ema.enabled:
             self.average = MovingAverage(self._masters.weights(), config.ema.decay)
         self._states = reshard.States(self._masters, module, self.average, self._division.of_weights)
-        self._engine.checkpoint_engine.load = reshard.read_file
-        # states on NVMe are saved and restored by `reshard`: DeepSpeed 0.19 starts with none when it loads them
-        self._engine.zero_nvme_offload_optimizer = lambda: False
+        leave_states_to_us(self._engine, reshard.read_file)
 
     # -- training -----------------------------------------------------------------------------------------------------
 
@@ -248,14 +246,11 @@ class Engine:
         norm = norm / scale if norm is not None else None  # this one optimizer reports the norm of scaled gradients
         if applied and self.average is not None:
             self.average.update(self._masters.weights())
-        return StepResult(applied, float(norm) if norm is not None else float("nan"), self._loss_scale())
+        return StepResult(applied, float(norm) if norm is not None else float("nan"), loss_scale(self._optimizer))
 
     def lr(self) -> float:
         """Learning rate of the latest step."""
         return float(self._optimizer.param_groups[0]["lr"])
-
-    def _loss_scale(self) -> float:
-        return float(getattr(self._optimizer, "cur_scale", getattr(self._optimizer, "loss_scale", 1.0)))
 
     @contextlib.contextmanager
     def averaged_weights(self) -> Iterator[None]:
@@ -310,7 +305,7 @@ class Engine:
     def _load_trained(self, src: dict, dst: nn.Module) -> None:
         found = dst.load_state_dict(src, strict=False)
         # ZeRO-3 keeps the experts that ranks share in its own files alone
-        elsewhere = {n for n, p in dst.named_parameters() if self.stage == 3 and is_expert_weight(p)}
+        elsewhere = {n for n, p in dst.named_parameters() if self.stage == 3 and is_shared_expert(p)}
         missing = [name for name in found.missing_keys if name not in self._frozen | elsewhere]
         if missing or found.unexpected_keys:
             name = (missing or found.unexpected_keys)[0]
@@ -322,7 +317,7 @@ class Engine:
         per_weight = 4 * 3 + (4 if self.average is not None else 0)
         if self.stage == 0 and self.rank != 0:
             return 0
-        weights = sum(getattr(p, "ds_numel", p.numel()) for p in self.module.parameters() if p.requires_grad)
+        weights = sum(unpartitioned_numel(p) for p in self.module.parameters() if p.requires_grad)
         # rank 0 writes the weights twice: in DeepSpeed's file and as the exported model
         return held * per_weight + (2 * weights * 4 if self.rank == 0 else 0)
 
@@ -366,7 +361,8 @@ def inference(module: nn.Module, config: Config) -> Iterator[Callable]:
 
 
 def _keep_experts_whole(module: nn.Module) -> None:
-    """Have ZeRO-3 gather the blocks of `MOE_BLOCKS` as one.
+    """Have ZeRO-3 gather the blocks of `MOE_BLOCKS` as one, or ranks whose tokens skip an expert wait without end for
+    ranks whose tokens use it.
 
     It takes a block's gradients when that of the block's input is there; of an input without one, below which all is
     frozen, before they are. So inputs always get one.
@@ -388,4 +384,4 @@ def _require_gradient(_, args: tuple) -> tuple:
 
 def _gathered(parameter: nn.Parameter):
     """A context in which a parameter of ZeRO-3 is whole."""
-    return deepspeed.zero.GatheredParameters([parameter] if hasattr(parameter, "ds_id") else [])
+    return deepspeed.zero.GatheredParameters([parameter] if is_partitioned(parameter) else [])

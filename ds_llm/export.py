@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ds_llm.compat.peft import is_adapter
 from ds_llm.data.tokenizer import save_tokenizer
 from ds_llm.errors import UserError
 from ds_llm.kernels.packed_mask import PackedMask
-from ds_llm.models import adapters
 from ds_llm.models.loading import TORCH_DTYPES, Source, load_model, load_model_config, load_tokenizer, locate
 from ds_llm.new_folder import free_folder, new_folder, writing
 from ds_llm.sparsity import compact_checkpoint
@@ -61,7 +61,7 @@ def export(source: str | os.PathLike, out: str | os.PathLike, dtype: str = "auto
     effect = merge = None
     reference = logits(model, probe)
     largest = float(reference.abs().max())
-    if adapters.is_adapter(model):
+    if is_adapter(model):
         with model.disable_adapter():
             effect = difference(logits(model, probe), reference)
         model = model.merge_and_unload(safe_merge=True)

@@ -13,6 +13,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from ds_llm.compat.deepspeed import unpartitioned_shape
+
 # (pattern of the device name torch reports, dense tensor-core TFLOPS in bf16/fp16 with fp32 accumulation, fp32 TFLOPS
 # without TF32, has bf16). From the vendors' data sheets; those that print figures "with sparsity" are halved:
 # NVIDIA B200/H200/H100/H20/A100/A800/A30/A40/A10/L40S/L40/L4/V100/T4 data sheets, the AWS G5 page (A10G), the GA102,
@@ -104,7 +106,7 @@ def whole_shape(parameter: torch.nn.Parameter) -> torch.Size:
     if (whole := getattr(parameter, "whole_shape", None)) is not None:
         return whole
     packed = getattr(parameter, "quant_state", None)
-    return torch.Size(packed.shape if packed is not None else getattr(parameter, "ds_shape", parameter.shape))
+    return torch.Size(packed.shape) if packed is not None else unpartitioned_shape(parameter)
 
 
 def dense_shape(parameter: torch.nn.Parameter) -> torch.Size:
@@ -119,7 +121,7 @@ def training_flops_per_token(model: torch.nn.Module, seq_len: int) -> float:
     values), from Chowdhery et al. 2022 (PaLM), appendix B; the causal half is not deducted and recomputation does not
     count, as there. Frozen weights, which get no gradient, count 4 x. Of an expert stack only `num_experts_per_tok`
     experts count. The embedding table counts once if it is also the output head and not at all otherwise. Right under
-    ZeRO-3 too, where a parameter carries its full shape in `ds_shape`.
+    ZeRO-3 too, whose parameters are empty between uses.
     """
     if parts := getattr(model, "sub_models", None):  # a frozen one is only run forwards: a third, of 4 x a half
         trained = [any(p.requires_grad for p in part.parameters()) for part in parts]

@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 from filelock import FileLock
-from torch.utils.cpp_extension import get_default_build_root
 
+from ds_llm.compat.torch import get_default_build_root
 from ds_llm.progress import console
 
 SHARED_BUFFER_BYTES = 66 * 2**20 + 8  # struct allreduce_workspace in DeepSpeed's csrc/cpu/comm/shm.cpp

@@ -7,6 +7,9 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from ds_llm.compat.deepspeed import is_shared_expert
+from ds_llm.compat.torch import set_buffer
+
 
 def decay_groups(module: nn.Module, weight_decay: float) -> list[dict]:
     """Optimizer groups of the trained parameters: those with fewer than two dimensions get no weight decay.
@@ -19,9 +22,9 @@ def decay_groups(module: nn.Module, weight_decay: float) -> list[dict]:
     vectors = [p for p in trained if len(getattr(p, "dense_shape", p.shape)) < 2]
     groups = []
     for weights, decay in ((matrices, weight_decay), (vectors, 0.0)):
-        shared = [p for p in weights if getattr(p, "allreduce", True)]
+        shared = [p for p in weights if not is_shared_expert(p)]
         groups.append({"params": shared, "weight_decay": decay})
-        for name in sorted({p.group_name for p in weights if not getattr(p, "allreduce", True)}):
+        for name in sorted({p.group_name for p in weights if is_shared_expert(p)}):
             own = [p for p in weights if getattr(p, "group_name", None) == name]
             groups.append({"params": own, "weight_decay": decay, "name": name, "moe": True})
     return [g for g in groups if g["params"]]
@@ -52,4 +55,4 @@ def restore_buffers(module: nn.Module, exact: dict[str, torch.Tensor], device: t
     """Put back what `exact_buffers` copied, on `device`."""
     for name, value in exact.items():
         owner, _, leaf = name.rpartition(".")
-        module.get_submodule(owner)._buffers[leaf] = value.to(device)
+        set_buffer(module.get_submodule(owner), leaf, value.to(device))

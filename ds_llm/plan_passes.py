@@ -13,10 +13,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from ds_llm.compat.torch import FakeTensorMode, TorchDispatchMode, tree_leaves
 from ds_llm.kernels.linear_cross_entropy import chunk_rows
 
 MEASURED_LAYERS = (6, 9)  # layers are alike, so what a deeper model takes is a straight line through these

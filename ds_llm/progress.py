@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -68,6 +70,34 @@ def progress(title: str, total: float | None = None, unit: str = "items"):
     )
     with Progress(*columns, console=console, transient=True) as bar:
         yield Task(title, total, unit, bar)
+
+
+@contextmanager
+def waiting(text: Callable[[float], str]):
+    """Show `text` of the seconds since the start while the block runs, for one long call that cannot count.
+
+    A short block shows nothing. On a terminal the line is live; elsewhere it comes again every 10 seconds; rank 0 only.
+    """
+    over, start = threading.Event(), time.monotonic()
+    live = console.is_terminal and not console.quiet
+
+    def show() -> None:
+        if over.wait(2):
+            return
+        with console.status("") if live else nullcontext() as status:
+            while True:
+                line = text(time.monotonic() - start)
+                status.update(line) if live else console.print(line, markup=False)
+                if over.wait(1 if live else 2 * PLAIN_SECONDS):
+                    return
+
+    thread = threading.Thread(target=show, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def duration(seconds: float) -> str:

@@ -22,19 +22,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ds_llm import masters
 from ds_llm.average import MovingAverage
+from ds_llm.compat import deepspeed_optimizers as masters
+from ds_llm.compat.deepspeed import SCALER, TRUSTED, loss_scaler, unpartitioned_numel
 from ds_llm.errors import UserError
 from ds_llm.progress import progress
-
-# The classes in DeepSpeed's files beside tensors and plain values; whatever else a file names is not loaded
-TRUSTED = (
-    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
-    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
-    "deepspeed.runtime.zero.config.ZeroStageEnum",
-    "deepspeed.utils.tensor_fragment.fragment_address",
-)
-SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # what of a loss scaler changes in a run
 
 
 def read_file(path: str | Path, map_location="cpu", mmap: bool = False) -> dict:
@@ -117,7 +109,7 @@ class Checkpoint:
     def places(self, fragment: masters.Fragment, name: str) -> list[tuple[_Place, slice, slice]]:
         """Where the numbers of `fragment` are: place, slice of the saved tensor, slice of the rank's own."""
         places, found = self._places.get(name), []
-        whole = getattr(fragment.param, "ds_numel", fragment.param.numel())
+        whole = unpartitioned_numel(fragment.param)
         if not places or places[-1].offset + places[-1].length != whole:
             what = "another size" if places else "missing"
             raise UserError(f"{self.folder}: is not of this model: {name} is {what}", any_rank=True)
@@ -277,7 +269,7 @@ def _as_kept_by(inner: torch.optim.Optimizer, weight: torch.Tensor, key: str, va
 
 
 def _restore_scaler(optimizer, saved) -> None:
-    live = getattr(optimizer, "loss_scaler", None) or getattr(optimizer, "loss_scale_config", None)
+    live = loss_scaler(optimizer)
     for name in SCALER:
         value = saved.get(name) if isinstance(saved, dict) else getattr(saved, name, None)
         if value is not None and hasattr(live, name):

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from ds_llm import engine as processes
+from ds_llm.compat.peft import without_wrapper
 from ds_llm.data.corrupt import document_numbers
 from ds_llm.errors import UserError
-from ds_llm.models import adapters, quality_loss
+from ds_llm.models import quality_loss
 from ds_llm.models.head import IGNORE_INDEX, head_loss, run_backbone
 from ds_llm.models.quality_gate import open_gates, record_scores
 from ds_llm.modes import count_processed
@@ -46,7 +47,7 @@ class RouterLoss(nn.Module):
     def __init__(self, inner: nn.Module, model: nn.Module):
         super().__init__()
         self.inner = inner
-        settings = adapters.without_wrapper(model).config
+        settings = without_wrapper(model).config
         self.name, self.weight = settings.quality_loss_type, settings.quality_loss_weight
         self.debug, self.options = settings.quality_loss_debug, settings.quality_options()
         self.loss = quality_loss.find(self.name)

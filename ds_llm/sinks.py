@@ -177,12 +177,12 @@ class TensorBoard:
 @functools.cache
 def _let_writers_fail_quietly() -> None:
     """What goes wrong in TensorBoard's thread is raised where something is written next; no traceback before that."""
-    from tensorboard.summary.writer import event_file_writer
+    from ds_llm.compat.tensorboard import _AsyncWriterThread
 
     before = threading.excepthook
 
     def hook(arguments) -> None:
-        if not isinstance(arguments.thread, event_file_writer._AsyncWriterThread):
+        if not isinstance(arguments.thread, _AsyncWriterThread):
             before(arguments)
 
     threading.excepthook = hook

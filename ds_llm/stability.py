@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ds_llm import checkpoint
+from ds_llm.compat.deepspeed import own_part
 from ds_llm.config import StabilityConfig
 from ds_llm.errors import UserError
 
@@ -71,7 +72,7 @@ def check_weights(model: nn.Module, output: Path, step: int, source: str | None)
     saving it would in time push out the good checkpoints. Collective. source: what the model was loaded from."""
     bad = None
     for name, parameter in model.named_parameters():
-        held = getattr(parameter, "ds_tensor", parameter)  # ZeRO-3: this rank's part
+        held = own_part(parameter)
         if held.is_floating_point() and not torch.isfinite(held).all():
             bad = name
             break

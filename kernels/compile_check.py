@@ -44,7 +44,7 @@ class Resources:
 
 def _resource_usage(cubin: bytes) -> dict[str, int]:
     """What `cuobjdump`, which comes with Triton, reads from one kernel's binary: REG, STACK, SHARED, ..."""
-    from triton import knobs
+    from ds_llm.compat.triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -61,8 +61,8 @@ def compile_spec(spec: CompileSpec, capability: int) -> Resources:
     loads need the most registers.
     """
     import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+
+    from ds_llm.compat.triton import ASTSource, GPUTarget
 
     names = spec.fn.arg_names
     signature = {n: "constexpr" if n in spec.constexprs else spec.signature[n] for n in names}
@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1), help="processes that compile")
     args = parser.parse_args(argv)
     try:
-        from triton import knobs
+        from ds_llm.compat.triton import knobs
     except ImportError:
         print("triton is not installed: pip install 'triton>=3.6'", file=sys.stderr)
         return 1

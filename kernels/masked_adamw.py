@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
+
+from ds_llm.compat.torch import adamw
 
 from ._triton import jit, launch_on, tl, uses_triton
 from .compile_check import CompileSpec

@@ -9,7 +9,9 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 
-from ds_llm.compat.transformers import Cache, CausalLMOutputWithPast, OutputRecorder, PreTrainedModel
+from transformers import PreTrainedModel
+
+from ds_llm.compat.transformers import Cache, CausalLMOutputWithPast, OutputRecorder
 
 OLD_NAME = "past_key_values"
 CACHE = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else OLD_NAME

@@ -15,8 +15,6 @@ NAMES = {
         "transformers.models.auto.modeling_auto",
         "language model class of a configuration class",
     ),
-    "PreTrainedConfig": ("transformers.configuration_utils", "base of our configurations"),
-    "PreTrainedModel": ("transformers.modeling_utils", "base of our models"),
     "ModelOutput": ("transformers.modeling_outputs", "base of our models' outputs"),
     "CausalLMOutputWithPast": ("transformers.modeling_outputs", "output of the boosted model"),
     "GradientCheckpointingLayer": ("transformers.modeling_layers", "base of the decoder's layers"),
@@ -85,6 +83,13 @@ def supported_kernels(model) -> dict[str, bool]:
 def experts_kernel(config) -> str | None:
     """Name of the experts' implementation that was asked for, None where none was."""
     return getattr(config, "_experts_implementation", None)
+
+
+def without_renaming(function):
+    """The function inside decorators of transformers that only rename arguments, as 5.24 put them around attention."""
+    while getattr(function, "__code__", None) and function.__code__.co_filename.endswith("/utils/deprecation.py"):
+        function = function.__wrapped__
+    return function
 
 
 def apply_gate(experts):

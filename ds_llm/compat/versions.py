@@ -28,12 +28,14 @@ def installed(library: str) -> str | None:
 
 
 def requirement(library: str) -> str:
-    """The tested range as pip reads it, for example `peft>=0.19,<0.22`."""
+    """The tested range as pip reads it, for example `peft>=0.19,<0.22`; just the name where none is listed."""
+    if library not in TESTED:
+        return library
     low, high = TESTED[library]
     return f"{library}>={low},<{high}"
 
 
-def _numbers(version: str) -> tuple[int, ...]:
+def numbers(version: str) -> tuple[int, ...]:
     """The leading numbers of a version: (2, 13, 0) of `2.13.0+cpu`."""
     numbers = []
     for part in version.split("+")[0].split("."):
@@ -50,7 +52,7 @@ def untested() -> list[str]:
         found = installed(library)
         if found is None:
             continue
-        if not _numbers(low) <= _numbers(found) < _numbers(high):
+        if not numbers(low) <= numbers(found) < numbers(high):
             lines.append(
                 f"{library} {found} is outside the tested range, {low} up to but without {high}; "
                 f"if something fails: pip install '{requirement(library)}'"

@@ -91,8 +91,7 @@ def harness(
 
 
 def _evaluate(path, tokenizer, loaded, device, limit, batch_size, dtype, chat_template) -> tuple[dict, dict]:
-    from lm_eval.evaluator import evaluate
-
+    from ds_llm.compat.lm_eval import evaluate
     from ds_llm.evaluation.harness_model import HarnessModel
 
     model = load_model(path, "fp32" if dtype == "auto" and device.type == "cpu" else dtype)
@@ -128,7 +127,7 @@ def load_tasks(specs: Sequence[str]) -> dict:
 
     Raises `UserError` for what is not there, broken, or named twice, and for a data set that cannot be had.
     """
-    from lm_eval.tasks import TaskManager
+    from ds_llm.compat.lm_eval import TaskManager
 
     specs = [part for spec in specs for part in spec.split(",") if part]
     paths = {spec: Path(spec).expanduser() for spec in specs}

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from lm_eval.models.huggingface import HFLM
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 
+from ds_llm.compat.lm_eval import HFLM, get_rolling_token_windows, make_disjoint_window
 from ds_llm.models.head import attach_loss_head, backbone
 from ds_llm.progress import progress
 

@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 from torch import nn
 
+from ds_llm.compat.peft import without_wrapper
 from ds_llm.config import Config
 from ds_llm.errors import ConfigError
 from ds_llm.generation import Generator, SamplingParams
-from ds_llm.models import adapters
 
 
 def check_prompts(config: Config, tokenizer, limit: int | None, chat: bool) -> None:
@@ -33,7 +33,7 @@ def sampling(config: Config, tokenizer, model: nn.Module, chat: bool) -> Callabl
     if not config.eval.prompts:
         return None
     greedy = SamplingParams(max_new_tokens=config.eval.max_new_tokens, temperature=0.0)
-    plain = adapters.without_wrapper(model)
+    plain = without_wrapper(model)
     prompts = [_as_prompt(text, tokenizer, chat) for text in config.eval.prompts]
 
     def sample(engine) -> list[dict]:

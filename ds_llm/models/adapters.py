@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ds_llm.compat.peft import name_base
 from ds_llm.config import Config, LoraConfig
 from ds_llm.errors import ConfigError, UserError
 from ds_llm.progress import console
@@ -182,7 +183,7 @@ def add_adapter(model: nn.Module, lora: LoraConfig, base: str, freeze: list[str]
         wrapped = peft.get_peft_model(model, settings, autocast_adapter_dtype=False)
     except ValueError as error:
         raise UserError(f"lora: peft cannot adapt this model: {str(error).splitlines()[0]}") from None
-    wrapped.peft_config["default"].base_model_name_or_path = base_name(base)
+    name_base(wrapped, base_name(base))
     return wrapped
 
 
@@ -218,16 +219,6 @@ def identity(path: str) -> str:
     if source.adapter:
         digest.update(identity(source.base()).encode())
     return digest.hexdigest()
-
-
-def is_adapter(model: nn.Module) -> bool:
-    """Whether `model` is a peft model, of which only adapters are trained and saved."""
-    return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
-
-
-def without_wrapper(model: nn.Module) -> nn.Module:
-    """The transformers model inside a peft model, with its adapters active; any other model itself."""
-    return model.get_base_model() if is_adapter(model) else model
 
 
 def trained_names(model: nn.Module, weights: dict[str, torch.Tensor], what: str) -> list[str]:

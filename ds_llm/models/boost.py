@@ -16,7 +16,14 @@ from typing import Self
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationMixin
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    DynamicCache,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from ds_llm.compat.hf_model import CACHE, CausalModel, cache_argument, model_output, takes_cache
 from ds_llm.compat.transformers import (
@@ -25,8 +32,6 @@ from ds_llm.compat.transformers import (
     Cache,
     CausalLMOutputWithPast,
     ModelOutput,
-    PreTrainedConfig,
-    PreTrainedModel,
     can_return_tuple,
     choose_attention,
     chosen_attention,

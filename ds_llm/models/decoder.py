@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, GenerationMixin
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedConfig
 
 from ds_llm.compat.hf_model import CACHE, CausalModel, cache_argument, model_output, takes_cache
 from ds_llm.compat.transformers import (
@@ -21,7 +21,6 @@ from ds_llm.compat.transformers import (
     Cache,
     GradientCheckpointingLayer,
     ModelOutput,
-    PreTrainedConfig,
     can_return_tuple,
     capture_outputs,
     chosen_attention,

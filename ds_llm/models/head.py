@@ -8,9 +8,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor
 from torch.utils.checkpoint import checkpoint
 
+from ds_llm.compat.deepspeed import is_partitioned
+from ds_llm.compat.peft import is_adapter, learns_prompts, without_wrapper
+from ds_llm.compat.torch import FakeTensor
 from ds_llm.compat.transformers import chosen_attention
 from ds_llm.errors import UserError
 from ds_llm.kernels.token_stats import TokenStats, linear_cross_entropy, linear_token_stats
@@ -148,7 +150,7 @@ def logit_transform(model: nn.Module) -> tuple[float, float | None]:
 
 @torch.no_grad()
 def _check_head(model: nn.Module, head: LMHead) -> None:
-    if any(p.device.type == "meta" or hasattr(p, "ds_id") or isinstance(p, FakeTensor) for p in model.parameters()):
+    if any(p.device.type == "meta" or is_partitioned(p) or isinstance(p, FakeTensor) for p in model.parameters()):
         return  # no weights here to try it with
     training = model.training
     model.eval()
@@ -170,11 +172,9 @@ def _check_head(model: nn.Module, head: LMHead) -> None:
 
 def backbone(model: nn.Module) -> nn.Module:
     """The module of a causal language model that returns `last_hidden_state`; adapters of peft stay active in it."""
-    peft_config = getattr(model, "peft_config", None)
-    if isinstance(peft_config, dict) and hasattr(model, "get_base_model"):
-        if any(getattr(c, "is_prompt_learning", False) for c in peft_config.values()):
-            raise UserError("prompt-learning adapters (prompt, prefix, p-tuning) are not supported: use LoRA")
-        model = model.get_base_model()
+    if is_adapter(model) and learns_prompts(model):
+        raise UserError("prompt-learning adapters (prompt, prefix, p-tuning) are not supported: use LoRA")
+    model = without_wrapper(model)
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
     if decoder is None or decoder is model:
         decoder = model.base_model
@@ -283,7 +283,7 @@ def expert_figures(out, balanced, mask: Tensor | None) -> tuple[Tensor, Tensor, 
 
 def balancing_loss(model: nn.Module):
     """A function of (router logits, attention mask) that gives (aux loss, report, counts), or None without one."""
-    base = model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+    base = without_wrapper(model)
     function = getattr(sys.modules[type(base).__module__], "load_balancing_loss_func", None)
     config = base.config.get_text_config()
     weight = getattr(config, "router_aux_loss_coef", None)

@@ -11,7 +11,8 @@ from importlib import import_module
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ds_llm.compat.transformers import ATTENTION, EXPERTS, ROUTERS, apply_gate, experts_kernel
+from ds_llm.compat.hf_model import takes_cache
+from ds_llm.compat.transformers import ATTENTION, EXPERTS, ROUTERS, apply_gate, experts_kernel, without_renaming
 from ds_llm.kernels.moe_routing import permute, route, unpermute
 from ds_llm.kernels.rope import apply_rope
 from ds_llm.models.moe import grouped_linear
@@ -73,7 +74,7 @@ def _with_forward(original: type, forward) -> type:
 @cache
 def _with_rope(original: type) -> type | None:
     """The attention class whose forward calls `_rotate`; None where its forward does not call the usual function."""
-    forward = original.forward
+    forward = without_renaming(original.forward)
     if "apply_rotary_pos_emb" not in getattr(forward, "__code__", _rotate.__code__).co_names:
         return None
     replaced = types.FunctionType(
@@ -86,7 +87,7 @@ def _with_rope(original: type) -> type | None:
     replaced.__kwdefaults__ = forward.__kwdefaults__
     replaced.__annotations__ = forward.__annotations__
     replaced.__doc__ = forward.__doc__
-    return _with_forward(original, replaced)
+    return _with_forward(original, takes_cache(replaced) if "cache" in forward.__code__.co_varnames else replaced)
 
 
 def _accelerated(module: nn.Module) -> tuple[str, type | None] | None:

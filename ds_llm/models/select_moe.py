@@ -11,7 +11,7 @@ import dataclasses
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig
 
 from ds_llm.compat.hf_model import CACHE, CausalModel, cache_argument, model_output, takes_cache
 
@@ -21,7 +21,6 @@ from ds_llm.compat.transformers import (
     MODEL_MAPPING,
     Cache,
     ModelOutput,
-    PreTrainedConfig,
     can_return_tuple,
     load_balancing_loss_func,  # noqa: F401
 )

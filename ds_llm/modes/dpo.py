@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_llm import engine as processes
+from ds_llm.compat.peft import is_adapter
 from ds_llm.config import Config
 from ds_llm.data.corpora import cache_folder
 from ds_llm.data.order import SampleOrder
@@ -219,7 +220,7 @@ class PreferenceObjective(nn.Module):
 def _reference(config: Config, data: Data, engine, model: nn.Module, start: str | None):
     """(micro-batch -> log-probabilities [2, P] under the reference, its fingerprint) while the block runs."""
     if config.dpo.reference is None:
-        adapter_off = model.disable_adapter() if adapters.is_adapter(model) else contextlib.nullcontext()
+        adapter_off = model.disable_adapter() if is_adapter(model) else contextlib.nullcontext()
         engine.train(False)
         try:
             with torch.no_grad(), adapter_off:

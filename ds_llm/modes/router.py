@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ds_llm import engine as processes
+from ds_llm.compat.peft import name_base
 from ds_llm.config import Config, LoraConfig
 from ds_llm.data.corrupt import CORRUPTIONS, CorruptedPairs
 from ds_llm.data.order import SampleOrder
@@ -179,7 +180,7 @@ def _add_adapters(model: nn.Module, config: Config) -> nn.Module:
     )
     torch.manual_seed(config.train.seed)
     wrapped = peft.get_peft_model(model, settings, autocast_adapter_dtype=False)
-    wrapped.peft_config["default"].base_model_name_or_path = settings.base_model_name_or_path
+    name_base(wrapped, settings.base_model_name_or_path)
     return wrapped
 
 

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ds_llm.compat.deepspeed import is_shared_expert
 from ds_llm.compat.transformers import chosen_attention
 from ds_llm.config import Config
 from ds_llm.models.head import backbone
@@ -82,7 +83,7 @@ class Division:
         gathered: a context manager in which a parameter of ZeRO-3 is whole.
         """
         for name, parameter in model.named_parameters():
-            if experts.is_expert_weight(parameter) or (trained_only and not parameter.requires_grad):
+            if is_shared_expert(parameter) or (trained_only and not parameter.requires_grad):
                 continue
             with gathered(parameter):
                 split = tensor.split_dimension(parameter) is not None
@@ -111,4 +112,4 @@ def check(config: Config) -> None:
 
 def is_divided(parameter: nn.Parameter) -> bool:
     """Whether ranks of a group hold different parts of a weight, other than ZeRO's."""
-    return experts.is_expert_weight(parameter) or tensor.split_dimension(parameter) is not None
+    return is_shared_expert(parameter) or tensor.split_dimension(parameter) is not None

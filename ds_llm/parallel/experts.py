@@ -11,21 +11,20 @@ from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
-from deepspeed.checkpoint.autoep_affine import (
-    autoep_placement_to_affine_map,
-    legacy_uniform_autoep_placement_descriptor,
-)
-from deepspeed.checkpoint.constants import (
+from torch import Tensor, nn
+
+from ds_llm.compat.deepspeed import (
     AFFINE_MAP,
     AUTOEP_EXPERT_PLACEMENT,
     AUTOEP_PARAM_EP_RANK,
     AUTOEP_PARAM_LOCAL_EXPERTS,
     AUTOEP_PARAM_LOGICAL_SHAPE,
     DS_AUTOEP_UC_META,
+    AutoEPMoELayer,
+    autoep_placement_to_affine_map,
+    legacy_uniform_autoep_placement_descriptor,
+    share_experts,
 )
-from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
-from torch import Tensor, nn
-
 from ds_llm.compat.transformers import EXPERTS
 from ds_llm.errors import UserError
 from ds_llm.kernels.moe_routing import permute, unpermute
@@ -59,8 +58,7 @@ class ExpertShare(AutoEPMoELayer):
         self.experts = nn.Module()
         for name, value in (("w1", gate), ("w2", down), ("w3", up)):
             weight = nn.Parameter(value.clone(memory_format=torch.contiguous_format), source.down_proj.requires_grad)
-            weight.allreduce, weight.group_name = False, self.ep_group_name
-            weight.ds_zero_placement_family, weight.ds_zero_partition_group_name = "autoep_expert", self.ep_group_name
+            share_experts(weight, self.ep_group_name)
             weight.whole_shape = torch.Size([self.num_experts, *weight.shape[1:]])
             shape = list(weight.whole_shape)
             description = {
@@ -141,8 +139,3 @@ def whole_weights(model: nn.Module, gathered: Callable) -> Iterator[tuple[str, T
         first = dist.get_rank() == 0
         yield f"{name}.gate_up_proj", torch.cat([found["w1"], found["w3"]], 1) if first else None
         yield f"{name}.down_proj", found["w2"]
-
-
-def is_expert_weight(parameter: nn.Parameter) -> bool:
-    """Whether it is one of an `ExpertShare`."""
-    return not getattr(parameter, "allreduce", True)

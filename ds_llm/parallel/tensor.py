@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.checkpoint.constants import DS_AUTOTP_UC_META
 from torch import Tensor, nn
 
+from ds_llm.compat.deepspeed import DS_AUTOTP_UC_META, groups
 from ds_llm.errors import UserError
 from ds_llm.parameters import exact_buffers, restore_buffers
 
@@ -54,7 +54,7 @@ def settings(architecture, size: int) -> dict:
 
 def group() -> dist.ProcessGroup:
     """This rank's tensor group, once DeepSpeed has made it."""
-    return deepspeed.utils.groups.get_tensor_model_parallel_group()
+    return groups.get_tensor_model_parallel_group()
 
 
 def split_dimension(parameter: nn.Parameter) -> int | None:

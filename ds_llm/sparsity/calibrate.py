@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map_only
 
+from ds_llm.compat.torch import tree_flatten, tree_map_only
 from ds_llm.data.files import Position, find, read
 from ds_llm.data.rows import Document, documents
 from ds_llm.data.tokens import TokenFile

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from ds_llm.compat.torch import remove_parameter
 from ds_llm.kernels.sparse_update import PackedMask, compact, expand, expand_into
 
 
@@ -152,7 +153,7 @@ def make_sparse(module: nn.Module, leaf: str, mask: PackedMask) -> None:
     stack = weight.dim() > 2
     setattr(module, f"{leaf}_values", values_parameter(compact(weight.detach(), mask), mask))
     setattr(module, f"{leaf}_mask", mask)
-    del module._parameters[leaf]
+    remove_parameter(module, leaf)
     module.__class__ = _sparse_class(type(module), leaf, stack)
 
 

@@ -150,7 +150,7 @@ def _plots(sweep, trials: list, best) -> list[dict]:
 
 def importances(study, names: list[str]) -> dict[str, float]:
     """Share of each parameter, largest first, 1 in all (Watanabe et al. 2023, PED-ANOVA, as Optuna computes it)."""
-    from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
+    from ds_llm.compat.optuna import PedAnovaImportanceEvaluator, get_param_importances
 
     evaluator = PedAnovaImportanceEvaluator(target_quantile=0.5)
     return get_param_importances(study, evaluator=evaluator, params=names)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from ds_llm import config as run_config
 from ds_llm import run_folder
+from ds_llm.compat.optuna import trial_id
 from ds_llm.errors import ConfigError, UserError
 from ds_llm.interrupt import EXIT_CODE, Interrupt
 from ds_llm.options import to_yaml
@@ -73,8 +74,8 @@ class Sweep:
 
     def _open(self) -> None:
         import optuna
-        from optuna.storages import JournalStorage
-        from optuna.storages.journal import JournalFileBackend
+
+        from ds_llm.compat.optuna import JournalFileBackend, JournalStorage
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self.states = optuna.trial.TrialState
@@ -132,7 +133,7 @@ class Sweep:
         trials = self.study.trials
         if number is not None:
             self.study.sampler = self._sampler(number)
-            return optuna.trial.Trial(self.study, trials[number]._trial_id)
+            return optuna.trial.Trial(self.study, trial_id(trials[number]))
         waiting = any(t.state == self.states.WAITING for t in trials)  # of a sweep killed between two lines
         number = len(trials) - waiting
         if self.grid is not None and not waiting:

@@ -1,0 +1,130 @@
+"""DeepSpeed 0.19.8: names outside its documented interface, and fields of its parameters, engines and optimizers.
+
+`NAMES`: each such name, the module it lies in and what it is for. The fields of its optimizers are read in
+`ds_llm.compat.deepspeed_optimizers` alone. Importing this module does not import DeepSpeed.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ds_llm.compat.names import lookup
+
+NAMES = {
+    # optimizers, by which ours knows where the fp32 weights are
+    "BF16_Optimizer": ("deepspeed.runtime.bf16_optimizer", "bf16 under ZeRO stage 1, gradients in fp32"),
+    "DeepSpeedZeroOptimizer": ("deepspeed.runtime.zero.stage_1_and_2", "ZeRO stages 1 and 2"),
+    "DeepSpeedZeroOptimizer_Stage3": ("deepspeed.runtime.zero.stage3", "ZeRO stage 3"),
+    "FP16_Optimizer": ("deepspeed.runtime.fp16.fused_optimizer", "fp16 and bf16 without ZeRO, fused optimizer"),
+    "FP16_UnfusedOptimizer": ("deepspeed.runtime.fp16.unfused_optimizer", "fp16 and bf16 without ZeRO"),
+    # settings and builds
+    "DeepSpeedConfigError": ("deepspeed.runtime.config", "what it raises for a configuration it refuses"),
+    "AsyncIOBuilder": ("deepspeed.ops.op_builder", "whether access to NVMe can be built here"),
+    "set_z3_leaf_modules": ("deepspeed.utils", "has ZeRO-3 gather blocks of experts whole"),
+    "groups": ("deepspeed.utils", "process groups of its parallelism"),
+    # experts that ranks share (AutoEP)
+    "AutoEPMoELayer": ("deepspeed.module_inject.auto_ep_layer", "base of our layer, by which ZeRO knows its weights"),
+    "autoep_placement_to_affine_map": ("deepspeed.checkpoint.autoep_affine", "which expert lies where in a checkpoint"),
+    "legacy_uniform_autoep_placement_descriptor": ("deepspeed.checkpoint.autoep_affine", "equal shares of experts"),
+    "AFFINE_MAP": ("deepspeed.checkpoint.constants", "key in the description of a weight"),
+    "AUTOEP_EXPERT_PLACEMENT": ("deepspeed.checkpoint.constants", "key in the description of a weight"),
+    "AUTOEP_PARAM_EP_RANK": ("deepspeed.checkpoint.constants", "key in the description of a weight"),
+    "AUTOEP_PARAM_LOCAL_EXPERTS": ("deepspeed.checkpoint.constants", "key in the description of a weight"),
+    "AUTOEP_PARAM_LOGICAL_SHAPE": ("deepspeed.checkpoint.constants", "key in the description of a weight"),
+    "DS_AUTOEP_UC_META": ("deepspeed.checkpoint.constants", "attribute of a weight that holds its description"),
+    # layers that ranks share (AutoTP)
+    "DS_AUTOTP_UC_META": ("deepspeed.checkpoint.constants", "attribute of a weight that says how it is split"),
+}
+# The classes in DeepSpeed's files beside tensors and plain values; whatever else a file names is not loaded.
+TRUSTED = (
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
+    "deepspeed.runtime.zero.config.ZeroStageEnum",
+    "deepspeed.utils.tensor_fragment.fragment_address",
+)
+# Fields that the functions below and `deepspeed_optimizers` read or set; no other module may name them.
+FIELDS = (
+    "ds_id",
+    "ds_numel",
+    "ds_shape",
+    "ds_tensor",
+    "ds_zero_placement_family",
+    "ds_zero_partition_group_name",
+    "cur_scale",
+    "checkpoint_engine",
+    "zero_nvme_offload_optimizer",
+    "__compatible_ops__",
+    "loss_scaler",
+    "loss_scale_config",
+    "bit16_groups",
+    "fp16_groups",
+    "fp32_partitioned_groups_flat",
+    "single_partition_of_fp32_groups",
+)
+SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # what of a loss scaler changes in a run
+
+
+# -- parameters --
+
+
+def is_partitioned(parameter: torch.nn.Parameter) -> bool:
+    """Whether ZeRO-3 has taken the parameter: its data is here only while it is gathered."""
+    return hasattr(parameter, "ds_id")
+
+
+def own_part(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """What this rank holds of a parameter: its part under ZeRO-3, else all of it."""
+    return getattr(parameter, "ds_tensor", parameter)
+
+
+def unpartitioned_shape(parameter: torch.nn.Parameter) -> torch.Size:
+    """The shape of a parameter before ZeRO-3 has partitioned it."""
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def unpartitioned_numel(parameter: torch.nn.Parameter) -> int:
+    """How many numbers a parameter has before ZeRO-3 has partitioned it."""
+    return getattr(parameter, "ds_numel", parameter.numel())
+
+
+def share_experts(weight: torch.nn.Parameter, group: str) -> None:
+    """Have ZeRO reduce and partition a weight of shared experts among the ranks of a group alone."""
+    weight.allreduce, weight.group_name = False, group
+    weight.ds_zero_placement_family, weight.ds_zero_partition_group_name = "autoep_expert", group
+
+
+def is_shared_expert(parameter: torch.nn.Parameter) -> bool:
+    """Whether `share_experts` was called for the parameter."""
+    return not getattr(parameter, "allreduce", True)
+
+
+# -- engines and optimizers --
+
+
+def leave_states_to_us(engine, read_file) -> None:
+    """Have an engine read checkpoint files by `read_file`, and leave states on NVMe to `ds_llm.reshard`.
+
+    DeepSpeed 0.19 starts with none when it loads states that lie on NVMe.
+    """
+    engine.checkpoint_engine.load = read_file
+    engine.zero_nvme_offload_optimizer = lambda: False
+
+
+def loss_scale(optimizer) -> float:
+    """What an optimizer multiplies losses by at present; 1 for one that does not."""
+    return float(getattr(optimizer, "cur_scale", getattr(optimizer, "loss_scale", 1.0)))
+
+
+def loss_scaler(optimizer):
+    """The object whose fields `SCALER` hold the state of the search for a loss scale, None where there is none."""
+    return getattr(optimizer, "loss_scaler", None) or getattr(optimizer, "loss_scale_config", None)
+
+
+def use_gloo_alone() -> None:
+    """Have processes on a CPU communicate by gloo, not through shared memory."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+__getattr__ = lookup("deepspeed", NAMES)
