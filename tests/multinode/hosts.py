@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 import psutil
+from jobs import PATIENCE
 
 PREFIX = "dsllm"
 NAMES = ("red", "blue", "green")
@@ -84,7 +85,7 @@ def _run(*command: str) -> str:
 
 
 def _take_down(space: str) -> None:
-    for _ in range(50):
+    for _ in range(1000):
         pids = [int(pid) for pid in _run("ip", "netns", "pids", space).split()]
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
@@ -139,7 +140,7 @@ class Host:
         self._outside = subprocess.Popen(
             ["ip", "netns", "exec", self.space, *unshare], stdout=log, stderr=log, stdin=subprocess.DEVNULL
         )
-        end = time.monotonic() + 20
+        end = time.monotonic() + PATIENCE
         while True:
             found = psutil.Process(self._outside.pid).children()
             if found and found[0].name() == "sshd" and self._answers():
@@ -173,7 +174,7 @@ class Host:
         """All its processes end at once; the network connections of a machine without power stay open."""
         self.cut()
         self._init.kill()
-        self._outside.wait(20)
+        self._outside.wait(PATIENCE)
 
     def cut(self) -> None:
         _run("ip", "-n", self.cluster.switch, "link", "set", f"port{self.number}", "down")

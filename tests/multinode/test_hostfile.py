@@ -6,21 +6,21 @@ import re
 import shutil
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
-from jobs import ROOT, launch
+from jobs import PATIENCE, ROOT, hold, launch, until
 
 from ds_llm import metrics
+from ds_llm.scoring import parts
 
 TRAIN, SCORE = ROOT / "launch" / "train.py", ROOT / "launch" / "score.py"
 LOST = 6  # seconds, of the jobs here
 
 
-def end(job: subprocess.Popen, timeout: float = 400) -> tuple[str, str]:
+def end(job: subprocess.Popen) -> tuple[str, str]:
     try:
-        return job.communicate(timeout=timeout)
+        return job.communicate(timeout=PATIENCE)
     except subprocess.TimeoutExpired:
         os.killpg(job.pid, signal.SIGKILL)
         pytest.fail("\n".join(job.communicate()))
@@ -33,14 +33,6 @@ def spoken(text: str) -> list[str]:
 
 def steps(output: Path) -> list[dict]:
     return metrics.deterministic([r for r in metrics.read(output / "metrics.jsonl") if r["kind"] == "step"])
-
-
-def wait_for(condition, job: subprocess.Popen, timeout: float = 300) -> None:
-    deadline = time.monotonic() + timeout
-    while not condition():
-        if job.poll() is not None or time.monotonic() > deadline:
-            pytest.fail("\n".join(end(job, 1)))
-        time.sleep(0.05)
 
 
 @pytest.fixture(scope="module")
@@ -76,22 +68,16 @@ def test_a_host_that_is_cut_off_ends_the_job_and_a_restart_goes_on(cluster, own,
     arguments = [*tiny, *limits, "zero=2", "eval.before=false", "data.val=[]", "train.max_steps=18"]
     one = launch("forked", [*arguments, f"output={tmp_path / 'one'}"])
     assert one.returncode == 0, one.stderr
-    slow = tmp_path / "slow.py"  # so that there is time to pull a cable
-    slow.write_text(
-        "import time; from ds_llm import trainer; step = trainer.Trainer._step\n"
-        "trainer.Trainer._step = lambda self: (time.sleep(0.3), step(self))\n"
-    )
-    job = cluster.launch(TRAIN, [*arguments, f"output={output}"], tmp_path / "here", DS_LLM_EXTENSIONS=slow)
+    job = cluster.launch(TRAIN, [*arguments, f"output={output}"], tmp_path / "here", **hold(tmp_path, "step", 11))
     on_red, on_blue = (own(host, output) for host in (red, blue))
-    wait_for(lambda: len(steps(on_red)) >= 9, job)
+    until(lambda: len(steps(on_red)) >= 9, job)
     blue.cut()
-    began = time.monotonic()
     try:
-        assert cluster.free(LOST + 30), [p.cmdline() for host in cluster.hosts for p in host.processes()]
-        out, err = end(job, 30)
+        assert cluster.free(PATIENCE), [p.cmdline() for host in cluster.hosts for p in host.processes()]
+        out, err = end(job)
     finally:
         blue.mend()
-    assert time.monotonic() - began < LOST + 40 and job.returncode != 0
+    assert job.returncode != 0
     (line,) = spoken(err)
     assert re.match(
         rf"error: rank 1 \(blue, process \d+\) gave no sign of life for {LOST} s .*last seen in (a )?step", line
@@ -130,25 +116,25 @@ def test_scores_of_two_hosts_have_the_bytes_of_one_also_after_one_lost_its_power
     alone = launch("forked-1", [*arguments, "--out", str(tmp_path / "alone.jsonl")], script=SCORE)
     assert alone.returncode == 0, alone.stderr
     out = cluster.apart / "scores.jsonl"
-    slow = tmp_path / "slow.py"
-    slow.write_text(
-        "import time; from ds_llm.scoring.forward import Scorer; score = Scorer.score\n"
-        "Scorer.score = lambda *given: (time.sleep(0.1), score(*given))[1]\n"
-    )
-    job = cluster.launch(SCORE, [*arguments, "--out", str(out)], tmp_path / "here", DS_LLM_EXTENSIONS=slow)
-    parts = own(red, f"{out}.d/parts")
-    wait_for(lambda: sum(p.stat().st_size > 4000 for p in parts.glob("part-0001-*.bin")) == 2, job)
+    job = cluster.launch(SCORE, [*arguments, "--out", str(out)], tmp_path / "here", **hold(tmp_path, "score", 40))
+    folder = own(red, f"{out}.d/parts")
+
+    def scored() -> list[int]:
+        """Batches of each rank; the first record is a header."""
+        return [sum(1 for _ in parts.read(path)) - 1 for path in folder.glob("part-0001-*.bin")]
+
+    until(lambda: len(scored()) == 2 and min(scored()) >= 20, job)
     blue.kill()
+    (tmp_path / "go").touch()
     said, err = end(job)
-    assert job.returncode != 0 and cluster.free(10), said + err
+    assert job.returncode != 0 and cluster.free(PATIENCE), said + err
     (line,) = spoken(err)
-    assert re.match(r"error: rank 1 \(blue, process \d+\) .*run the same command again", line), err
-    done = sum(p.stat().st_size for p in parts.iterdir())
+    assert re.match(r"error: rank 1 \(blue, process \d+\) .* same command (again|continues)", line), err
     blue.mend()
     blue.start()
     job = cluster.launch(SCORE, [*arguments, "--out", str(out)], tmp_path / "here")
     said, err = end(job)
     assert job.returncode == 0, said + err
-    assert "of them done before" in said and done > 8000
+    assert "of them done before" in said
     assert own(red, out).read_bytes() == (tmp_path / "alone.jsonl").read_bytes()
     assert list(own(blue, cluster.apart).glob("scores*")) == []  # what it had been given is gone
