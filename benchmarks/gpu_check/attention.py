@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks import kernels
 from benchmarks.gpu_check.basics import device
 from benchmarks.gpu_check.report import Place, Report
+from ds_llm.compat.transformers import ALL_ATTENTION_FUNCTIONS, choose_attention, chosen_attention
 
 GPU = {"rows": 4, "length": 4096, "heads": 16, "key_heads": 8, "head_dim": 128, "document": 700, "seconds": 0.1}
 TOY = {"rows": 2, "length": 128, "heads": 4, "key_heads": 2, "head_dim": 16, "document": 30, "seconds": 0.005}
@@ -28,7 +29,7 @@ def attention(report: Report, place: Place) -> None:
     documents = int((positions == 0).sum())
     report.figures(rows=sizes["rows"], length=sizes["length"], documents=documents, heads=sizes["heads"])
     model = decoder(sizes, where)
-    report.figures(attention=model.config._attn_implementation)
+    report.figures(attention=chosen_attention(model.config))
     ours: dict[str, Callable] = {}
     for name, given in (("ours, packed documents", positions), ("ours, one document a row", one)):
         ours[name], mask = captured(model, given.to(where))
@@ -76,7 +77,7 @@ def decoder(sizes: dict, where: torch.device):
         num_key_value_heads=sizes["key_heads"],
         max_position_embeddings=sizes["length"],
     )
-    config._attn_implementation = attention_kernel("auto", "bf16")
+    choose_attention(config, attention_kernel("auto", "bf16"))
     return DecoderForCausalLM(config).to(where, torch.bfloat16).train()
 
 
@@ -89,9 +90,7 @@ def hidden(model, positions: Tensor) -> Tensor:
 def captured(model, positions: Tensor) -> tuple[Callable, str]:
     """The call of the attention function that the model makes for these positions, with its backward pass, as a
     function without arguments; and what mask it is given."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    name, found = model.config._attn_implementation, []
+    name, found = chosen_attention(model.config), []
     original = ALL_ATTENTION_FUNCTIONS[name]
 
     def note(*args, **kwargs):

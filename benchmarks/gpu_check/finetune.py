@@ -36,9 +36,10 @@ def compare(mode: str, report: Report, place: Place) -> None:
     names = {"tokens_per_clock_s": "tokens_per_s", "peak_bytes": "peak_gb", "loss_difference": "loss_difference"}
     rates = {}
     for row in result["table"]:
+        name = " ".join(row["name"].split())
         cells = {new: row[old] / (1e9 if old == "peak_bytes" else 1) for old, new in names.items()}
-        rates[row["name"]] = row["tokens_per_clock_s"]
-        report.row("trainers", trainer=row["name"], **cells, ours_to_this=row["ours_to_this_tokens_per_clock_s"])
+        rates[name] = row["tokens_per_clock_s"]
+        report.row("trainers", trainer=name, **cells, ours_to_this=row["ours_to_this_tokens_per_clock_s"])
     ours = next(rate for name, rate in rates.items() if " ours " in name)
     others = [rate for name, rate in rates.items() if " trl " in name]
     report.figures(
