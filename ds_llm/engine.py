@@ -27,7 +27,7 @@ import torch.distributed as dist
 from pydantic import ValidationError
 from torch import nn
 
-from ds_llm import leftovers, nvme, reshard
+from ds_llm import builds, nvme, reshard
 from ds_llm.average import MovingAverage
 from ds_llm.compat import deepspeed_optimizers as masters
 from ds_llm.compat.deepspeed import (
@@ -83,21 +83,15 @@ def init_distributed() -> None:
     # where lost and hanging ranks are noticed by themselves, nobody may wait in vain for long work of another
     limit = timedelta(days=1) if watched() else timedelta(minutes=30)
     if "RANK" not in os.environ:
-        # without a port, which another job could take; the number only names DeepSpeed's shared buffer
+        # without a port, which another job could take: the number is not used
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_SIZE="1")
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(os.getpid()))
         backend = "nccl" if device().type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=limit)
     os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
     share_cores()
-    leftovers.mend_builds()
-    if device().type == "cpu":
-        # every rank looks before the group opens, so before any has written: all decide the same
-        if leftovers.shared_memory_suffices(int(os.environ["LOCAL_SIZE"])):
-            leftovers.announce_build("deepspeed_shm_comm", "communication")
-        else:
-            use_gloo_alone()
-    leftovers.unlink_shared_buffer()  # one that a job killed at its start left: the others must not map it
+    builds.guard()
+    use_gloo_alone()
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # it prints what it has built
             deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=limit)
@@ -105,8 +99,6 @@ def init_distributed() -> None:
         if "EADDRINUSE" not in str(error):
             raise
         raise port_in_use() from None
-    dist.barrier()  # every rank has mapped every buffer; without names they go when the last process does
-    leftovers.unlink_shared_buffer()
 
 
 def check_dtype(dtype: str, key: str) -> None:
@@ -167,10 +159,7 @@ class Engine:
         if self.stage == 3 and self.layout.expert == 1:
             _keep_experts_whole(module)
         exact = exact_buffers(module)
-        if self.settings["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none":
-            leftovers.announce_build("cpu_adam", "Adam")
         if nvme.asked(self.settings):
-            leftovers.announce_build("async_io", "access to NVMe")
             nvme.take_folders(self.settings, config.output, self.rank)
         self._frozen = {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
         if self._frozen:

@@ -121,7 +121,11 @@ def loss_scaler(optimizer):
 
 
 def use_gloo_alone() -> None:
-    """Have processes on a CPU communicate by gloo, not through shared memory."""
+    """Keep DeepSpeed from compiling its communication through shared memory, before its process group is made.
+
+    It serves `inference_all_reduce` alone, which training never calls, and adds over all processes of the job, also
+    where a group of them is asked for.
+    """
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

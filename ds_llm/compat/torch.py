@@ -16,9 +16,10 @@ NAMES = {
     "tree_flatten": ("torch.utils._pytree", "tensors in nested arguments, for pruning block by block"),
     "tree_leaves": ("torch.utils._pytree", "tensors in nested results, for the memory planner"),
     "tree_map_only": ("torch.utils._pytree", "moves tensors in nested arguments"),
+    "cpp_extension": ("torch.utils", "compiles and loads extensions"),
+    "FileBaton": ("torch.utils.file_baton", "its lock of an extension that is being compiled"),
     "_get_build_directory": ("torch.utils.cpp_extension", "where an extension is compiled"),
     "JIT_EXTENSION_VERSIONER": ("torch.utils.cpp_extension", "which extensions this process takes as built"),
-    "get_default_build_root": ("torch.utils.cpp_extension", "where compiled extensions lie"),
     "adamw": ("torch.optim.adamw", "AdamW's step as a function: the reference of our masked one"),
 }
 
