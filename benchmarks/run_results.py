@@ -12,6 +12,8 @@ from ds_llm import metrics, reshard
 
 def trained(out: Path, step: int) -> dict[str, object]:
     """The checkpoint at `step`, the exported model and the figures of every step and evaluation, by name."""
+    import ds_llm.engine  # noqa: F401 (DeepSpeed, some of whose classes are in its files)
+
     last = out / "checkpoints" / f"step-{step:08d}"
     found: dict[str, object] = {"metrics": metrics.deterministic(metrics.read(out / "metrics.jsonl"))}
     for path in sorted(p for place in (last, out / "model") for p in place.rglob("*") if p.is_file()):
