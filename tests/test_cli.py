@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from jobs import PATIENCE
 
 from ds_llm import cli
 from ds_llm.errors import UserError
@@ -42,6 +43,8 @@ def test_a_broken_extension_is_named(text, tmp_path, monkeypatch):
 def test_only_a_reader_of_the_output_may_leave(own):
     code = """
 import os, sys
+from jobs import PATIENCE
+
 from ds_llm import cli
 
 def main():
@@ -62,4 +65,4 @@ cli.run(main)
         process.stdout.close()
     process.stdin.close()
     error = process.stderr.read()
-    assert (process.wait(60), "BrokenPipeError" in error) == ((0, False) if own else (1, True)), error
+    assert (process.wait(PATIENCE), "BrokenPipeError" in error) == ((0, False) if own else (1, True)), error

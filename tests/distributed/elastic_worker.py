@@ -22,7 +22,7 @@ import torch.distributed as dist  # noqa: E402
 
 from ds_llm import config as configuration  # noqa: E402
 from ds_llm import engine as engines  # noqa: E402
-from ds_llm import masters  # noqa: E402
+from ds_llm.compat import deepspeed_optimizers as masters  # noqa: E402
 from ds_llm.models.adapters import add_adapter  # noqa: E402
 from ds_llm.models.decoder import DecoderConfig, DecoderForCausalLM  # noqa: E402
 from ds_llm.models.head import attach_loss_head  # noqa: E402
