@@ -77,7 +77,7 @@ def main() -> int:
                 continue
             limit = min(left, step.seconds * (DRY_FACTOR if args.dry_run else 1))
             print(f"{start}{step.what}; at most {limit:.0f} s, {left:.0f} s left for all", flush=True)
-            status = runner.run(step, results, place, code, args.out / "log.txt", limit)
+            status = runner.run(step, results, place, code, limit)
             entry = results.content["steps"][step.name]
             print(f"    {status} after {entry['seconds']:.0f} s", flush=True)
     wanting = [step.name for step in steps if results.content["steps"][step.name]["status"] not in (OK, NOT_INSTALLED)]

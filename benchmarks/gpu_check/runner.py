@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import signal
@@ -25,20 +26,25 @@ POLL_SECONDS = 0.1
 
 
 class Results:
-    """`results.json` of a folder, and the same as `results.md`; both are whole at any time.
+    """`results.json` of a folder, and the same as `results.md`, both whole at any time; `log` takes the steps' output.
 
-    Raises `UserError` when the folder cannot be written, or holds results of the other kind (real, dry run).
+    Raises `UserError` when the folder cannot be written, another check works in it, or it holds results of the other
+    kind (real, dry run).
     """
 
     def __init__(self, folder: Path, dry_run: bool):
-        self.path = folder / "results.json"
+        self.path, self.log = folder / "results.json", folder / "log.txt"
         self.content = {"dry_run": dry_run, "steps": {}}
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            self._held = open(self.log, "ab")  # noqa: SIM115 (as long as this object lives)
+            fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if self.path.exists():
                 self.content = json.loads(self.path.read_text())
                 kind, steps = self.content["dry_run"], self.content["steps"]
                 assert isinstance(steps, dict)
+        except BlockingIOError:
+            raise UserError(f"--out: {folder}: another check works there; wait for it or name another folder") from None
         except OSError as error:
             raise UserError(f"--out: {folder}: {error.strerror}") from None
         except (ValueError, KeyError, TypeError, AssertionError):
@@ -85,9 +91,9 @@ def environment(place: Place) -> dict[str, str]:
     return os.environ | own
 
 
-def run(step: Step, results: Results, place: Place, commit: str | None, log: Path, limit: float) -> str:
+def run(step: Step, results: Results, place: Place, commit: str | None, limit: float) -> str:
     """Run a step to its end or its limit (s); returns its status. What it found by then stands in the results."""
-    began, part = time.monotonic(), place.scratch / f"{step.name}.json"
+    began, part, log = time.monotonic(), place.scratch / f"{step.name}.json", results.log
     part.unlink(missing_ok=True)
     entry = {"status": RUNNING, "what": step.what, "date": datetime.now(UTC).isoformat(timespec="seconds")}
     entry |= {"commit": commit, "limit_s": round(limit, 1)}

@@ -234,11 +234,14 @@ def test_a_step_over_its_limit_is_ended_and_tried_again(tmp_path, monkeypatch):
     # the first figures are there after the imports, the last after four trainings
     limit, entry = 8.0, {}
     while "plan_gb" not in entry.get("figures", {}) and limit < 60:
-        status = runner.run(by_name["pretrain_small"], results, place, "abc", out / "log.txt", limit)
+        status = runner.run(by_name["pretrain_small"], results, place, "abc", limit)
         limit, entry = 1.3 * limit, steps_of(out)["pretrain_small"]
     assert status == entry["status"] == "timed out" and not alive(scratch) and "ended after" in entry["error"]
     assert "plan_gb" in entry["figures"] and "equal_to_the_bit" not in entry["figures"]
-    assert runner.run(by_name["card"], results, place, "abc", out / "log.txt", 0.3) == "timed out"
+    assert runner.run(by_name["card"], results, place, "abc", 0.3) == "timed out"
+    done = call(out, "--dry-run", "--only", "card")
+    assert done.returncode == 1 and "another check works there" in done.stderr
+    del results  # and with it the lock of the folder
     done = call(out, "--dry-run", "--only", "card")
     assert done.returncode == 0 and steps_of(out)["card"]["status"] == "ok"
     assert steps_of(out)["pretrain_small"] == entry
