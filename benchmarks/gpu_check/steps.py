@@ -19,8 +19,8 @@ class Step:
 WHEELS = Step("wheels", "install:wheels", 60, "installs what the machine lacks, for the steps of this call only")
 STEPS = (
     Step("card", "basics:card", 60, "versions, copy bandwidth and the rate of matrix products"),
-    Step("kernel_tests", "basics:kernel_tests", 150, "`tests/kernels` on the device"),
-    Step("kernels", "basics:kernel_table", 120, "each kernel beside its roofline, eager, torch.compile and others"),
+    Step("kernel_tests", "basics:kernel_tests", 120, "`tests/kernels` on the device"),
+    Step("kernels", "basics:kernel_table", 90, "each kernel beside its roofline, eager, torch.compile and others"),
     Step("attention", "attention:attention", 45, "which attention packed documents get, and what it costs"),
     Step("pretrain_dense", "pretrain:dense", 150, "a dense model of 1.3B parameters, 4 x 4,096 tokens a step"),
     Step("pretrain_small", "pretrain:small", 90, "a dense model of 100M parameters, 32 x 512 tokens a step"),

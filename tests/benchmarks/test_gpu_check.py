@@ -303,3 +303,10 @@ def test_kernels_come_in_the_order_of_worth():
 def test_the_wheels_script_names_no_host():
     text = (jobs.ROOT / "benchmarks" / "gpu_wheels.sh").read_text()
     assert "://" not in text and "index-url" not in text and "deepspeed" in text
+
+
+def test_the_page_names_every_step_and_its_limit():
+    page = (jobs.ROOT / "docs" / "gpu_check.md").read_text()
+    rows = [cells(line) for line in page.splitlines() if re.match(r"\| `(\w+)`(, `\w+`)? \| \d", line)]
+    found = {name: int(row[1].split()[0]) for row in rows for name in re.findall(r"`(\w+)`", row[0])}
+    assert found == {step.name: step.seconds for step in STEPS}
