@@ -87,7 +87,7 @@ class Console:
             parts.append("best so far" if best else f"best {_number(r[f'best_{goal}'])}")
         console.print("  ".join(parts), style="bold", markup=False)
         for sample in r.get("samples") or []:
-            text = " ".join(sample["text"].split())
+            text = " ".join(sample["text"].split()) or "(no text)"
             text = text if len(text) <= SHOWN_SAMPLE else text[:SHOWN_SAMPLE] + " …"
             console.print(f"  {sample['prompt']!r} → {text}", markup=False)
 

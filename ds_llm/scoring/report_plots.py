@@ -24,6 +24,7 @@ def histogram(values: np.ndarray, name: str) -> str:
         axes.axvline(median, color=LINES[1], linewidth=1.4, linestyle="--", label=f"median {median:.4g}")
         axes.legend(loc="best", fontsize=9)
         _label(axes, name, "rows")
+        axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
 
     return svg(f"Distribution of {name}", paint)
 
@@ -51,8 +52,12 @@ def against(x: np.ndarray, y: np.ndarray, x_name: str, y_name: str, diagonal: bo
             axes.plot(*[ranges[0]] * 2, color=TEXT, linewidth=1, linestyle="--", label="equal")
         elif len(x) >= 2 * GROUPS:
             order = np.array_split(np.argsort(x, kind="stable"), GROUPS)
-            middle = np.array([(np.median(x[part]), np.median(y[part])) for part in order])
-            axes.plot(*middle.T, color=LINES[1], linewidth=1.8, label="median")
+            groups: dict[float, list[np.ndarray]] = {}  # by their middle: rows of equal x are one group
+            for part in order:
+                groups.setdefault(float(np.median(x[part])), []).append(part)
+            middle = [(place, np.median(y[np.concatenate(parts)])) for place, parts in groups.items()]
+            if len(middle) > 1:
+                axes.plot(*np.array(middle).T, color=LINES[1], linewidth=1.8, label="median")
         if axes.get_legend_handles_labels()[1]:
             axes.legend(loc="best", fontsize=9)
         axes.set_xlim(*ranges[0])
