@@ -25,6 +25,8 @@ from benchmarks.gpu_check.steps import NAMES, STEPS
 from ds_llm import config
 from ds_llm.plan import Planner, Setting
 
+pytestmark = pytest.mark.slow  # the dry run takes two minutes, once for most of the tests
+
 PRETRAINED = ("pretrain_dense", "pretrain_small", "pretrain_experts")
 OPTIONAL = ("bitsandbytes", "flash_attn", "cuml")
 
