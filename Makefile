@@ -18,6 +18,7 @@ else
   TRAIN := .[gpu]
   TEST := .[test,gpu]
 endif
+SMOKE := tests/versions_smoke.py tests/compat/test_names.py tests/distributed/test_engine.py tests/distributed/test_reused.py
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint $(LOCK)
 
 .PHONY: setup demo test lint lock test-newest test-oldest clean
@@ -51,11 +52,26 @@ lint: .venv/ready-test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 # exact versions of all packages that the bounds of setup.py lead to today, for Python 3.11 to 3.13 on Linux
-lock:
-	$(PYTHON) -m venv .venv-uv && .venv-uv/bin/pip install --quiet --disable-pip-version-check "$(UV)"
+lock: .venv-uv/bin/uv
 	.venv-uv/bin/uv pip compile setup.py --extra test --extra gpu --extra qlora --universal --python-version 3.11 \
 	  --upgrade --quiet --no-header --annotation-style line --output-file constraints-cuda.txt
 	grep -vE '^(nvidia|cuda)-' constraints-cuda.txt > constraints-cpu.txt
+
+# in an environment of its own: several GB of torch, of which there is no CPU build of these versions
+test-oldest: .venv-uv/bin/uv
+	.venv-uv/bin/uv venv --quiet --clear --python $(PYTHON) .venv-oldest
+	.venv-uv/bin/uv pip install --quiet --python .venv-oldest --resolution lowest-direct --editable '.[test]'
+	.venv-oldest/bin/python -m pytest $(SMOKE)
+
+test-newest: .venv-uv/bin/uv
+	.venv-uv/bin/uv venv --quiet --clear --python $(PYTHON) .venv-newest
+	$(PYTHON) -m ds_llm.compat.versions > .venv-newest/lower-bounds.txt
+	.venv-uv/bin/uv pip install --quiet --python .venv-newest --upgrade --override .venv-newest/lower-bounds.txt --editable '.[test]'
+	.venv-newest/bin/python -m pytest $(SMOKE)
+
+.venv-uv/bin/uv: Makefile
+	$(PYTHON) -m venv .venv-uv && .venv-uv/bin/pip install --quiet --disable-pip-version-check "$(UV)"
+	@touch $@
 
 clean:
 	rm -rf .venv .venv-uv .venv-newest .venv-oldest data/demo runs/demo

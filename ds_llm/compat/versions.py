@@ -1,4 +1,7 @@
-"""Versions of the libraries whose inner workings we use: what was tested, what is installed."""
+"""Versions of the libraries whose inner workings we use: what was tested, what is installed.
+
+`python -m ds_llm.compat.versions` prints the lower bounds alone, by which `make test-newest` looks past the upper ones.
+"""
 
 from __future__ import annotations
 
@@ -64,3 +67,8 @@ def warn_untested() -> None:
     """Print what `untested` finds on stderr."""
     for line in untested():
         print(f"warning: {line}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    for _library, (_low, _) in TESTED.items():
+        print(f"{_library}>={_low}")
