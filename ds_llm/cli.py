@@ -44,7 +44,7 @@ def quiet() -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     warnings.filterwarnings("ignore")
-    for name in ("torch.distributed", "transformers", "matplotlib", "fsspec", "numexpr"):
+    for name in ("torch.distributed", "torch.utils.cpp_extension", "transformers", "matplotlib", "fsspec", "numexpr"):
         logging.getLogger(name).setLevel(logging.ERROR)
     # DeepSpeed sets its level itself when it is imported, which accelerate does too
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)

@@ -31,9 +31,13 @@ def lookup(library: str, names: dict[str, tuple[str, str]]) -> Callable[[str], o
         module = names[name][0]
         try:
             found = import_module(module)
-            # a submodule that nobody has imported is no attribute
-            return getattr(found, name) if hasattr(found, name) else import_module(f"{module}.{name}")
         except ImportError as error:
-            raise gone(library, f"{module}.{name}", error) from None
+            raise gone(library, module, error) from None
+        if not hasattr(found, name):  # a submodule that nobody has imported is no attribute
+            try:
+                return import_module(f"{module}.{name}")
+            except ImportError:
+                raise gone(library, f"{module}.{name}") from None
+        return getattr(found, name)
 
     return find
