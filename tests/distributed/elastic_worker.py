@@ -23,6 +23,7 @@ import torch.distributed as dist  # noqa: E402
 from ds_llm import config as configuration  # noqa: E402
 from ds_llm import engine as engines  # noqa: E402
 from ds_llm.compat import deepspeed_optimizers as masters  # noqa: E402
+from ds_llm.compat.deepspeed import loss_scale  # noqa: E402
 from ds_llm.models.adapters import add_adapter  # noqa: E402
 from ds_llm.models.decoder import DecoderConfig, DecoderForCausalLM  # noqa: E402
 from ds_llm.models.head import attach_loss_head  # noqa: E402
@@ -122,7 +123,7 @@ def whole(engine, trained: torch.nn.Module) -> dict:
     with engine.averaged_weights():
         averaged = engine.gather(trained, trained_only=True)
     weights = engine.gather(trained, trained_only=True)
-    scale = engine._loss_scale()
+    scale = loss_scale(owner.optimizer)
     return {"states": states, "steps": sorted(steps), "average": averaged, "weights": weights, "scale": scale}
 
 
