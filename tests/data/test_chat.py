@@ -130,7 +130,7 @@ def conversations(draw, texts=TEXT):
 
 
 @pytest.mark.parametrize("name", ["smollm2", "qwen25", "gemma2", "mistral", "llama3", "deepseek_r1", "harmony"])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(messages=conversations())
 def test_trained_is_what_the_assistant_says_and_the_end_of_turn(tokenizer_of, name, messages):
     tokenizer = tokenizer_of(name)
@@ -169,7 +169,7 @@ def reasoning(draw):
     return messages, thoughts
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(sample=reasoning())
 def test_a_template_that_takes_the_thoughts_out_of_earlier_turns(tokenizer_of, sample):
     messages, thoughts = sample
@@ -182,7 +182,7 @@ def test_a_template_that_takes_the_thoughts_out_of_earlier_turns(tokenizer_of, s
     assert same(said(tokenizer, found), [text + "<|im_end|>" for text in expected])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(messages=conversations())
 def test_a_template_that_marks_its_answers_agrees_with_transformers(own, messages):
     if any("<|im_start|>" in message["content"] for message in messages):

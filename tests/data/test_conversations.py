@@ -207,7 +207,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     row=st.dictionaries(
         st.sampled_from(

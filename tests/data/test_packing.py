@@ -35,7 +35,7 @@ def naive(lengths: list[int], capacity: int) -> list[list[int]]:
     return bins
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(problems())
 def test_packs_are_those_of_first_fit_decreasing(problem):
     lengths, capacity = problem
@@ -50,7 +50,7 @@ def test_packs_over_many_blocks_of_bins():
     print(f"fill {lengths.sum() / (64 * len(packs)):.4f}")
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(problems())
 def test_groups_hold_every_document_within_the_budget(problem):
     lengths, tokens = problem

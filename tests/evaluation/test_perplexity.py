@@ -46,7 +46,7 @@ def bigram(seed: int, vocab: int = 11):
     return logp, loss
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     lengths=st.lists(st.integers(0, 60), min_size=1, max_size=3),
     token_length=st.integers(2, 20),

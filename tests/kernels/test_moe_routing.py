@@ -14,7 +14,7 @@ from ds_llm.kernels.moe_sort import sort
 
 pytestmark = pytest.mark.usefixtures("path", "poisoned")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-EXAMPLES = settings(max_examples=25, deadline=None)
+EXAMPLES = settings(max_examples=25)
 
 
 def _route64(logits, top_k, scoring, normalize, bias, mask, group, groups):

@@ -25,7 +25,7 @@ def rotate64(x, cos, sin, interleaved):
     return torch.cat([out, rest], -1)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_rotation_and_gradient_are_their_definitions(device, data):
     draw = data.draw

@@ -27,7 +27,7 @@ pytestmark = [
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # the path is the same for all examples of a test
-options = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+options = settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 small = st.fixed_dictionaries(
     {
         "tokens": st.sampled_from([0, 1, 2, 5, 9]),

@@ -61,7 +61,7 @@ def llama_of(model: DecoderForCausalLM) -> LlamaForCausalLM:
     return llama
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     heads=st.sampled_from([(4, 4), (4, 2), (4, 1), (6, 3)]),
     tied=st.booleans(),

@@ -68,7 +68,7 @@ class Wrapped(nn.Module):
         return self.inner(hidden) + self.delta(hidden)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     rows=st.integers(1, 4),
     length=st.integers(1, 50),

@@ -82,7 +82,7 @@ def brute_force(p: dict, block: MoEBlock, hidden, mask):
     return out, block.aux_loss_alpha * balance + block.z_loss_alpha * sum(z) / len(z), balance, counts
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     scoring=st.sampled_from(["softmax", "sigmoid"]),
     normalize=st.booleans(),
@@ -164,7 +164,7 @@ def test_uniform_routing_has_balance_one_and_skewed_routing_more():
     torch.testing.assert_close(block(hidden)[2], torch.tensor(4.0))  # all tokens to one of 4 experts
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     sizes=st.sampled_from([(8, 16), (6, 3)]),
     counts=st.lists(st.integers(0, 9), min_size=1, max_size=6),

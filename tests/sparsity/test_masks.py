@@ -17,7 +17,7 @@ def fresh():
     print("seed", torch.seed())  # shown when a test fails
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(st.lists(st.integers(1, 19), min_size=2, max_size=3), st.floats(0, 1))
 def test_masks_come_back_as_they_were(tmp_path_factory, shape, density):
     folder = tmp_path_factory.mktemp("masks")
