@@ -181,6 +181,21 @@ def test_lock_files_hold_one_tested_version_of_each():
     assert not any(line.startswith("nvidia") for line in (ROOT / "constraints-cpu.txt").read_text().splitlines())
 
 
+def test_documented_versions_are_those_of_the_lock_and_the_bounds():
+    page = (ROOT / "docs" / "versions.md").read_text()
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("| ")
+    ]
+    table = {row[0]: row[1:] for row in rows}
+    locked = dict(
+        line.split(" ")[0].split("==") for line in (ROOT / "constraints-cpu.txt").read_text().splitlines()[::-1]
+    )
+    for library, (low, _) in versions.TESTED.items():
+        tested, oldest, _ = table[library]
+        assert tested == locked[library], library
+        assert versions.numbers(oldest)[: low.count(".") + 1] == versions.numbers(low), library
+
+
 def test_untested_version_is_one_line_with_both_versions(monkeypatch):
     monkeypatch.setattr(versions.metadata, "version", lambda name: "99.1" if name == "peft" else "0.0.1")
     lines = versions.untested()
