@@ -24,13 +24,32 @@ from ds_llm.sweeps import file, study, trial
 optuna = pytest.importorskip("optuna")
 
 
+PASSED = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "DS_LLM_EXTENSIONS")  # of the environment of a trial
+# for DS_LLM_EXTENSIONS: the second trial waits at a step until it is asked to stop, or `GO` exists
+STAND_STILL = """
+import time
+from pathlib import Path
+from ds_llm import trainer
+step = trainer.Trainer._step
+
+def held(self):
+    while (self.output.name, self.state["step"]) == ("0001", STEP) and not Path(GO).exists():
+        if self.interrupt.requested():
+            break
+        time.sleep(0.01)
+    return step(self)
+
+trainer.Trainer._step = held
+"""
+
+
 class Process(forked.Job):
     """A trial's process, started without the seconds that importing takes; takes what `subprocess.Popen` takes."""
 
     started: ClassVar[list[dict]] = []
 
     def __init__(self, words, env, stdout, **_):
-        given = {name: env[name] for name in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS") if name in env}
+        given = {name: env[name] for name in PASSED if name in env}
         Process.started.append(given)
         self._log = os.dup(stdout.fileno())
         script = next(i for i, word in enumerate(words) if word.endswith("train.py"))
@@ -74,15 +93,26 @@ def sweep(tmp_path, tiny, monkeypatch):
     return make
 
 
-class Interrupt:
-    """Asks to stop once `after` polls were made; the signals of the tests' process stay its own."""
+@pytest.fixture
+def stand_still(tmp_path, monkeypatch):
+    """stand_still(step): the second trial waits there; returns the file that lets it go on."""
 
-    after, reason = None, "SIGTERM"
+    def make(step: int) -> Path:
+        go, extension = tmp_path / "go", tmp_path / "stand_still.py"
+        extension.write_text(STAND_STILL.replace("STEP", str(step)).replace("GO", repr(str(go))))
+        monkeypatch.setenv("DS_LLM_EXTENSIONS", str(extension))
+        return go
+
+    return make
+
+
+class Interrupt:
+    """Asks to stop when `due` says so; the signals of the tests' process stay its own."""
+
+    due, reason = staticmethod(lambda: False), "SIGTERM"
 
     def requested(self):
-        if Interrupt.after is not None:
-            Interrupt.after -= 1
-        return Interrupt.after is not None and Interrupt.after < 0
+        return Interrupt.due()
 
 
 class Page(HTMLParser):
@@ -159,7 +189,8 @@ def test_a_sweep_of_real_trainings(sweep, tmp_path, capsys):
             sweep(method="grid", parameters=parameters, **other).run()
 
 
-def test_a_trial_that_falls_behind_is_ended_and_a_target_ends_the_sweep(sweep, tmp_path):
+def test_a_trial_that_falls_behind_is_ended_and_a_target_ends_the_sweep(sweep, tmp_path, stand_still):
+    stand_still(140)
     parameters = {"optim.lr": {"values": [1e-2, 1e-9, 1e-8]}}
     early = {"type": "hyperband", "min_iter": 1, "eta": 3}
     more = ["train.max_steps=150", "eval.every_steps=10", "checkpoint.every_steps=0"]
@@ -179,7 +210,8 @@ def test_a_trial_that_falls_behind_is_ended_and_a_target_ends_the_sweep(sweep, t
     assert made.study.trials[0].value == pytest.approx(np.mean(losses))
 
 
-def test_a_sweep_goes_on_after_a_crash_and_after_an_interruption(sweep, tmp_path, monkeypatch):
+def test_a_sweep_goes_on_after_a_crash_and_after_an_interruption(sweep, tmp_path, monkeypatch, stand_still):
+    go = stand_still(30)
     parameters = {
         "optim.lr": {"distribution": "log_uniform_values", "min": 1e-4, "max": 1e-2},
         "optim.weight_decay": {"values": [0.0, 0.1]},
@@ -207,14 +239,19 @@ def test_a_sweep_goes_on_after_a_crash_and_after_an_interruption(sweep, tmp_path
     with open(out / "study.log", "ab") as journal:
         journal.write(b'{"op_code": 5, "wor')
     os.symlink("nothing", out / "study.log.lock")
-    monkeypatch.setattr(Interrupt, "after", 60)
-    assert sweep(3, **settings).run() == EXIT_CODE
-    monkeypatch.setattr(Interrupt, "after", None)
+
+    def starts(number: int) -> int:
+        return len(re.findall(rb"^\$ ", (out / f"trials/000{number}/log.txt").read_bytes(), re.M))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Interrupt, "due", lambda: starts(1) == 2 and bool(perplexities(out / "trials/0001")))
+        assert sweep(3, **settings).run() == EXIT_CODE
+    go.touch()
     made = sweep(3, **settings)
     assert made.run() == 0
     assert [t.state.name for t in made.study.trials] == ["COMPLETE"] * 3
-    starts = [len(re.findall(rb"^\$ ", (out / f"trials/000{i}/log.txt").read_bytes(), re.M)) for i in range(3)]
-    assert starts[0] == 1 and starts[1] >= 2 and sum(starts) == len(Process.started)
+    assert (starts(0), starts(2)) == (1, 1) and starts(1) >= 2
+    assert sum(map(starts, range(3))) == len(Process.started)
     for number, found in enumerate(made.study.trials):
         records = metrics.read(out / f"trials/000{number}/metrics.jsonl")
         assert [r["step"] for r in records if r["kind"] == "step"] == list(range(1, 61))
