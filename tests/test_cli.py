@@ -43,8 +43,6 @@ def test_a_broken_extension_is_named(text, tmp_path, monkeypatch):
 def test_only_a_reader_of_the_output_may_leave(own):
     code = """
 import os, sys
-from jobs import PATIENCE
-
 from ds_llm import cli
 
 def main():
