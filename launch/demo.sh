@@ -18,7 +18,7 @@ deepspeed --quiet --master_port "$(free_port)" ${PROCESSES:-} launch/train.py --
 say "Evaluate the exported model"
 python launch/evaluate.py perplexity --model runs/demo --data data/demo/val.bin --window 256
 
-say "Score every passage of the held-out text"
+say "Score the beginning of every passage of the held-out text"
 deepspeed --quiet --master_port "$(free_port)" ${PROCESSES:-} launch/score.py --model runs/demo \
   --data data/demo/val.jsonl --metric entropy perplexity --out runs/demo/scores.jsonl --overwrite
 
