@@ -22,6 +22,7 @@ from jobs import PATIENCE
 
 PREFIX = "dsllm"
 NAMES = ("red", "blue", "green")
+ARITHMETIC = ("ATEN_", "DNNL_", "ONEDNN_", "MKL_ENABLE_")  # variables that choose instructions, so the last bits
 CONFIG = """
 Port 22
 ListenAddress {address}
@@ -226,6 +227,7 @@ class Cluster:
             "DS_ACCELERATOR": "cpu",
             "HF_HUB_OFFLINE": 1,
             "OMP_NUM_THREADS": 1,
+            **{name: value for name, value in os.environ.items() if name.startswith(ARITHMETIC)},
             **env,
         }
         (folder / ".deepspeed_env").write_text("".join(f"{name}={value}\n" for name, value in settings.items()))
