@@ -32,12 +32,14 @@ import torch
 
 from benchmarks import machine
 from benchmarks.run_results import trained
-from ds_llm import cli, config, trainer
+from ds_llm import cli
+from ds_llm.config import run as config
 from ds_llm.data.clean import clean
 from ds_llm.data.encode import encode
 from ds_llm.data.tokenizer import train_tokenizer
 from ds_llm.errors import UserError
 from ds_llm.scoring import options, run
+from ds_llm.train import trainer
 
 WORDS = ["red", "blue", "green", "cat", "dog", "sun", "moon", "tree", "house", "river", "stone", "bird", "wind", "rain"]
 STEPS = 24
@@ -97,7 +99,7 @@ def make_inputs(folder: Path, rng: random.Random) -> None:
     encode([folder / "texts.jsonl"], folder / "train.bin", folder / "tokenizer", workers=1, validation=0.1)
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from ds_llm.models.loading import load_tokenizer
+    from ds_llm.pretrained.loading import load_tokenizer
 
     tokenizer = load_tokenizer(folder / "tokenizer")
     torch.manual_seed(rng.randrange(2**32))

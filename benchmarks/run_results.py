@@ -7,12 +7,13 @@ from pathlib import Path
 
 import torch
 
-from ds_llm import metrics, reshard
+from ds_llm.engine import resharding as reshard
+from ds_llm.tracking import metrics_file as metrics
 
 
 def trained(out: Path, step: int) -> dict[str, object]:
     """The checkpoint at `step`, the exported model and the figures of every step and evaluation, by name."""
-    import ds_llm.engine  # noqa: F401 (DeepSpeed, some of whose classes are in its files)
+    import ds_llm.engine.engine  # noqa: F401 (DeepSpeed, some of whose classes are in its files)
 
     last = out / "checkpoints" / f"step-{step:08d}"
     found: dict[str, object] = {"metrics": metrics.deterministic(metrics.read(out / "metrics.jsonl"))}

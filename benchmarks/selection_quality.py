@@ -37,7 +37,7 @@ from ds_llm import cli
 from ds_llm.selection import pick
 
 LAUNCH = Path(__file__).resolve().parents[1] / "launch"
-PRELOADED = ("ds_llm.trainer", "ds_llm.selection.run", "ds_llm.convert_select_moe", "peft", "torch._dynamo")
+PRELOADED = ("ds_llm.train.trainer", "ds_llm.selection.run", "ds_llm.convert.select_moe", "peft", "torch._dynamo")
 ORIGINAL = ("sigmoid", "mse", "beta_moment_matching", "mean_variance_regularization")
 PAIRS = ("contrastive", "ranking")
 LOSS_AWARE = "loss_aware"

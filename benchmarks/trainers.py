@@ -74,10 +74,10 @@ def shorten(model: Path, layers: int, out: Path) -> Path:
 
 def write_job(args, mode: str, model: Path, rows: list[str], out: Path) -> dict:
     """Write the batches of a run on these rows as both sides take them; returns what a contestant is told."""
-    from ds_llm import config
+    from ds_llm.config import run as config
+    from ds_llm.config.deepspeed import build
     from ds_llm.data.order import SampleOrder
-    from ds_llm.deepspeed_config import build
-    from ds_llm.modes import dpo, sft
+    from ds_llm.train.modes import dpo, sft
 
     data = out / f"{mode}.jsonl"
     data.write_text("".join(rows))

@@ -39,8 +39,9 @@ class Clock:
 
 
 def ours(job: dict, work: Path) -> dict:
-    from ds_llm import config, trainer
-    from ds_llm.modes import dpo
+    from ds_llm.config import run as config
+    from ds_llm.train import trainer
+    from ds_llm.train.modes import dpo
 
     clock, losses = Clock(), []
 

@@ -12,8 +12,8 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from ds_llm import interrupt, launchers
 from ds_llm.compat import versions
+from ds_llm.distributed import interrupt, launchers
 from ds_llm.errors import UserError
 
 # In which rank 0 says what is wrong for all: a launcher ends it as soon as another rank has ended. After that this rank

@@ -22,7 +22,8 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example base=MODEL sft=[optim.lr=1e-5]")
     arguments = parser.parse_intermixed_args()
 
-    from ds_llm import boosting, options
+    from ds_llm.boosting import recipe as boosting
+    from ds_llm.config import options
 
     resolved = options.load(boosting.BoostingConfig, arguments.config, arguments.overrides)
     if arguments.print_config:

@@ -19,7 +19,7 @@ DTYPES = ("auto", "fp32", "bf16", "fp16")
 
 
 def boost(arguments: argparse.Namespace) -> None:
-    from ds_llm import convert
+    from ds_llm.convert import boost as convert
 
     connection = None if arguments.connection == "none" else arguments.connection
     options = {"fusion_lambda": arguments.fusion_lambda, "connection": connection, "dtype": arguments.dtype}
@@ -29,7 +29,7 @@ def boost(arguments: argparse.Namespace) -> None:
 
 
 def extract(arguments: argparse.Namespace) -> None:
-    from ds_llm import convert
+    from ds_llm.convert import boost as convert
 
     options = {"dtype": arguments.dtype, "drop_connection": arguments.drop_connection}
     found = convert.extract(arguments.model, arguments.index, arguments.out, **options)
@@ -38,7 +38,7 @@ def extract(arguments: argparse.Namespace) -> None:
 
 
 def select_moe(arguments: argparse.Namespace) -> None:
-    from ds_llm import convert_select_moe as convert
+    from ds_llm.convert import select_moe as convert
 
     names = ("trash", "init_mean", "init_std", "seed")
     found = convert.select_moe(arguments.model, arguments.out, **{name: getattr(arguments, name) for name in names})
@@ -48,7 +48,7 @@ def select_moe(arguments: argparse.Namespace) -> None:
 
 
 def compare(arguments: argparse.Namespace) -> None:
-    from ds_llm import convert_select_moe as convert
+    from ds_llm.convert import select_moe as convert
 
     print(convert.compare(arguments.original, arguments.model, arguments.dtype))
 

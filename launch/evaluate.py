@@ -18,7 +18,7 @@ from ds_llm import cli
 def main() -> None:
     # MKL's matrix products depend on the number of threads unless told otherwise; it reads this once, when it is loaded
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
-    from ds_llm.evaluation.commands import add_commands
+    from ds_llm.commands.evaluate import add_commands
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it

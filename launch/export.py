@@ -31,7 +31,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, which peft imports, warns of a missing GPU
-    from ds_llm.export import export
+    from ds_llm.convert.export import export
 
     found = export(arguments.model, arguments.out, arguments.dtype, arguments.compact)
     if found.base is not None:

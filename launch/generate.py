@@ -12,7 +12,7 @@ import argparse
 
 from ds_llm import cli
 from ds_llm.errors import UserError
-from ds_llm.sampling import SamplingParams, add_arguments, from_arguments
+from ds_llm.generation.sampling import SamplingParams, add_arguments, from_arguments
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -57,8 +57,8 @@ def main() -> None:
 
 
 def generate(arguments: argparse.Namespace, params: SamplingParams) -> None:
-    from ds_llm.generation import Generator
-    from ds_llm.prompts import complete_file, conversation, converse
+    from ds_llm.generation.generator import Generator
+    from ds_llm.generation.prompts import complete_file, conversation, converse
 
     generator = Generator(arguments.model, arguments.tokenizer, dtype=arguments.dtype, attention=arguments.attention)
     chat = arguments.chat or arguments.system is not None

@@ -17,7 +17,7 @@ from ds_llm.errors import UserError
 
 
 def main() -> None:
-    from ds_llm.data.prepare import add_commands
+    from ds_llm.commands.prepare import add_commands
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_commands(parser)

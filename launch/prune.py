@@ -41,7 +41,7 @@ def main() -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, which peft imports, warns of a missing GPU
     # MKL's matrix products depend on the alignment of a tensor unless told otherwise; it reads this when it is loaded
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
-    from ds_llm.sparsity.prune import Options, prune
+    from ds_llm.pruning.prune import Options, prune
 
     options |= {"data": tuple(options["data"]), "include": tuple(options["include"])}
     try:

@@ -38,7 +38,7 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
 
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # equal bits for any number of threads
-    from ds_llm.options import to_yaml
+    from ds_llm.config.options import to_yaml
     from ds_llm.selection import options
 
     resolved = options.load(arguments.config, arguments.overrides)
@@ -51,7 +51,7 @@ def main() -> None:
 
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, which peft imports, warns of a missing GPU
-    from ds_llm.interrupt import Interrupt
+    from ds_llm.distributed.interrupt import Interrupt
     from ds_llm.selection.run import select
 
     try:

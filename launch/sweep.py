@@ -30,7 +30,7 @@ def main() -> int:
 
     from ds_llm.errors import ConfigError
     from ds_llm.sweeps import file
-    from ds_llm.sweeps import places as devices
+    from ds_llm.sweeps import slots as devices
 
     if arguments.config is None and arguments.mode is None:
         raise ConfigError(f"--config: name a sweep file, or with --mode one of those in {READY}")

@@ -25,7 +25,8 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example model.dim=128 optim.lr=1e-3")
     arguments = parser.parse_intermixed_args()
 
-    from ds_llm import config, options
+    from ds_llm.config import options
+    from ds_llm.config import run as config
     from ds_llm.errors import ConfigError
 
     overrides = arguments.overrides + ([f"resume={arguments.resume}"] if arguments.resume else [])
@@ -36,7 +37,7 @@ def main() -> int:
         return 0
     if arguments.plan:
         if cli.rank() == 0:
-            from ds_llm import plan
+            from ds_llm.memory import plan
 
             plan.show(resolved, cli.world_size() if arguments.world is None else arguments.world, arguments.card)
         return 0
@@ -45,7 +46,8 @@ def main() -> int:
 
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # equal bits whatever the alignment of a tensor in memory
 
-    from ds_llm import trainer, watchdog
+    from ds_llm.distributed import watchdog
+    from ds_llm.train import trainer
 
     limits = resolved.stability
     with watchdog.guard(limits.hang_timeout, limits.lost_timeout, "stability"):

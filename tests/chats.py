@@ -44,9 +44,9 @@ def make_models(tokenizer) -> dict:
 
 def adapted(chats: Path, name: str, *overrides: str):
     """The model of that name with untrained adapters, made as a run makes it."""
-    from ds_llm import config
-    from ds_llm.models import adapters
-    from ds_llm.models.loading import load_tokenizer
+    from ds_llm.config import run as config
+    from ds_llm.pretrained import lora as adapters
+    from ds_llm.pretrained.loading import load_tokenizer
 
     settings = ["mode=sft", f"model.path={chats / name}", "train.dtype=fp32", "lora.enabled=true", "lora.r=4"]
     settings = config.load(None, [*settings, *overrides])
@@ -66,7 +66,7 @@ def randomise(model) -> dict:
 def chats(tmp_path_factory) -> Path:
     """Folder with `train.jsonl`, `val.jsonl` and the models `llama`, `decoder` (with experts) and `qwen3_moe`."""
     from ds_llm.data.tokenizer import train_tokenizer
-    from ds_llm.models.loading import load_tokenizer
+    from ds_llm.pretrained.loading import load_tokenizer
 
     folder = tmp_path_factory.mktemp("chats")
     for name, count in (("train", 150), ("val", 20)):

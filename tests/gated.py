@@ -8,7 +8,7 @@ import torch
 from jobs import VOCAB
 from transformers import AutoTokenizer, OlmoeConfig, OlmoeForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from ds_llm.convert_select_moe import select_moe
+from ds_llm.convert.select_moe import select_moe
 from ds_llm.models.decoder import DecoderConfig, DecoderForCausalLM
 
 KINDS = ("decoder", "olmoe", "qwen3_moe")

@@ -116,7 +116,7 @@ def hold(folder: Path, what: str, count: int) -> dict[str, str]:
     """Environment of a job that stands still after `count` steps of training (`what`: step) or batches of scoring
     (score) until `folder`/go exists: a test can meet it there however slow either of them is."""
     module, name, method = {
-        "step": ("ds_llm.trainer", "Trainer", "_step"),
+        "step": ("ds_llm.train.trainer", "Trainer", "_step"),
         "score": ("ds_llm.scoring.forward", "Scorer", "score"),
     }[what]
     extension = folder / f"hold_{what}_{count}.py"

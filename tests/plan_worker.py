@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
-from ds_llm import config as run_config
-from ds_llm import engine
-from ds_llm.deepspeed_config import adopt
-from ds_llm.modes.pretrain import LanguageModeling
-from ds_llm.plan_model import micro_batch, outline
+from ds_llm.config import run as run_config
+from ds_llm.config.deepspeed import adopt
+from ds_llm.engine import engine
+from ds_llm.memory.model import micro_batch, outline
+from ds_llm.train.modes.pretrain import LanguageModeling
 
 TINY = ["model.dim=32", "model.n_layers=1", "model.n_heads=2", "model.vocab_size=64", "model.max_seq_len=8"]
 M_MMAP_THRESHOLD = -3  # of mallopt(3)

@@ -10,10 +10,13 @@ from peft import PeftConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from ds_llm import checkpoint, config, metrics, trainer
-from ds_llm.models import partial
-from ds_llm.models.loading import load_model
-from ds_llm.modes import router
+from ds_llm.checkpoint import folder as checkpoint
+from ds_llm.config import run as config
+from ds_llm.pretrained import partial
+from ds_llm.pretrained.loading import load_model
+from ds_llm.tracking import metrics_file as metrics
+from ds_llm.train import trainer
+from ds_llm.train.modes import router
 
 SMALL = [
     "model.dim=32",

@@ -19,11 +19,12 @@ from gated import convert, save
 from jobs import ROOT, TRACKED, VOCAB, hold, launch, start, until
 from safetensors.torch import load_file
 
-from ds_llm import checkpoint, metrics
+from ds_llm.checkpoint import folder as checkpoint
 from ds_llm.compat import deepspeed, lm_eval, optuna, transformers, triton
 from ds_llm.compat import torch as private_torch
 from ds_llm.models import accelerate
-from ds_llm.models.loading import load_model
+from ds_llm.pretrained.loading import load_model
+from ds_llm.tracking import metrics_file as metrics
 
 PAIRS = [
     {"prompt": "reverse red blue", "chosen": "blue red", "rejected": "red blue"},

@@ -67,7 +67,7 @@ def packed_positions(sizes: dict) -> Tensor:
 def decoder(sizes: dict, where: torch.device):
     """One layer of the decoder in bf16, with the attention that training chooses."""
     from ds_llm.models.decoder import DecoderConfig, DecoderForCausalLM
-    from ds_llm.models.loading import attention_kernel
+    from ds_llm.pretrained.loading import attention_kernel
 
     config = DecoderConfig(
         vocab_size=512,

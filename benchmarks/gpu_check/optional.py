@@ -15,7 +15,7 @@ from benchmarks.gpu_check import inputs, traced
 from benchmarks.gpu_check.finetune import GPU_MODEL, TOY_MODEL
 from benchmarks.gpu_check.pretrain import GPU_DATA, QUIET, SMALL, TOY_DATA
 from benchmarks.gpu_check.report import NotInstalled, Place, Report
-from ds_llm import metrics
+from ds_llm.tracking import metrics_file as metrics
 
 STEPS, WARMUP = 12, 4
 

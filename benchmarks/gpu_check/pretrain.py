@@ -16,7 +16,9 @@ import torch
 from benchmarks.gpu_check import inputs, traced
 from benchmarks.gpu_check.report import Place, Report
 from benchmarks.run_results import trained
-from ds_llm import config, hardware, metrics
+from ds_llm import hardware
+from ds_llm.config import run as config
+from ds_llm.tracking import metrics_file as metrics
 
 GPU_DATA = {"words": 32000, "documents": 8000, "length": 700}
 TOY_DATA = {"words": 512, "documents": 60, "length": 100}
@@ -115,7 +117,7 @@ def planned(keys: list[str], report: Report) -> bool:
 
 def plan_bytes(keys: list[str], report: Report, recompute: bool) -> int:
     """What `--plan` says of a run, in bytes; reported in GB (10^9 bytes)."""
-    from ds_llm.plan import Planner, Setting
+    from ds_llm.memory.plan import Planner, Setting
 
     settings = config.load(None, keys)
     planner = Planner(settings, 1, touched=not torch.cuda.is_available())

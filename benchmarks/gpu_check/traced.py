@@ -48,7 +48,7 @@ def train(keys: list[str], trace: dict | None) -> None:
 
 def watch(first: int, steps: int, out: Path) -> None:
     """Let the trainer's steps `first` to `first + steps - 1` be traced; writes `summary` of them to `out` (JSON)."""
-    from ds_llm import trainer
+    from ds_llm.train import trainer
 
     activities = [torch.profiler.ProfilerActivity.CPU]
     if torch.cuda.is_available():

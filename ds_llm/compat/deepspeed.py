@@ -102,7 +102,7 @@ def is_shared_expert(parameter: torch.nn.Parameter) -> bool:
 
 
 def leave_states_to_us(engine, read_file) -> None:
-    """Have an engine read checkpoint files by `read_file`, and leave states on NVMe to `ds_llm.reshard`.
+    """Have an engine read checkpoint files by `read_file`, and leave states on NVMe to `ds_llm.engine.resharding`.
 
     DeepSpeed 0.19 starts with none when it loads states that lie on NVMe.
     """

@@ -10,7 +10,7 @@ import numpy as np
 
 from ds_llm.data import files, rows, statistics
 from ds_llm.data.files import Batch
-from ds_llm.data.resume import SAVE_SECONDS, AppendFile, beside, partial, resumable, write_atomically
+from ds_llm.data.resumable import SAVE_SECONDS, AppendFile, beside, partial, resumable, write_atomically
 from ds_llm.data.workers import available_cpus, process
 from ds_llm.errors import UserError
 from ds_llm.progress import console

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from ds_llm.data import choices
+from ds_llm.data import multiple_choice as choices
 from ds_llm.errors import UserError
 from ds_llm.progress import console
 

@@ -31,7 +31,7 @@ from ds_llm.data import conversations, rows, statistics
 from ds_llm.data.chat import Encoded, find_answers, tokenise
 from ds_llm.data.conversations import RowError
 from ds_llm.data.files import Batch
-from ds_llm.data.resume import dump, write_atomically
+from ds_llm.data.resumable import dump, write_atomically
 from ds_llm.data.sources import Source, build_once, digests, resolve
 from ds_llm.data.workers import available_cpus, ordered
 from ds_llm.errors import UserError

@@ -24,7 +24,7 @@ from filelock import FileLock
 from ds_llm.cli import rank
 from ds_llm.data import files, rows
 from ds_llm.data.files import Batch, InputFile, Position
-from ds_llm.data.resume import write_atomically
+from ds_llm.data.resumable import write_atomically
 from ds_llm.errors import UserError
 
 HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:/([\w.-]+))?(?::([\w.:%+\[\]-]+))?")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ds_llm.data.resume import AppendFile
+from ds_llm.data.resumable import AppendFile
 from ds_llm.data.rows import REASONS, Reject, to_json
 from ds_llm.progress import console
 

@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from ds_llm.data import chat, conversations, rows, statistics
-from ds_llm.data.resume import dump, write_atomically
+from ds_llm.data.resumable import dump, write_atomically
 from ds_llm.data.sources import Source, build_once, digests, resolve
 from ds_llm.data.tokens import IGNORE, tokenizer_hash
 from ds_llm.data.workers import available_cpus, ordered

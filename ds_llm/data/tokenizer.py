@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 from ds_llm.data import files, rows, statistics
-from ds_llm.data.resume import AppendFile, beside, dump, partial, resumable, statistics_path, write_atomically
+from ds_llm.data.resumable import AppendFile, beside, dump, partial, resumable, statistics_path, write_atomically
 from ds_llm.data.workers import process
 from ds_llm.errors import UserError
 from ds_llm.progress import console

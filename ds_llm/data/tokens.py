@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ds_llm.data.resume import AppendFile, beside, partial
+from ds_llm.data.resumable import AppendFile, beside, partial
 from ds_llm.errors import UserError
 from ds_llm.progress import console
 

@@ -13,18 +13,18 @@ import torch.distributed as dist
 
 from ds_llm.cli import rank
 from ds_llm.compat.peft import without_wrapper
-from ds_llm.config import Config
+from ds_llm.config.run import Config
 from ds_llm.errors import ConfigError, UserError
 from ds_llm.evaluation.measure import circumstances, process_group
 from ds_llm.evaluation.references import References, read_references
 from ds_llm.evaluation.text_metrics import LABELS, check_metrics, compare, signatures
-from ds_llm.generation import Generator
-from ds_llm.models.loading import load_model, load_model_config, load_tokenizer
+from ds_llm.generation.generator import Generator
+from ds_llm.generation.sampling import SamplingParams
+from ds_llm.pretrained.loading import load_model, load_model_config, load_tokenizer
 from ds_llm.progress import console, progress
-from ds_llm.sampling import SamplingParams
 
 if TYPE_CHECKING:
-    from ds_llm.modes import Job
+    from ds_llm.train.modes import Job
 
 KEY = "eval.generation_metrics"
 

@@ -26,8 +26,8 @@ from ds_llm import hardware
 from ds_llm.cli import world_size
 from ds_llm.errors import UserError
 from ds_llm.evaluation.measure import process_group
-from ds_llm.models.loading import load_model, load_model_config, load_tokenizer, match_tokenizer, need
-from ds_llm.models.source import did_you_mean
+from ds_llm.pretrained.loading import load_model, load_model_config, load_tokenizer, match_tokenizer, need
+from ds_llm.pretrained.source import did_you_mean
 from ds_llm.progress import console
 
 TASK_FILES = (".yaml", ".yml")

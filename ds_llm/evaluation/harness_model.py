@@ -20,7 +20,7 @@ Request = tuple[tuple[str, str] | None, list[int], list[int]]  # texts, tokens o
 
 
 class HarnessModel(HFLM):
-    """A causal language model of `ds_llm.models.loading` for `lm_eval.evaluator.evaluate`.
+    """A causal language model of `ds_llm.pretrained.loading` for `lm_eval.evaluator.evaluate`.
 
     model: on its device. tokenizer: its own. batch_size: rows per forward pass and rank. What stands before a
     continuation is cut on the left where both are longer than the model's positions; `truncated` counts such requests.

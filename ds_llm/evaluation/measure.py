@@ -21,7 +21,7 @@ from ds_llm.data.tokens import TokenFile
 from ds_llm.errors import UserError
 from ds_llm.evaluation.perplexity import Perplexity, check_windows, model_loss, perplexity_of_tokens
 from ds_llm.models.head import attach_loss_head
-from ds_llm.models.loading import load_model, load_model_config, load_tokenizer, match_tokenizer
+from ds_llm.pretrained.loading import load_model, load_model_config, load_tokenizer, match_tokenizer
 from ds_llm.progress import console
 
 WINDOW = 2048  # of the published figures
@@ -171,7 +171,7 @@ def process_group() -> Iterator[torch.device]:
         hardware.share_cores()
     opened = not dist.is_initialized()
     if world_size() > 1:
-        from ds_llm.engine import init_distributed
+        from ds_llm.engine.engine import init_distributed
 
         init_distributed()
     try:

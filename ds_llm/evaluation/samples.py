@@ -7,9 +7,9 @@ from collections.abc import Callable
 from torch import nn
 
 from ds_llm.compat.peft import without_wrapper
-from ds_llm.config import Config
+from ds_llm.config.run import Config
 from ds_llm.errors import ConfigError
-from ds_llm.generation import Generator, SamplingParams
+from ds_llm.generation.generator import Generator, SamplingParams
 
 
 def check_prompts(config: Config, tokenizer, limit: int | None, chat: bool) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ds_llm.compat.deepspeed import DS_AUTOTP_UC_META, groups
 from ds_llm.errors import UserError
-from ds_llm.parameters import exact_buffers, restore_buffers
+from ds_llm.models.parameters import exact_buffers, restore_buffers
 
 # How a transformers model's plan splits a layer, and DeepSpeed's name for it. What normalises the heads of a rank is
 # not split: it gets a part of its gradient on every rank.

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ds_llm.data.resume import SAVE_SECONDS, AppendFile, dump, partial, write_atomically
+from ds_llm.data.resumable import SAVE_SECONDS, AppendFile, dump, partial, write_atomically
 from ds_llm.data.rows import to_json
 from ds_llm.data.sources import Source
 from ds_llm.data.supervised import MOST_WORKERS, PARALLEL_BYTES

@@ -19,14 +19,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ds_llm.data.resume import beside
+from ds_llm.data.resumable import beside
 from ds_llm.data.rows import BOM, Reject, records, to_json
 from ds_llm.data.sources import Source
 from ds_llm.errors import UserError
 from ds_llm.progress import progress
 from ds_llm.scoring import parts
+from ds_llm.scoring.batches import Plan
 from ds_llm.scoring.index import Index
-from ds_llm.scoring.plan import Plan
 from ds_llm.scoring.samples import NO_OBJECT, SCORED
 
 BUCKET_BYTES, MOST_BUCKETS = 64 << 20, 512  # of scores as they lie in the parts

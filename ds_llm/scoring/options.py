@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ds_llm import options
-from ds_llm.config import DTYPES
+from ds_llm.config import options
+from ds_llm.config.options import key
+from ds_llm.config.run import DTYPES
 from ds_llm.errors import ConfigError
-from ds_llm.options import key
 
 TOKENS = ("answers", "last", "all")
 FORMATS = ("auto", "messages", "prompt_completion", "alpaca", "text")

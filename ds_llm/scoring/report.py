@@ -19,10 +19,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
-from ds_llm.data.resume import beside
+from ds_llm.data.resumable import beside
 from ds_llm.errors import UserError
 from ds_llm.progress import progress
-from ds_llm.report_page import render, save
+from ds_llm.report.page import render, save
 from ds_llm.scoring import report_plots as plots
 from ds_llm.scoring.metrics import METRICS
 from ds_llm.scoring.report_template import PAGE

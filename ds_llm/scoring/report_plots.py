@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.colors import LogNorm
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from ds_llm.report_figures import LINES, TEXT, svg, tick
+from ds_llm.report.plots import LINES, TEXT, svg, tick
 
 BINS, CELLS, GROUPS = 60, (80, 48), 20
 FEW = 1500  # points are drawn one by one up to so many, else as the number in each cell

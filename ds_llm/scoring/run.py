@@ -22,23 +22,25 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ds_llm import hardware, watchdog
+from ds_llm import hardware
 from ds_llm.cli import rank, world_size
-from ds_llm.data.resume import dump, write_atomically
+from ds_llm.data.resumable import dump, write_atomically
 from ds_llm.data.sources import digests
+from ds_llm.distributed import watchdog
 from ds_llm.errors import UserError
 from ds_llm.progress import Task, console, progress
-from ds_llm.scoring import job as jobs
-from ds_llm.scoring import options, parts, plan, statistics
+from ds_llm.scoring import batches as plan
+from ds_llm.scoring import manifest as jobs
+from ds_llm.scoring import options, parts, statistics
+from ds_llm.scoring.coordination import Elsewhere, Ranks, RemotePart
 from ds_llm.scoring.forward import Scorer
 from ds_llm.scoring.index import Index, build
-from ds_llm.scoring.job import Job
+from ds_llm.scoring.manifest import Job
 from ds_llm.scoring.merge import Output, merge
 from ds_llm.scoring.options import ScoreConfig
 from ds_llm.scoring.parts import Part
-from ds_llm.scoring.passes import Worker, schema, tokens_that_fit
-from ds_llm.scoring.ranks import Elsewhere, Ranks, RemotePart
 from ds_llm.scoring.report import write_report
+from ds_llm.scoring.worker import Worker, schema, tokens_that_fit
 
 SHOW_SECONDS = 1.0
 
@@ -69,7 +71,7 @@ def score(config: ScoreConfig, stop: Callable[[], str | None] = lambda: None) ->
     """
     options.check(config)
     if config.zero3:
-        from ds_llm import engine  # DeepSpeed takes seconds to import
+        from ds_llm.engine import engine  # DeepSpeed takes seconds to import
 
         engine.check_dtype(config.dtype, f"score.dtype={config.dtype}")
     with watchdog.guard(config.hang_timeout, config.lost_timeout, "score") as peers:

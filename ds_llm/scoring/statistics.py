@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 
 from ds_llm.errors import UserError
 from ds_llm.progress import console
+from ds_llm.scoring.batches import Plan
 from ds_llm.scoring.index import Index
 from ds_llm.scoring.merge import Output
-from ds_llm.scoring.plan import Plan
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 

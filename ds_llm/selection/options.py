@@ -5,10 +5,10 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import dataclass, field
 
-from ds_llm import options
 from ds_llm.cli import world_size
+from ds_llm.config import options
+from ds_llm.config.options import key
 from ds_llm.errors import ConfigError
-from ds_llm.options import key
 from ds_llm.scoring.options import ScoreConfig
 
 # implementations of each method, the one that auto takes first
@@ -63,7 +63,7 @@ class SelectionConfig:
 
 
 def load(path: str | None = None, overrides: list[str] = ()) -> SelectionConfig:
-    """Defaults, a YAML file and `key=value` overrides; see `ds_llm.options.load` for what is refused, and `check`."""
+    """Defaults, a YAML file and `key=value` overrides; see `ds_llm.config.options.load` for what is refused, and `check`."""
     found = options.load(SelectionConfig, path, overrides)
     check(found)
     return found

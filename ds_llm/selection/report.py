@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ds_llm.progress import console
-from ds_llm.report_page import render, save
+from ds_llm.report.page import render, save
 from ds_llm.scoring.report import folded, text_of
 from ds_llm.selection import report_plots as plots
 from ds_llm.selection.clustering import UNUSABLE

@@ -6,7 +6,7 @@ import matplotlib
 import numpy as np
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from ds_llm.report_figures import LINES, TEXT, svg, tick
+from ds_llm.report.plots import LINES, TEXT, svg, tick
 
 BINS, MOST_BOXES = 50, 40
 EDGE = 0.002  # share of the values at either end that lies beyond the figure

@@ -1,4 +1,4 @@
-"""The HTML of the page of a selection, in the frame of `ds_llm.report_page`."""
+"""The HTML of the page of a selection, in the frame of `ds_llm.report.page`."""
 
 PAGE = """{% extends "frame" %}
 {% from "parts" import figures, text %}

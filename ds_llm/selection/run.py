@@ -25,14 +25,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from ds_llm import run_folder
 from ds_llm.cli import rank
-from ds_llm.data.resume import beside, dump, write_atomically
+from ds_llm.data.resumable import beside, dump, write_atomically
+from ds_llm.distributed.interrupt import Interrupt
 from ds_llm.errors import UserError
-from ds_llm.interrupt import Interrupt
 from ds_llm.progress import console, progress
-from ds_llm.scoring import job as jobs
-from ds_llm.scoring.job import Job
+from ds_llm.scoring import manifest as jobs
+from ds_llm.scoring.manifest import Job
 from ds_llm.scoring.merge import input_lines
 from ds_llm.scoring.run import score
 from ds_llm.selection import options, pick, report
@@ -40,6 +39,7 @@ from ds_llm.selection.clustering import UNUSABLE, Clustering, cluster
 from ds_llm.selection.features import Features
 from ds_llm.selection.options import SelectionConfig
 from ds_llm.selection.spherical import joined
+from ds_llm.train import run_record as run_folder
 
 VERSION = 1  # of what clusters and picks are computed from; other results are made anew
 STEP_ROWS = 1000  # between two looks at the progress

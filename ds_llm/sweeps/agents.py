@@ -9,11 +9,11 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
-from ds_llm import run_folder
+from ds_llm.distributed.interrupt import EXIT_CODE, Interrupt
 from ds_llm.errors import ConfigError, UserError
-from ds_llm.interrupt import EXIT_CODE, Interrupt
 from ds_llm.progress import console
 from ds_llm.sweeps.file import SweepFile
+from ds_llm.train import run_record as run_folder
 
 POLL_SECONDS = 0.5
 

@@ -16,16 +16,16 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from ds_llm import config as run_config
-from ds_llm import options
-from ds_llm.config import Config
+from ds_llm.config import options
+from ds_llm.config import run as run_config
+from ds_llm.config.run import Config
 from ds_llm.errors import ConfigError
 from ds_llm.evaluation.text_metrics import METRICS as TEXT_METRICS
 from ds_llm.evaluation.text_metrics import ROUGE
-from ds_llm.preference import METRICS as PREFERENCE_METRICS
 from ds_llm.sweeps import hyperband, space
 from ds_llm.sweeps.hyperband import Hyperband
 from ds_llm.sweeps.space import DISCRETE, Parameter
+from ds_llm.train.losses.preference import METRICS as PREFERENCE_METRICS
 
 KEYS = (
     *("program", "command", "method", "metric", "parameters", "early_terminate", "run_cap"),
@@ -230,7 +230,7 @@ def _known(config: Config) -> list[str]:
     evaluated = ["loss", *pairs, *texts] if config.mode == "dpo" else ["perplexity", "loss", *texts]
     steps = [*STEP_METRICS, *pairs]
     if config.mode == "router":
-        from ds_llm.modes import router
+        from ds_llm.train.modes import router
 
         on_gates, of_steps = router.figures(config)
         evaluated, steps = [*on_gates, *(evaluated if config.data.val else ())], steps + of_steps

@@ -11,8 +11,8 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator
 
 from ds_llm.progress import duration
-from ds_llm.report_figures import BAD, LINES, TEXT, svg, tick
-from ds_llm.report_page import render, save
+from ds_llm.report.page import render, save
+from ds_llm.report.plots import BAD, LINES, TEXT, svg, tick
 from ds_llm.sweeps.space import Parameter
 
 FILE = "report.html"

@@ -14,15 +14,15 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
-from ds_llm import config as run_config
-from ds_llm import run_folder
 from ds_llm.compat.optuna import trial_id
+from ds_llm.config import run as run_config
+from ds_llm.config.options import to_yaml
+from ds_llm.distributed.interrupt import EXIT_CODE, Interrupt
 from ds_llm.errors import ConfigError, UserError
-from ds_llm.interrupt import EXIT_CODE, Interrupt
-from ds_llm.options import to_yaml
 from ds_llm.progress import console, duration
 from ds_llm.sweeps.file import SweepFile
 from ds_llm.sweeps.trial import TrialProcess, end_orphan
+from ds_llm.train import run_record as run_folder
 
 POLL_SECONDS = 0.5
 FAILURES = 3  # trials that fail, none having succeeded, before the sweep gives up

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import psutil
 
-from ds_llm.interrupt import since_boot
-from ds_llm.metrics import FILE
+from ds_llm.distributed.interrupt import since_boot
 from ds_llm.sweeps.file import Metric
+from ds_llm.tracking.metrics_file import FILE
 
 LOG = "log.txt"  # what the process prints, in the trial's folder
 SMOOTHED = 20  # steps that the value of a training metric is the mean of

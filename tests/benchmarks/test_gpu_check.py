@@ -22,8 +22,8 @@ from benchmarks import kernels
 from benchmarks.gpu_check import basics, install, runner, traced
 from benchmarks.gpu_check.report import Place
 from benchmarks.gpu_check.steps import NAMES, STEPS
-from ds_llm import config
-from ds_llm.plan import Planner, Setting
+from ds_llm.config import run as config
+from ds_llm.memory.plan import Planner, Setting
 
 pytestmark = pytest.mark.slow  # the dry run takes two minutes, once for most of the tests
 

@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks import trainers, trainers_run
-from ds_llm import trainer
-from ds_llm.modes import dpo
+from ds_llm.train import trainer
+from ds_llm.train.modes import dpo
 
 ARGUMENTS = {"seq_len": 96, "batch_size": 2, "accumulation_steps": 2, "steps": 2, "dtype": "fp32", "zero": [0, 2]}
 

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from ds_llm.data import corpora
-from ds_llm.data.choices import questions
+from ds_llm.data.multiple_choice import questions
 from ds_llm.errors import UserError
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from jobs import PATIENCE
 
-from ds_llm.data.prepare import add_commands
+from ds_llm.commands.prepare import add_commands
 from ds_llm.data.tokens import TokenFile
 from ds_llm.errors import UserError
 

@@ -6,8 +6,8 @@ import pytest
 from jobs import ROOT, launch
 from rich.console import Console
 
-from ds_llm import config
-from ds_llm.data import show
+from ds_llm.commands import show
+from ds_llm.config import run as config
 from ds_llm.data.tokenizer import load_tokenizer
 from ds_llm.errors import UserError
 

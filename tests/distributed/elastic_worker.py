@@ -20,17 +20,17 @@ import deepspeed  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
-from ds_llm import config as configuration  # noqa: E402
-from ds_llm import engine as engines  # noqa: E402
 from ds_llm.compat import deepspeed_optimizers as masters  # noqa: E402
 from ds_llm.compat.deepspeed import loss_scale  # noqa: E402
-from ds_llm.models.adapters import add_adapter  # noqa: E402
+from ds_llm.config import run as configuration  # noqa: E402
+from ds_llm.engine import engine as engines  # noqa: E402
 from ds_llm.models.decoder import DecoderConfig, DecoderForCausalLM  # noqa: E402
 from ds_llm.models.head import attach_loss_head  # noqa: E402
-from ds_llm.modes.pretrain import LanguageModeling  # noqa: E402
+from ds_llm.pretrained.lora import add_adapter  # noqa: E402
 from ds_llm.sparsity.masks import masks_from_zeros  # noqa: E402
 from ds_llm.sparsity.model import sparsify  # noqa: E402
 from ds_llm.sparsity.targets import prunable  # noqa: E402
+from ds_llm.train.modes.pretrain import LanguageModeling  # noqa: E402
 
 BATCH, LENGTH, VOCAB, TAKEN, MORE, LR = 8, 12, 37, 3, 2, 3e-3
 OFFLOAD = str(Path(__file__).parents[2] / "ds_configs" / "zero{}_offload.json")

@@ -16,11 +16,11 @@ import deepspeed  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
-from ds_llm import config as configuration  # noqa: E402
-from ds_llm import engine as engines  # noqa: E402
+from ds_llm.config import run as configuration  # noqa: E402
+from ds_llm.engine import engine as engines  # noqa: E402
 from ds_llm.models.decoder import DecoderConfig, DecoderForCausalLM  # noqa: E402
 from ds_llm.models.head import attach_loss_head, lm_loss  # noqa: E402
-from ds_llm.modes.pretrain import LanguageModeling  # noqa: E402
+from ds_llm.train.modes.pretrain import LanguageModeling  # noqa: E402
 
 BATCH, LENGTH, VOCAB, STEPS, VETOED, LR = 8, 12, 37, 4, 1, 3e-3
 

@@ -18,13 +18,14 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
 
-from ds_llm import config as configuration  # noqa: E402
-from ds_llm import engine as engines  # noqa: E402
-from ds_llm.models import accelerate, adapters  # noqa: E402
+from ds_llm.config import run as configuration  # noqa: E402
+from ds_llm.engine import engine as engines  # noqa: E402
+from ds_llm.models import accelerate
 from ds_llm.models.decoder import DecoderConfig, DecoderForCausalLM  # noqa: E402
 from ds_llm.models.head import attach_loss_head, lm_loss  # noqa: E402
 from ds_llm.models.select_moe import SelectMoeConfig, SelectMoeForCausalLM  # noqa: E402
-from ds_llm.modes.sft import SupervisedLoss  # noqa: E402
+from ds_llm.pretrained import lora as adapters  # noqa: E402
+from ds_llm.train.modes.sft import SupervisedLoss  # noqa: E402
 
 BATCH, LENGTH, VOCAB, STEPS, LR, CLIP = 4, 22, 37, 3, 3e-3, 0.5
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "max_position_embeddings": LENGTH}

@@ -16,8 +16,8 @@ import torch.distributed as dist  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 
-from ds_llm import config as configuration  # noqa: E402
-from ds_llm import engine as engines  # noqa: E402
+from ds_llm.config import run as configuration  # noqa: E402
+from ds_llm.engine import engine as engines  # noqa: E402
 
 WIDTH, ROWS, MICRO_STEPS = 24, 4, 2
 SETTINGS = ("contiguous_gradients=false", "overlap_comm=true", "reduce_scatter=false", "reduce_bucket_size=100")

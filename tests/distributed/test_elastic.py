@@ -11,10 +11,14 @@ from devices import FP16_IN_JOBS, in_fp16_jobs
 from jobs import PATIENCE, ROOT, launch, start
 from safetensors.torch import load_file
 
-from ds_llm import config, deepspeed_config, elastic, metrics, reshard
-from ds_llm import nvme as offload
+from ds_llm.checkpoint import elastic
+from ds_llm.config import deepspeed as deepspeed_config
+from ds_llm.config import run as config
+from ds_llm.config.options import to_dict
+from ds_llm.engine import nvme as offload
+from ds_llm.engine import resharding as reshard
 from ds_llm.errors import ConfigError, UserError
-from ds_llm.options import to_dict
+from ds_llm.tracking import metrics_file as metrics
 
 WORKER = Path(__file__).with_name("elastic_worker.py")
 # name: model, dtype, ZeRO stage at which two processes save it

@@ -10,8 +10,11 @@ import sys
 import pytest
 from jobs import PATIENCE, ROOT, environment, launch, start, until
 
-from ds_llm import checkpoint, config, metrics, trainer
+from ds_llm.checkpoint import folder as checkpoint
+from ds_llm.config import run as config
 from ds_llm.errors import UserError
+from ds_llm.tracking import metrics_file as metrics
+from ds_llm.train import trainer
 
 
 def steps(output) -> list[dict]:

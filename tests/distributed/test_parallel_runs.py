@@ -5,7 +5,7 @@ import json
 import pytest
 from jobs import launch
 
-from ds_llm.models.loading import load_model
+from ds_llm.pretrained.loading import load_model
 
 # of the learning rate, so that a run that ends early has the same one
 CONSTANT = ["optim.schedule=constant", "optim.warmup_steps=0"]

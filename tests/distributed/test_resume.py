@@ -9,7 +9,7 @@ import psutil
 import torch
 from jobs import PATIENCE, hold, launch, start, until
 
-from ds_llm import metrics
+from ds_llm.tracking import metrics_file as metrics
 
 STEPS, EVERY = 24, 5
 HARD = [  # everything that has a state: dropout, averages, experts, accumulation, an epoch that ends in mid-step

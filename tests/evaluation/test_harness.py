@@ -11,12 +11,12 @@ import transformers
 import yaml
 from jobs import PATIENCE, ROOT, VOCAB, launch, start
 
-from ds_llm.convert_select_moe import select_moe
+from ds_llm.convert.select_moe import select_moe
 from ds_llm.errors import UserError
 from ds_llm.evaluation.measure import measure
 from ds_llm.models.boost import QwenBoostForCausalLM
 from ds_llm.models.decoder import DecoderConfig, DecoderForCausalLM
-from ds_llm.models.loading import load_model, load_tokenizer
+from ds_llm.pretrained.loading import load_model, load_tokenizer
 from ds_llm.scoring.forward import Scorer
 from ds_llm.scoring.metrics import Sample
 

@@ -15,7 +15,7 @@ from ds_llm.errors import UserError
 from ds_llm.evaluation.measure import measure, read_texts
 from ds_llm.evaluation.perplexity import model_loss, perplexity_of_tokens
 from ds_llm.models.head import attach_loss_head
-from ds_llm.models.loading import load_model, load_tokenizer
+from ds_llm.pretrained.loading import load_model, load_tokenizer
 
 SCRIPT = ROOT / "launch" / "evaluate.py"
 

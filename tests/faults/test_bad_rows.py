@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ds_llm import prompts
 from ds_llm.data import supervised
 from ds_llm.data.clean import clean
 from ds_llm.data.encode import encode
 from ds_llm.errors import UserError
-from ds_llm.models.loading import load_tokenizer
+from ds_llm.generation import prompts
+from ds_llm.pretrained.loading import load_tokenizer
 from ds_llm.scoring import options, run
 
 DEEP = 100_000

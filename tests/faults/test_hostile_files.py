@@ -14,11 +14,13 @@ import torch
 from hostile import Payload, code, one_line
 from safetensors import safe_open
 
-from ds_llm import config, options, trainer
+from ds_llm.config import options
+from ds_llm.config import run as config
 from ds_llm.data import corpora
 from ds_llm.errors import ConfigError, UserError
-from ds_llm.models import loading
+from ds_llm.pretrained import loading
 from ds_llm.scoring import options as score_options
+from ds_llm.train import trainer
 
 DEEP = "[" * 100_000
 

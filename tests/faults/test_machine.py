@@ -15,17 +15,21 @@ import pytest
 from hostile import mounted, one_line, root_only
 from jobs import PATIENCE, ROOT, environment, hold, launch, start, until
 
-from ds_llm import checkpoint, config, interrupt, metrics, trainer
+from ds_llm.checkpoint import folder as checkpoint
+from ds_llm.config import run as config
+from ds_llm.convert.export import export
 from ds_llm.data import supervised
 from ds_llm.data.clean import clean
 from ds_llm.data.encode import encode
 from ds_llm.data.tokenizer import train_tokenizer
+from ds_llm.distributed import interrupt
 from ds_llm.errors import UserError
-from ds_llm.export import export
-from ds_llm.models.loading import load_tokenizer
-from ds_llm.new_folder import new_folder
+from ds_llm.files import new_folder
+from ds_llm.pretrained.loading import load_tokenizer
 from ds_llm.scoring import options, run
 from ds_llm.sweeps import trial
+from ds_llm.tracking import metrics_file as metrics
+from ds_llm.train import trainer
 
 SCORE = ROOT / "launch" / "score.py"
 
@@ -197,7 +201,7 @@ def test_two_scorings_in_one_place(chats, texts, tmp_path):
 
 def test_two_writers_of_one_folder_and_one_that_was_killed(chats, tmp_path):
     out = tmp_path / "exported"
-    script = "from ds_llm.new_folder import new_folder; from pathlib import Path; import time\n"
+    script = "from ds_llm.files import new_folder; from pathlib import Path; import time\n"
     script += (
         f"with new_folder(Path({str(out)!r})) as p: (p / 'half').write_text('x'); print(p, flush=True); "
         f"time.sleep({PATIENCE})"

@@ -11,10 +11,13 @@ import pytest
 from hostile import one_line
 from safetensors.torch import load_file, save_file
 
-from ds_llm import checkpoint, config, metrics, trainer
+from ds_llm.checkpoint import folder as checkpoint
+from ds_llm.config import run as config
 from ds_llm.data.order import SampleOrder
 from ds_llm.data.tokens import TokenData, TokenWriter, index_path
 from ds_llm.errors import UserError
+from ds_llm.tracking import metrics_file as metrics
+from ds_llm.train import trainer
 
 SEQ, BATCH, STEPS = 16, 2, 8
 
@@ -23,7 +26,7 @@ SEQ, BATCH, STEPS = 16, 2, 8
 def data(chats, tmp_path_factory) -> Path:
     """A token file of the tokenizer of the chats, one token of which is rare: the last one of the vocabulary."""
     from ds_llm.data.tokens import tokenizer_hash
-    from ds_llm.models.loading import load_tokenizer
+    from ds_llm.pretrained.loading import load_tokenizer
 
     path = tmp_path_factory.mktemp("tokens") / "train.bin"
     tokenizer = load_tokenizer(chats / "llama")

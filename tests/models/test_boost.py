@@ -20,8 +20,8 @@ from transformers import (
 from ds_llm.errors import UserError
 from ds_llm.models.boost import QwenBoostConfig, QwenBoostForCausalLM
 from ds_llm.models.head import attach_loss_head, lm_loss
-from ds_llm.models.loading import load_model, load_model_config
-from ds_llm.models.source import detect_model_type
+from ds_llm.pretrained.loading import load_model, load_model_config
+from ds_llm.pretrained.source import detect_model_type
 
 VOCAB = 97
 KINDS = {
@@ -257,7 +257,7 @@ def test_what_only_seems_to_be_boosted_is_loaded_as_a_standard_model(tmp_path, c
 
 
 def test_scores_are_those_of_the_mixed_distribution(chats, tmp_path):
-    from ds_llm.models.loading import load_tokenizer
+    from ds_llm.pretrained.loading import load_tokenizer
     from ds_llm.scoring.forward import Scorer
     from ds_llm.scoring.metrics import Sample
 

@@ -13,9 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 from ds_llm.errors import UserError
 from ds_llm.models import accelerate
 from ds_llm.models.head import attach_loss_head, lm_loss
-from ds_llm.models.loading import load_model
 from ds_llm.models.quality_gate import TRASH, QualityGate, gates, open_gates, record_scores, register_trash
 from ds_llm.models.select_moe import SelectMoeConfig, SelectMoeForCausalLM
+from ds_llm.pretrained.loading import load_model
 
 
 @pytest.fixture(scope="module", params=KINDS)

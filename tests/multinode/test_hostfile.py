@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from jobs import PATIENCE, ROOT, hold, launch, until
 
-from ds_llm import metrics
 from ds_llm.scoring import parts
+from ds_llm.tracking import metrics_file as metrics
 
 TRAIN, SCORE = ROOT / "launch" / "train.py", ROOT / "launch" / "score.py"
 LOST = 6  # seconds, of the jobs here

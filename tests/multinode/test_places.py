@@ -12,7 +12,7 @@ import hosts
 import pytest
 from jobs import launch
 
-from ds_llm import metrics
+from ds_llm.tracking import metrics_file as metrics
 
 APART = """
 import ctypes, os, socket, subprocess

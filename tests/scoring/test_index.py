@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from ds_llm.data.sources import resolve
-from ds_llm.models.loading import load_tokenizer
+from ds_llm.pretrained.loading import load_tokenizer
+from ds_llm.scoring import batches as plan
 from ds_llm.scoring import index as index_module
-from ds_llm.scoring import plan
 from ds_llm.scoring.index import FILES, build
 
 RANDOM = random.Random()
@@ -129,7 +129,7 @@ def test_batches_hold_every_row_once_within_the_budget(tmp_path, tokenizer, monk
 
 
 def test_auto_leaves_batches_to_share_out_and_finds_what_fits(tmp_path, tokenizer, monkeypatch):
-    from ds_llm.scoring.passes import largest
+    from ds_llm.scoring.worker import largest
 
     index = make(tmp_path / "index", [write(tmp_path / "a.jsonl", [{"text": words()} for _ in range(100)])], tokenizer)
     assert plan.auto_limit(index) == plan.SMALLEST_AUTO

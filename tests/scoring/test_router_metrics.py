@@ -10,10 +10,10 @@ import transformers
 from chats import WORDS
 from tiny_models import EXPERTS
 
-from ds_llm.convert_select_moe import select_moe
+from ds_llm.convert.select_moe import select_moe
 from ds_llm.errors import ConfigError, UserError
-from ds_llm.models.loading import load_model, load_tokenizer
 from ds_llm.models.quality_gate import gates
+from ds_llm.pretrained.loading import load_model, load_tokenizer
 from ds_llm.scoring import forward, options, parts, run
 from ds_llm.scoring.metrics import Sample
 

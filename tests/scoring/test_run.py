@@ -13,7 +13,7 @@ from chats import WORDS, conversations
 from devices import FP16_HERE
 
 from ds_llm.errors import ConfigError, UserError
-from ds_llm.models.loading import load_tokenizer
+from ds_llm.pretrained.loading import load_tokenizer
 from ds_llm.scoring import options, parts, run
 from ds_llm.scoring.forward import Scorer
 from ds_llm.scoring.metrics import Sample

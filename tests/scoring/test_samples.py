@@ -7,7 +7,7 @@ import pytest
 from chats import conversations
 
 from ds_llm.data import files, rows
-from ds_llm.models.loading import load_tokenizer
+from ds_llm.pretrained.loading import load_tokenizer
 from ds_llm.scoring.samples import BAD, COUNTS, NO_OBJECT, SCORED, decode, encoder
 
 PLAIN = {"tokens": "answers", "template": "auto", "max_length": None, "truncate": "right"}

@@ -13,10 +13,10 @@ import pytest
 from chats import WORDS
 from jobs import ROOT, environment, launch
 
-from ds_llm.convert_select_moe import select_moe
+from ds_llm.convert.select_moe import select_moe
 from ds_llm.errors import ConfigError, UserError
-from ds_llm.models.loading import load_model
 from ds_llm.models.quality_gate import gates
+from ds_llm.pretrained.loading import load_model
 from ds_llm.selection import options, pick, report, run
 
 SCRIPT = ROOT / "launch" / "select.py"

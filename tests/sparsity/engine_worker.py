@@ -16,16 +16,16 @@ cli.quiet()
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
-from ds_llm import config as configuration  # noqa: E402
-from ds_llm import engine as engines  # noqa: E402
+from ds_llm.config import run as configuration  # noqa: E402
+from ds_llm.engine import engine as engines  # noqa: E402
 from ds_llm.models.decoder import DecoderConfig, DecoderForCausalLM  # noqa: E402
 from ds_llm.models.head import attach_loss_head, lm_loss  # noqa: E402
-from ds_llm.models.loading import load_model  # noqa: E402
-from ds_llm.modes.pretrain import LanguageModeling  # noqa: E402
+from ds_llm.pretrained.loading import load_model  # noqa: E402
 from ds_llm.sparsity import compact_checkpoint  # noqa: E402
 from ds_llm.sparsity.masks import masks_from_zeros  # noqa: E402
 from ds_llm.sparsity.model import sparsify  # noqa: E402
 from ds_llm.sparsity.targets import prunable  # noqa: E402
+from ds_llm.train.modes.pretrain import LanguageModeling  # noqa: E402
 
 BATCH, LENGTH, VOCAB, STEPS, LR, DECAY = 8, 12, 37, 4, 3e-3, 0.3
 

@@ -13,7 +13,7 @@ from ds_llm.kernels.sparse_update import PackedMask, expand, expand_into
 from ds_llm.models import accelerate
 from ds_llm.models.decoder import DecoderConfig, DecoderForCausalLM
 from ds_llm.models.head import attach_loss_head, lm_loss
-from ds_llm.models.loading import load_model
+from ds_llm.pretrained.loading import load_model
 from ds_llm.sparsity import compact_checkpoint, linear
 from ds_llm.sparsity.linear import SparseLinear
 from ds_llm.sparsity.masks import masks_from_zeros

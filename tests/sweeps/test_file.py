@@ -10,7 +10,8 @@ from omegaconf import OmegaConf
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
 from ds_llm.errors import ConfigError
-from ds_llm.sweeps import agents, file, places
+from ds_llm.sweeps import agents, file
+from ds_llm.sweeps import slots as places
 
 READY = sorted((jobs.ROOT / "ds_configs" / "sweeps").glob("*.yaml"))
 SOUND = {

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from ds_llm.config import load
+from ds_llm.config.run import load
 from ds_llm.errors import ConfigError
 from ds_llm.sweeps.space import FIELDS, as_text, read_parameters
 

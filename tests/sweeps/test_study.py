@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
-from ds_llm import metrics
-from ds_llm.config import Config, load
+from ds_llm.config.options import flatten, to_dict
+from ds_llm.config.run import Config, load
+from ds_llm.distributed.interrupt import EXIT_CODE
 from ds_llm.errors import UserError
-from ds_llm.interrupt import EXIT_CODE
-from ds_llm.options import flatten, to_dict
 from ds_llm.sweeps import file, study, trial
+from ds_llm.tracking import metrics_file as metrics
 
 optuna = pytest.importorskip("optuna")
 

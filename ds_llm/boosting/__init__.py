@@ -1,0 +1,1 @@
+"""The boosting recipe: rows drawn by entropy, models that vote."""

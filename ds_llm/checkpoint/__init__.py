@@ -1,0 +1,1 @@
+"""The folders of checkpoints, and whether a run may continue from one."""

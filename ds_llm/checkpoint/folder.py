@@ -1,0 +1,264 @@
+"""Checkpoints of a run: written whole or not at all, verified before use, kept by rule.
+
+    OUTPUT/checkpoints/step-00000100/
+        manifest.json    sizes and CRC-32 of all other files; written last
+        trainer.json     position in the data, best perplexity and what else the loop needs
+        deepspeed/       optimizer, master weights and averages of each rank
+        model/           the model in Hugging Face format (averaged weights when there is an average)
+
+A checkpoint is built in a folder whose name starts with a dot and renamed when everything is on disk.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import torch.distributed as dist
+from safetensors import SafetensorError
+
+from ds_llm.distributed import shared_folder as places
+from ds_llm.distributed import watchdog
+from ds_llm.errors import UserError
+from ds_llm.progress import console
+
+NAME = re.compile(r"step-(\d{8})")
+
+
+def folder(output: Path, step: int) -> Path:
+    return output / "checkpoints" / f"step-{step:08d}"
+
+
+def steps(output: Path) -> list[int]:
+    """Steps of the finished checkpoints, newest first."""
+    found = (output / "checkpoints").glob("step-*")
+    return sorted((int(m[1]) for p in found if (m := NAME.fullmatch(p.name))), reverse=True)
+
+
+def save(output: Path, step: int, state: dict, write: Callable[[Path], None], needed_bytes: int) -> Path:
+    """Write one checkpoint; every rank calls it. `write(folder)` stores the parts of all ranks.
+
+    needed_bytes: what this rank will write. Raises `UserError` on every rank, before anything is written, when the
+    disk has less than all ranks need; raises it on the rank it happens to when the disk fills up meanwhile. Where
+    machines share no folder, each keeps what its ranks need (see `ds_llm.distributed.shared_folder`).
+    """
+    with watchdog.during(f"saving {folder(output, step).name}"):
+        return _save(output, step, state, write, needed_bytes)
+
+
+def _save(output: Path, step: int, state: dict, write: Callable[[Path], None], needed_bytes: int) -> Path:
+    target = folder(output, step)
+    partial = target.with_name(f".{target.name}.partial")
+    world, place, lack = dist.get_world_size(), places.of(output), None
+    sizes = places.gather(needed_bytes)
+    needed, free = sum(sizes[rank] for rank in place.ranks), _free_bytes(output)
+    if needed > free:
+        where = "" if place.alone else f" on {place.hosts[place.ranks[0]]}"
+        lack = (
+            f"{target}: not saved: it needs about {_size(needed)}, the disk{where} has {_size(free)}; "
+            f"{_newest(output)}. Free some space and continue with resume=auto"
+        )
+    places.check_all(lack)
+    try:
+        if place.keeps:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        dist.barrier()
+        write(partial)
+        if place.keeps:
+            _write_json(partial / "trainer.json", state)
+        dist.barrier()
+        places.complete(place, partial, _files)
+        mine = {name: _checksum(partial / name) for name in sorted(_files(partial))[place.index :: len(place.ranks)]}
+        parts = places.gather(mine)
+        if place.keeps:
+            files = {name: entry for rank in place.ranks for name, entry in parts[rank].items()}
+            manifest = {"step": step, "world_size": world, "ranks": place.ranks, "files": files}
+            _write_json(partial / "manifest.json", manifest)
+            _sync_folder(partial)
+            shutil.rmtree(target, ignore_errors=True)
+            partial.rename(target)
+            _sync_folder(target.parent)
+        dist.barrier()
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if not _is_disk_error(error):
+            raise
+        raise UserError(
+            f"{target}: not saved: {_reason(error)}; {_newest(output)}. Free some space and continue with resume=auto",
+            any_rank=True,
+        ) from error
+    return target
+
+
+def newest_whole(output: Path) -> Path | None:
+    """The newest checkpoint whose files all match its manifest; damaged ones are named and passed over.
+
+    Every rank calls it; each checks its share of the files.
+    """
+    for step in places.common_steps(places.of(output), steps(output)):
+        reason = damage(folder(output, step))
+        if reason is None:
+            return folder(output, step)
+        console.print(f"warning: {folder(output, step)} is damaged ({reason}); looking for an older one", markup=False)
+    return None
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint, or None. Collective: ranks that share the folder share the reading."""
+    place = place_of(path)
+    files, mine = [], None
+    try:
+        files = _listed(path)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = type(error).__name__ if isinstance(error, (OSError, RecursionError)) else error
+        mine = f"manifest.json or trainer.json cannot be read: {reason}"
+    for name, entry in files[place.index :: len(place.ranks)]:
+        try:
+            found = _checksum(path / name)
+        except OSError:
+            mine = f"{name} is missing"
+            break
+        if found != entry:
+            what = "has another size" if found["bytes"] != entry["bytes"] else "has other content"
+            mine = f"{name} {what} than when it was saved"
+            break
+    if mine and not place.alone:
+        mine += f", on {place.hosts[dist.get_rank()]}"
+    reasons = [r for r in places.gather(mine) if r]
+    return reasons[0] if reasons else None
+
+
+def place_of(path: Path) -> places.Place:
+    """Who shares the folder of a checkpoint; collective."""
+    inside = NAME.fullmatch(path.name) is not None
+    return places.of(path.absolute().parent.parent if inside else path, writable=False)
+
+
+def _listed(path: Path) -> list[tuple[str, dict]]:
+    """Every file of a checkpoint with its size and checksum, as the manifest has it. Raises for what is no manifest, or
+    lies beside a trainer.json that is none, many an error."""
+    manifest, state = (json.loads((path / name).read_text()) for name in ("manifest.json", "trainer.json"))
+    files = sorted(manifest["files"].items())
+    for name, entry in files:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ValueError(f"it names {name}, outside of the checkpoint")
+        _ = entry["bytes"], entry["crc32"]
+    _ = manifest["files"]["trainer.json"], manifest["world_size"], state["step"], state["config"], state["fingerprint"]
+    return files
+
+
+def read_state(path: Path) -> dict:
+    """What `trainer.json` of a checkpoint holds, with the world size it was saved at."""
+    try:
+        state = json.loads((path / "trainer.json").read_text())
+        manifest = json.loads((path / "manifest.json").read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: not a checkpoint (trainer.json or manifest.json is missing)") from None
+    except ValueError as error:
+        raise UserError(f"{path}: trainer.json or manifest.json is damaged ({error})") from None
+    return state | {"world_size": manifest["world_size"]}
+
+
+def prune(output: Path, keep: int, best: int | None) -> None:
+    """Delete all but the newest `keep` checkpoints and the best one (rank 0); `keep` 0 deletes none."""
+    for leftover in (output / "checkpoints").glob(".step-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    if not keep:
+        return
+    for step in steps(output)[keep:]:
+        if step != best:
+            doomed = folder(output, step)
+            # renamed first: a kill during the deletion must not leave half a checkpoint under a good name
+            trash = doomed.rename(doomed.with_name(f".{doomed.name}.partial"))
+            shutil.rmtree(trash, ignore_errors=True)
+
+
+def set_aside(output: Path, step: int) -> None:
+    """Rename the checkpoints after `step`, from which a run goes on because they are damaged: they would count as its
+    newest ones, be exported, and have the good ones deleted for them."""
+    for later in steps(output):
+        if later > step:
+            damaged = folder(output, later)
+            aside = damaged.with_name(f"damaged-{damaged.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.unlink(missing_ok=True)
+            damaged.rename(aside)
+
+
+def publish(output: Path, source: Path) -> Path:
+    """Make OUTPUT/model the model of checkpoint `source`, replacing the previous one in two renames."""
+    target, fresh, old = output / "model", output / ".model.partial", output / ".model.old"
+    for leftover in (fresh, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    shutil.copytree(source / "model", fresh)
+    if target.exists():
+        target.rename(old)
+    fresh.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def _files(path: Path) -> list[str]:
+    return [str(p.relative_to(path)) for p in path.rglob("*") if p.is_file()]
+
+
+def _checksum(path: Path) -> dict:
+    crc = size = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            crc, size = zlib.crc32(block, crc), size + len(block)
+        os.fsync(file.fileno())
+    return {"bytes": size, "crc32": crc}
+
+
+def _write_json(path: Path, value: dict) -> None:
+    with open(path, "w") as file:
+        json.dump(value, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _free_bytes(output: Path) -> int:
+    return shutil.disk_usage(output).free
+
+
+def _is_disk_error(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES)
+    # torch.save and safetensors report a failed write in words of their own
+    words = ("PytorchStreamWriter", "iostream error", "unexpected pos", "write failed")
+    if isinstance(error, SafetensorError):
+        words = ("I/O error", "IoError", "os error")
+    return any(word in str(error) for word in words)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return f"a write failed, as on a full disk ({str(error).strip().splitlines()[0]})"
+
+
+def _newest(output: Path) -> str:
+    done = steps(output)
+    return f"the newest checkpoint is {folder(output, done[0])}" if done else "there is no earlier checkpoint"
+
+
+def _size(count: float) -> str:
+    for factor, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if count >= factor:
+            return f"{count / factor:.1f} {unit}"
+    return f"{count:.0f} bytes"

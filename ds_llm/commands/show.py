@@ -1,0 +1,92 @@
+"""Prepared samples for the eye: decoded, with the trained tokens marked, and what became of the rows."""
+
+from __future__ import annotations
+
+import numpy as np
+from rich.table import Table
+from rich.text import Text
+
+from ds_llm.data.supervised import REASONS
+from ds_llm.data.tokens import IGNORE
+from ds_llm.errors import UserError
+from ds_llm.progress import console
+
+STYLES = {True: "bold green", False: "dim"}
+BRACKETS = ("⟦", "⟧")
+
+
+def show_run(config, count: int) -> None:
+    """Print `count` of the samples that a run of this configuration trains on, evenly spread, and their counts."""
+    if config.mode == "sft":
+        from ds_llm.train.modes import sft
+
+        data = sft.check(config)
+        samples = data.train.documents
+        for i in _spread(len(samples), count):
+            show_sample(f"sample {i}", *samples.example(i), data.tokenizer)
+        show_counts(samples.report)
+    elif config.mode == "dpo":
+        from ds_llm.train.modes import dpo
+
+        data = dpo.check(config)
+        pairs = data.train.pairs
+        for i in _spread(len(pairs), count):
+            for name, sequence in pairs.pair(i)._asdict().items():
+                show_sample(f"pair {i}, {name}", *sequence, data.tokenizer)
+        console.print(pairs.report.describe(), markup=False)
+    else:
+        raise UserError(f"mode={config.mode}: only samples of sft and dpo are shown")
+
+
+def _spread(size: int, count: int) -> list[int]:
+    return sorted({int(i) for i in np.linspace(0, size - 1, min(count, size)).round()})
+
+
+def show_sample(title: str, ids: np.ndarray, labels: np.ndarray, tokenizer) -> None:
+    """Print a sample: ids int64 [n], labels int64 [n] (shifted); what is trained is bold green, the rest dim.
+
+    Where the output has no colours, trained tokens stand in ⟦ ⟧.
+    """
+    trained = np.append(False, labels[:-1] != IGNORE)
+    text = Text()
+    for part in np.split(np.arange(len(ids)), np.flatnonzero(np.diff(trained)) + 1):
+        piece = tokenizer.decode(ids[part].tolist(), clean_up_tokenization_spaces=False)
+        bracketed = trained[part[0]] and not console.color_system
+        text.append(piece.join(BRACKETS) if bracketed else piece, STYLES[bool(trained[part[0]])])
+    console.print(f"── {title}: {len(ids):,} tokens, {trained.sum():,} trained", style="bold", markup=False)
+    console.print(text)
+
+
+def show_counts(report: dict) -> None:
+    """Print the counts of `Supervised.report` as tables."""
+    table = Table(title="What is trained on", title_justify="left", box=None, pad_edge=False)
+    table.add_column("source", overflow="fold")
+    for name in ("rows", "dropped", "truncated", "samples", "tokens", "trained"):
+        table.add_column(name, justify="right", no_wrap=True)
+
+    def add(title: str, counts: dict, samples: int) -> None:
+        share = counts["supervised_tokens"] / max(counts["tokens"], 1)
+        figures = (counts["rows"], sum(counts["dropped"].values()), counts["truncated"], samples, counts["tokens"])
+        table.add_row(Text(title), *(f"{figure:,}" for figure in figures), f"{share:.1%}")
+
+    for source in report["sources"]:
+        add(f"{source['name']} ({source['format']})", source, source["samples"])
+        if source["drawn"] != source["samples"]:
+            table.add_row(f"  drawn, weight {source['weight']:g}", "", "", "", f"{source['drawn']:,}")
+    if len(report["sources"]) > 1:
+        add("all that is drawn", report, report["samples"])
+    console.print(table)
+    if report["dropped"]:
+        reasons = Table(box=None, pad_edge=False)
+        for name, justify in (("dropped because", "left"), ("rows", "right"), ("meaning", "left")):
+            reasons.add_column(name, justify=justify)
+        for reason, count in sorted(report["dropped"].items(), key=lambda item: -item[1]):
+            reasons.add_row(reason, f"{count:,}", REASONS[reason])
+        console.print(reasons)
+        console.print(f"Dropped rows with file and line: {report['rejects']}", markup=False)
+    lengths = report["lengths"]
+    console.print(
+        f"Sample length in tokens: mean {lengths['mean']:,.0f}, median {lengths['median']:,}, 95% {lengths['p95']:,}, "
+        f"longest {lengths['max']:,}; {report['supervised_tokens']:,} of {report['tokens']:,} tokens are trained",
+        markup=False,
+    )

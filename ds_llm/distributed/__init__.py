@@ -1,0 +1,1 @@
+"""How the processes of a job start, find each other, notice a lost one and stop."""

@@ -1,0 +1,285 @@
+"""Ends a job that cannot go on: a step that never ends, a process or a machine that is gone, with who and where.
+
+`guard` is open while a job runs. In it each process notes what it is doing (`doing`, `timed`), a thread compares that
+with the clock, and `ds_llm.distributed.heartbeat` carries it to rank 0. A hang is reported with what each rank was doing and with its
+Python stacks, on standard error, and the process ends with code 1; so it does when another rank is lost or has failed
+and this one does not end by itself. The thread needs no help of the main thread, which may be stuck in a collective.
+
+Only what is `timed` can hang: training steps, and evaluation and scoring from one batch to the next. Preparing,
+loading, compiling and saving take what they take, and while one rank does so none hangs; that all processes are alive
+is watched all the time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import re
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+
+from ds_llm.cli import LOST_PEER, rank, say, world_size
+from ds_llm.distributed.heartbeat import BEAT_SECONDS, Peers, Verdict
+from ds_llm.errors import UserError
+
+FIRST_SECONDS = 1800.0  # that the first timed piece of work may take at least: kernels are compiled in it
+GRACE_SECONDS = {"lost": 3.0, "failed": 15.0, "hang": 0.0}  # in which the main thread may end by itself
+REPORT_SECONDS = 3.0  # for the other ranks' stacks
+SILENT_SECONDS = 2.5 * BEAT_SECONDS  # without a word: more than late
+OWN_THREADS = re.compile(
+    r"heartbeat.py\", line \d+ in (_serve|_follow|_await_all)$| in (stacks|serve_forever)$", re.MULTILINE
+)
+WORKING, TIMED, WAITING = "working", "timed", "waiting"
+AGAIN = "the same command continues"
+
+_watch: Watch | None = None
+
+
+class Watch:
+    """What this process is doing since when, and the thread that looks at it.
+
+    hang_seconds: how long timed work may show no progress; 0: for ever. key: the option that says so.
+    """
+
+    def __init__(self, hang_seconds: float, key: str, peers: Peers | None):
+        self.hang_seconds, self.key, self.peers = hang_seconds, key, peers
+        self.what, self.mode, self.age, self.finished = "starting", WORKING, 0.0, 0
+        self._tick = min(1.0, hang_seconds / 10) if hang_seconds else 1.0
+        self._over, self._speaking = threading.Event(), threading.Lock()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def note(self, what: str | None = None, mode: str | None = None, finished: bool = False) -> None:
+        """Work goes on: its name and kind (None: as before), and whether a piece of timed work is finished."""
+        changed = mode not in (None, self.mode)
+        self.what, self.mode = what or self.what, mode or self.mode
+        self.age, self.finished = 0.0, self.finished + finished
+        if self.peers is not None:
+            self.peers.own |= {"doing": self.what, "mode": self.mode}
+            if changed:
+                self.peers.poke()
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._over.set()
+        self._thread.join()
+        faulthandler.cancel_dump_traceback_later()
+
+    def speak(self) -> bool:
+        """Whether this thread is the one that says why the job ends; the first that asks is."""
+        return self._speaking.acquire(blocking=False)
+
+    def limit(self) -> float:
+        return self.hang_seconds if self.finished else max(self.hang_seconds, FIRST_SECONDS)
+
+    def _run(self) -> None:
+        before, grace = time.monotonic(), None
+        while not self._over.wait(self._tick):
+            now = time.monotonic()
+            self.age += min(now - before, 2 * self._tick)  # a process that was suspended has not been hanging
+            before = now
+            if (
+                self.hang_seconds and sys.__stderr__ is not None
+            ):  # where a thread of Python cannot run, one of C says so
+                faulthandler.dump_traceback_later(self.limit() + 60, file=sys.__stderr__)
+            hung = bool(self.hang_seconds and self.mode == TIMED and self.age > self.limit())
+            verdict = self._consult(hung)
+            if verdict is None:
+                continue
+            grace = GRACE_SECONDS[verdict.kind] if grace is None else grace - self._tick
+            if grace <= 0:
+                self._end(verdict)
+
+    def _consult(self, hung: bool) -> Verdict | None:
+        peers = self.peers
+        if peers is None:
+            return Verdict("hang", 0, "") if hung else None
+        peers.own |= {"age": round(self.age, 1), "hung": hung}
+        if peers.verdict is not None:
+            return peers.verdict
+        over = self.age - self.limit()
+        if rank() == 0:
+            states = [peers.own, *peers.states.values()]
+            excused = any(state.get("mode") == WORKING for state in states)
+            # a moment later than it could be said, for the others find the same about now
+            if any(s.get("hung") for s in states) and not excused and (over > 2 * self._tick or not hung):
+                peers.end("hang", "")
+        elif hung:
+            peers.poke()
+            zero = peers.states.get(0, {})
+            if zero.get("mode") != WORKING and peers.silent(0) > 2 * SILENT_SECONDS:  # it may be what hangs
+                return Verdict("hang", rank(), "")
+        return peers.verdict
+
+    def _end(self, verdict: Verdict) -> None:
+        if verdict.kind == "hang":
+            self._report(verdict)
+        elif verdict.own and self.speak():
+            _say(f"error: {_line(verdict)}\n")
+        if rank() == 0 and self.peers is not None:
+            self.peers.leave()  # returns when all know
+        _stop_silent_neighbours(self.peers)
+        sys.stdout.flush()
+        os._exit(1)
+
+    def _report(self, verdict: Verdict) -> None:
+        peers = self.peers
+        me = peers.name(rank()) if peers else f"process {os.getpid()}"
+        if verdict.own:
+            lines = [f"no progress within {self.hang_seconds:g} s ({self.key})"]
+            for number in sorted({rank(), *(peers.states if peers else ())}):
+                state = peers.states.get(number) if number != rank() else None
+                what = f"{self.what}, for {self.age:.0f} s" if state is None else _seen(state, peers.silent(number))
+                lines.append(f"  {me if number == rank() else peers.name(number)}: {what}")
+            _say("\n".join(lines) + "\n")
+        _say(f"{me} in {self.what}:\n{stacks()}\n")
+        if verdict.own and self.speak():
+            if peers and rank() == 0:
+                time.sleep(REPORT_SECONDS)
+            _say(
+                f"error: ended, no progress within {self.hang_seconds:g} s ({self.key}): look at the stacks, first of "
+                f"a rank that is elsewhere than the others; {AGAIN}. If the work takes that long, raise {self.key}\n"
+            )
+        elif rank():
+            time.sleep(REPORT_SECONDS)  # the launcher ends the job with the first process that ends
+
+
+def _line(verdict: Verdict) -> str:
+    return f"{verdict.text}; {AGAIN}" if verdict.kind == "lost" else verdict.text
+
+
+def _seen(state: dict, silent: float) -> str:
+    since = f"silent for {silent:.0f} s, last in " if silent > SILENT_SECONDS else ""
+    return f"{since}{state.get('doing', 'starting')}, for {state.get('age', 0) + silent:.0f} s"
+
+
+def stacks() -> str:
+    """The Python stacks of all threads of this process but those that watch over it; the main thread's comes last."""
+    with tempfile.TemporaryFile("w+") as file:
+        faulthandler.dump_traceback(file, all_threads=True)
+        file.seek(0)
+        threads = file.read().strip().split("\n\n")
+    return "\n\n".join(thread for thread in threads if not OWN_THREADS.search(thread))
+
+
+def _say(text: str) -> None:
+    """At once, so that processes do not mix their lines."""
+    with contextlib.suppress(OSError):
+        os.write(2, text.encode())
+
+
+def _stop_silent_neighbours(peers: Peers | None) -> None:
+    """Kill ranks on this machine that give no sign of life, which a launcher's SIGTERM does not reach (SIGSTOP)."""
+    if peers is None or rank():
+        return
+    for number, state in peers.states.items():
+        if state["host"] == peers.own["host"] and number in peers.stuck():
+            with contextlib.suppress(OSError):
+                os.kill(state["pid"], signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def guard(hang_seconds: float, lost_seconds: float, section: str) -> Iterator[Peers | None]:
+    """Watch over this process and, in a job of several, over all of them; yields its `Peers` (None: it is alone).
+
+    hang_seconds, lost_seconds: the values of the keys `hang_timeout` and `lost_timeout` in `section` of the
+    configuration. What ends the block with an error ends the job for the others too, with its reason.
+    """
+    global _watch
+    peers = Peers(rank(), world_size(), lost_seconds) if world_size() > 1 else None
+    if peers is not None:
+        peers.start()
+    watch = _watch = Watch(hang_seconds, f"{section}.hang_timeout", peers)
+    watch.start()
+    failed = "it ended early"
+    try:
+        yield peers
+        failed = None
+    except UserError as error:
+        failed = str(error)
+        if rank() == 0 or error.any_rank:
+            say(error)  # before the others know: the first that ends has the launcher end this one
+        raise
+    except RuntimeError as error:
+        failed = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if peers is None or not any(words in str(error) for words in LOST_PEER):
+            raise
+        verdict = _verdict(peers)
+        if verdict is None:
+            raise
+        if not (verdict.own and watch.speak()):  # somebody has said it
+            sys.exit(1)
+        raise UserError(_line(verdict), any_rank=True) from error
+    except SystemExit as error:
+        failed = None if not error.code else failed
+        raise
+    except BaseException as error:
+        failed = f"{type(error).__name__}: {error}"
+        raise
+    finally:
+        watch.stop()
+        if peers is not None:
+            peers.leave(failed)
+        _watch = None
+
+
+def _verdict(peers: Peers) -> Verdict | None:
+    """Why a connection to another rank broke; it takes a moment until that is known."""
+    end = time.monotonic() + 5
+    while peers.verdict is None and time.monotonic() < end:
+        peers.poke()
+        time.sleep(0.1)
+    return peers.verdict
+
+
+def doing(what: str) -> None:
+    """This process has begun something that takes as long as it takes, and the others may have to wait for it."""
+    if _watch is not None:
+        _watch.note(what, WORKING)
+
+
+def timed(what: str, finished: bool = False) -> None:
+    """This process has begun something that must show progress; finished: and has finished such a thing before."""
+    if _watch is not None:
+        _watch.note(what, TIMED, finished)
+
+
+def waiting(what: str) -> None:
+    """This process has begun to wait for others."""
+    if _watch is not None:
+        _watch.note(what, WAITING)
+
+
+def alive(what: str | None = None) -> None:
+    """This process has made progress in what it is doing, which may have a name."""
+    if _watch is not None:
+        _watch.note(what)
+
+
+@contextlib.contextmanager
+def during(what: str) -> Iterator[None]:
+    """`doing` while the block runs; afterwards what was done before goes on."""
+    watch = _watch
+    before = (watch.what, watch.mode) if watch is not None else ()
+    doing(what)
+    try:
+        yield
+    finally:
+        if watch is not None:
+            watch.note(*before)
+
+
+def peers() -> Peers | None:
+    """The other processes of the job, where this one is watched over and not alone."""
+    return _watch.peers if _watch is not None else None
+
+
+def watched() -> bool:
+    """Whether lost ranks end this process, so that waiting for others needs no limit of its own."""
+    return _watch is not None and _watch.peers is not None

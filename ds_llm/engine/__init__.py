@@ -1,0 +1,1 @@
+"""DeepSpeed behind one class: steps, weights, states, and the builds it needs."""

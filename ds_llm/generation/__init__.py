@@ -1,0 +1,12 @@
+"""Text from a model: one prompt, chats, files of prompts."""
+
+NAMES = ("Completion", "Generator", "Prompt")  # the Python API, see docs/generation.md
+
+
+def __getattr__(name: str):
+    """The names of the Python API, without the cost of transformers for who wants the options alone."""
+    if name not in NAMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from ds_llm.generation import generator
+
+    return getattr(generator, name)

@@ -1,0 +1,1 @@
+"""What a run needs per process, planned without running it."""

@@ -1,0 +1,166 @@
+"""The model a run would train, without its weights: how many there are, which are trained, and the batch it sees."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from unittest import mock
+
+import torch
+from torch import nn
+
+from ds_llm.compat.transformers import choose_attention
+from ds_llm.config.run import Config
+from ds_llm.errors import ConfigError
+from ds_llm.train.modes import lengths
+
+NF4_BYTES = 0.5 + 4 / 64  # of a weight: 4 bits, and an fp32 scale for each block of 64
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What a run trains. Counts are numbers of weights of the whole model, or of the part that a process has of it
+    where several share experts or layers (`parallel.expert`, `parallel.tensor`), before ZeRO.
+
+    config: of transformers; make: builds the module of such a configuration, as the run would; trained, frozen: weights
+    held with and without gradients; frozen_bytes: what one frozen weight takes, on average; masks: bytes of the masks
+    of a sparse model; expanded: weights of its largest layer, which is made dense for its product; shared: how many of
+    the trained are of shared experts; whole: weights of the whole model where they are not trained + frozen.
+    """
+
+    config: object
+    make: Callable[[object], nn.Module]
+    trained: int
+    frozen: int
+    frozen_bytes: float
+    masks: int = 0
+    expanded: int = 0
+    shared: int = 0
+    whole: int | None = None
+
+    @property
+    def parameters(self) -> int:
+        return self.trained + self.frozen if self.whole is None else self.whole
+
+
+def outline(config: Config) -> Outline:
+    """The outline of a run's model, on torch's meta device. Raises `ConfigError` where its size cannot be told."""
+    architecture, make = _architecture(config)
+    with torch.device("meta"):
+        model = make(architecture)
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    trained, frozen = sum(n for n, learns in sizes if learns), sum(n for n, learns in sizes if not learns)
+    low = 4 if config.train.dtype == "fp32" else 2
+    if config.mode == "sparse":
+        return _sparse(config, architecture, make, model, low)
+    quantized = 0
+    if config.lora.enabled and config.lora.quantize != "none":
+        linear = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not model.get_output_embeddings()]
+        quantized = sum(m.weight.numel() for m in linear if not m.weight.requires_grad)
+    held = quantized * NF4_BYTES + (frozen - quantized) * low
+    found = Outline(architecture, make, trained, frozen, held / frozen if frozen else low)
+    return _part(found, config, model)
+
+
+def _part(found: Outline, config: Config, model: nn.Module) -> Outline:
+    """What one process has where several share experts or layers."""
+    parallel = config.parallel
+    if parallel.expert > 1:
+        experts = sum(p.numel() for p in model.parameters() if p.dim() == 3)
+        mine = experts // parallel.expert
+        return replace(found, trained=found.trained - experts + mine, shared=mine, whole=found.parameters)
+    if parallel.tensor > 1:
+        narrow = copy.deepcopy(found.config)
+        text, size = narrow.get_text_config(), parallel.tensor
+        text.head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+            setattr(text, name, getattr(text, name) // size)
+        with torch.device("meta"):
+            mine = sum(p.numel() for p in found.make(narrow).parameters())
+        return replace(found, config=narrow, trained=mine, whole=found.parameters)
+    return found
+
+
+def _architecture(config: Config) -> tuple[object, Callable]:
+    from ds_llm.models.decoder import DecoderConfig, DecoderForCausalLM
+    from ds_llm.models.head import attach_loss_head
+    from ds_llm.pretrained import lora as adapters
+    from ds_llm.pretrained.loading import attention_kernel, load_model_config
+
+    if config.model.path is None:
+        found = DecoderConfig.from_model_config(config.model, _vocabulary(config))
+    else:
+        found = load_model_config(config.model.path)
+    kernel = attention_kernel(config.model.attention, config.train.dtype)
+    lora = config.lora if config.mode != "sparse" and config.lora.enabled else None
+
+    def make(architecture) -> nn.Module:
+        choose_attention(architecture, kernel)
+        if config.model.path is None:
+            model = DecoderForCausalLM(architecture)
+        else:
+            from transformers import AutoModelForCausalLM
+
+            model = AutoModelForCausalLM.from_config(
+                architecture, attn_implementation=kernel, dtype=torch.get_default_dtype()
+            )
+            if config.train.kernels:
+                from ds_llm.models import accelerate
+
+                accelerate(model)
+        attach_loss_head(model)
+        if lora is not None:
+            # peft moves new adapters to their layers' device, where they are already: fake tensors refuse to be moved
+            with mock.patch.object(nn.Module, "to", lambda module, *_, **__: module):
+                return adapters.add_adapter(model, lora, config.model.path, config.model.freeze)
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if any(name == start or name.startswith(f"{start}.") for start in config.model.freeze):
+                parameter.requires_grad_(False)
+        return model
+
+    return found, make
+
+
+def _vocabulary(config: Config) -> int:
+    from pathlib import Path
+
+    from ds_llm.data.tokens import TokenFile
+    from ds_llm.pretrained.loading import load_tokenizer
+
+    if config.model.vocab_size:
+        return config.model.vocab_size
+    files = [path for path in config.data.train if path.endswith(".bin") and Path(path).is_file()]
+    source = config.data.tokenizer or (TokenFile(files[0]).tokenizer_path if files else None)
+    if source is None:
+        raise ConfigError("model.vocab_size: say it, or name data.tokenizer: there is no token file to take it from")
+    return len(load_tokenizer(source))
+
+
+def _sparse(config: Config, architecture, make, model: nn.Module, low: int) -> Outline:
+    from ds_llm.sparsity.targets import prunable
+
+    if config.sparse.density is None:
+        raise ConfigError("sparse.density: say which share of the weights is kept, to plan for it")
+    weights = [target.weight.numel() for target in prunable(model)]
+    kept, whole = round(sum(weights) * config.sparse.density), sum(weights)
+    dense = sum(p.numel() for p in model.parameters()) - whole
+    masks = whole // 8 + (0 if torch.cuda.is_available() else 4 * kept)  # bits; positions are held on CPUs only
+    if config.lora.enabled:
+        layers = [t for t in prunable(model) if t.kind == "linear"]
+        adapters = sum(config.lora.r * sum(t.weight.shape) for t in layers)
+        return Outline(architecture, make, adapters, kept + dense, low, masks, max(weights))
+    frozen = 0 if config.sparse.train_dense else dense
+    return Outline(architecture, make, kept + dense - frozen, frozen, low, masks, max(weights))
+
+
+def micro_batch(config: Config) -> tuple[int, int]:
+    """(rows, tokens of a row) of a forward pass; of pairs the chosen and the rejected answers are two rows. Where
+    processes share rows (`parallel.sequence`), tokens of a process's part."""
+    length, _ = lengths(config)
+    length = math.ceil(length / config.parallel.sequence)
+    if config.mode == "sft" and not config.data.packing:
+        tokens = config.data.tokens_per_batch or 4 * length
+        return math.ceil(tokens / length), length
+    return config.train.batch_size * (2 if config.mode == "dpo" else 1), length

@@ -1,0 +1,115 @@
+"""A module under DeepSpeed whose experts, rows or layers groups of ranks share, as the configuration says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ds_llm.compat.deepspeed import is_shared_expert
+from ds_llm.compat.transformers import chosen_attention
+from ds_llm.config.run import Config
+from ds_llm.models.head import backbone
+from ds_llm.parallel import experts, sequence, tensor
+from ds_llm.parallel.layout import Layout, neighbours
+
+
+class Division:
+    """What an engine asks where a rank may not have all of a model or of a batch.
+
+    `module` is the objective with the language model as its `model`; `settings`, DeepSpeed's JSON, gets what its tensor
+    parallelism needs. Raises `UserError` for a model that cannot be divided so.
+    """
+
+    def __init__(self, module: nn.Module, config: Config, settings: dict):
+        self.layout = layout = Layout.of(config.parallel)
+        self.module, self._clipping = module, 0.0
+        if layout.sequence > 1:
+            self._kernel = chosen_attention(backbone(module.model).config)
+            self._rows = neighbours(layout.sequence)
+        if layout.expert > 1:
+            experts.spread(module, layout.expert)
+        if layout.tensor > 1:
+            settings["tensor_parallel"] = tensor.settings(module.model.config, layout.tensor)
+            module.config = module.model.config  # where DeepSpeed looks for the number of heads
+        self.of_weights = layout.expert > 1 or layout.tensor > 1
+        plain = settings["zero_optimization"]["stage"] == 0 and config.train.dtype == "fp32"
+        if plain and self.of_weights:
+            # DeepSpeed clips here by the mean of what each rank finds for its own part of the weights
+            self._clipping, settings["gradient_clipping"] = settings["gradient_clipping"], 0.0
+
+    def part(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What of a micro-batch this rank trains on: all, or its part of every row."""
+        size = self.layout.sequence
+        return batch if size == 1 else sequence.split(batch, self.layout.rank % size, size)
+
+    def arguments(self, batch: dict) -> dict:
+        """Arguments of the module for a batch on its device, which may be one that `part` returned."""
+        if "row_positions" not in batch:
+            return batch
+        batch = dict(batch)
+        return batch | {"shard": sequence.Shard(self._rows, batch.pop("row_positions"), self._kernel)}
+
+    def train(self, mode: bool) -> None:
+        """Attend over rows of which each rank has a part, or (mode false) over whole rows on one rank."""
+        if self.layout.sequence > 1:
+            backbone(self.module.model).set_attn_implementation(sequence.NAME if mode else self._kernel)
+
+    def clipped_norm(self) -> Tensor:
+        """Norm of all gradients of an optimizer of torch, clipped where DeepSpeed does not do it; collective."""
+        grads = {p: p.grad for p in self.module.parameters() if p.grad is not None}
+        norm = torch.nn.utils.get_total_norm([grad for p, grad in grads.items() if not is_divided(p)])
+        if self.of_weights:
+            square = sum(grad.double().square().sum() for p, grad in grads.items() if is_divided(p))
+            square = torch.as_tensor(square, dtype=torch.float64, device=norm.device)
+            dist.all_reduce(square)
+            # every group of ranks has all of them
+            norm = (
+                norm.double() ** 2 + square * max(self.layout.expert, self.layout.tensor) / self.layout.world
+            ).sqrt()
+        if self._clipping:
+            factor = (self._clipping / (norm + 1e-6)).clamp(max=1.0)
+            for grad in grads.values():
+                grad.mul_(factor)
+        return norm
+
+    def whole_weights(
+        self, model: nn.Module, gathered: Callable, trained_only: bool = False
+    ) -> Iterator[tuple[str, Tensor | None]]:
+        """Names and whole weights of `model` on the CPU, on rank 0 (None elsewhere), one at a time; collective.
+
+        gathered: a context manager in which a parameter of ZeRO-3 is whole.
+        """
+        for name, parameter in model.named_parameters():
+            if is_shared_expert(parameter) or (trained_only and not parameter.requires_grad):
+                continue
+            with gathered(parameter):
+                split = tensor.split_dimension(parameter) is not None
+                whole = tensor.whole(parameter) if split else parameter.detach()
+                yield name, whole.to("cpu", copy=True) if self.layout.rank == 0 else None
+        yield from experts.whole_weights(model, gathered)
+
+
+def check(config: Config) -> None:
+    """Raise `UserError` where the model that a run will train cannot be divided as configured; loads no weights."""
+    parallel = config.parallel
+    if max(parallel.expert, parallel.sequence, parallel.tensor) == 1:
+        return
+    from ds_llm.models.decoder import DecoderConfig
+    from ds_llm.pretrained.loading import load_model_config
+
+    architecture = DecoderConfig.from_model_config(config.model, config.model.vocab_size or 1)
+    if config.model.path is not None:
+        architecture = load_model_config(config.model.path)
+    for module, size in ((experts, parallel.expert), (sequence, parallel.sequence)):
+        if size > 1:
+            module.check(architecture, size)
+    if parallel.tensor > 1:
+        tensor.settings(architecture, parallel.tensor)
+
+
+def is_divided(parameter: nn.Parameter) -> bool:
+    """Whether ranks of a group hold different parts of a weight, other than ZeRO's."""
+    return is_shared_expert(parameter) or tensor.split_dimension(parameter) is not None

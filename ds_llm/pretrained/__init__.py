@@ -1,0 +1,1 @@
+"""Models from disk and back: where they lie, loading, adapters, saving."""

@@ -1,0 +1,240 @@
+"""The model a fine-tuning run starts from, with trainable low-rank adapters (peft) where the run asks for them.
+
+LoRA: Hu et al. 2021 (arXiv:2106.09685); rsLoRA scales by alpha / sqrt(r): Kalajdzievski 2023 (arXiv:2312.03732); DoRA
+trains the norms of the weights' rows besides: Liu et al. 2024 (arXiv:2402.09353). QLoRA holds the frozen weights in 4
+bits: Dettmers et al. 2023 (arXiv:2305.14314).
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ds_llm.compat.peft import name_base
+from ds_llm.config.run import Config, LoraConfig
+from ds_llm.errors import ConfigError, UserError
+from ds_llm.progress import console
+
+EDGE_BYTES = 1 << 20  # read at both ends of a weight file to recognise it
+
+
+def start_model(config: Config, tokenizer, dtype: str | None = None) -> nn.Module:
+    """The model at `model.path`, ready for training: kernels, loss head, adapters, recomputation as configured.
+
+    Adapters leave out the parts that `model.freeze` names. dtype: what the weights are loaded in; None: fp32, and with
+    adapters `train.dtype`, as frozen weights need no fp32 copy.
+    """
+    from ds_llm.models.head import attach_loss_head
+    from ds_llm.pretrained.loading import load_model, match_tokenizer
+
+    lora = config.lora
+    model = load_model(
+        config.model.path,
+        dtype=dtype or (config.train.dtype if lora.enabled else "fp32"),
+        attention=config.model.attention,
+        compute_dtype=config.train.dtype,
+        quantize=lora.quantize if lora.enabled else "none",
+    )
+    match_tokenizer(model, tokenizer)
+    if config.train.kernels:
+        from ds_llm.models import accelerate
+
+        console.print(str(accelerate(model)), markup=False)
+    attach_loss_head(model)
+    if config.train.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if lora.enabled:
+        torch.manual_seed(config.train.seed)
+        model = add_adapter(model, lora, config.model.path, config.model.freeze)
+    else:
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if _begins(name, config.model.freeze):
+                parameter.requires_grad_(False)
+    return model
+
+
+def check(config: Config) -> dict[str, str]:
+    """Refuse adapters and frozen parts that cannot work, before the model is loaded; returns what identifies the model
+    that they belong to.
+
+    Frozen weights are not part of a checkpoint, so a continued run must find the same ones again.
+    """
+    lora = config.lora
+    if not lora.enabled and lora.quantize != "none":
+        raise ConfigError(f"lora.quantize: {lora.quantize} weights cannot be trained; set lora.enabled=true")
+    if config.model.freeze:
+        _check_frozen(config)
+    if not lora.enabled:
+        return {"base_model": identity(config.model.path)} if config.model.freeze else {}
+
+    from ds_llm.pretrained.loading import need
+
+    need("peft", what="lora.enabled")
+    if lora.quantize != "none":
+        need("bitsandbytes", "accelerate", what=f"lora.quantize={lora.quantize}")
+    if config.model.path is None:
+        raise ConfigError("lora.enabled: adapters need a trained model; name it, for example model.path=runs/pretrain")
+    model = _outline(config.model.path)
+    modules, parameters = resolve_targets(model, lora.targets, config.model.freeze)
+    for part in getattr(model, "sub_models", [model]):
+        head = next(name for name, module in model.named_modules() if module is part.get_output_embeddings())
+        tied = part.config.get_text_config().tie_word_embeddings
+        if tied and modules != "all-linear" and any(_ends(head, target) for target in modules):
+            raise ConfigError(
+                f"lora.targets: {head} shares its weight with the token embedding; an adapter of it could not be merged"
+            )
+    if parameters and (lora.dora or lora.dropout):
+        raise ConfigError(
+            f"lora.targets: {parameters[0]} is a fused expert tensor; peft adapts it without DoRA and dropout only: "
+            "set lora.dora=false lora.dropout=0"
+        )
+    return {"base_model": identity(config.model.path)}
+
+
+def _outline(path: str) -> nn.Module:
+    """The model at `path` without its weights."""
+    from transformers import AutoModelForCausalLM
+
+    from ds_llm.pretrained.loading import load_model_config
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(load_model_config(path))
+
+
+def _check_frozen(config: Config) -> None:
+    freeze = config.model.freeze
+    if config.model.path is None:
+        raise ConfigError("model.freeze: names parts of a trained model; set model.path")
+    if config.mode == "sparse":
+        raise ConfigError("model.freeze: sparse trains the whole model; leave it out")
+    names = [name for name, _ in _outline(config.model.path).named_parameters(remove_duplicate=False)]
+    for start in freeze:
+        if not any(_begins(name, [start]) for name in names):
+            known = {".".join(name.split(".")[: start.count(".") + 1]) for name in names}
+            close = difflib.get_close_matches(start, known, n=1) or sorted(known)[:1]
+            raise ConfigError(f"model.freeze: no parameter's name begins with '{start}'; did you mean '{close[0]}'?")
+    if all(_begins(name, freeze) for name in names):
+        raise ConfigError("model.freeze: leaves nothing to train")
+
+
+def resolve_targets(model: nn.Module, targets: list[str], freeze: list[str] = ()) -> tuple[list[str] | str, list[str]]:
+    """(names of linear layers, or "all-linear"; names of fused expert parameters) that `targets` mean.
+
+    A name is the end of a layer's name (`q_proj`, `layers.0.mlp.up_proj`) or of a 3-D parameter's
+    (`experts.down_proj`). What begins with one of `freeze` is left out. Raises `ConfigError` for a name that nothing in
+    the model has.
+    """
+    trained = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and not _begins(n, freeze)]
+    layers = [name for name, _ in trained]
+    stacks = [name for name, p in model.named_parameters() if p.dim() == 3 and not _begins(name, freeze)]
+    parts = getattr(model, "sub_models", [model])
+    if list(targets) == ["all-linear"]:
+        if not freeze and len(parts) == 1:
+            return "all-linear", []
+        # peft knows of one output head, and of no layers to leave out
+        heads = [part.get_output_embeddings() for part in parts]
+        return [name for name, module in trained if not any(module is head for head in heads)], []
+    modules, parameters = [], []
+    for target in targets:
+        if found := [name for name in layers if _ends(name, target)]:
+            modules += found if freeze else [target]
+        elif found := [name for name in stacks if _ends(name, target)]:
+            parameters += found if freeze else [target]
+        else:
+            known = sorted({name.rsplit(".", 1)[-1] for name in layers})
+            known += sorted({".".join(name.split(".")[-2:]) for name in stacks})
+            close = difflib.get_close_matches(target, [*known, "all-linear"], n=1)
+            hint = f"did you mean '{close[0]}'?" if close else f"it has {', '.join(known)}"
+            raise ConfigError(f"lora.targets: no linear layer of the model is called '{target}'; {hint}")
+    return modules, parameters
+
+
+def _ends(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")
+
+
+def _begins(name: str, starts: list[str]) -> bool:
+    return any(name == start or name.startswith(f"{start}.") for start in starts)
+
+
+def add_adapter(model: nn.Module, lora: LoraConfig, base: str, freeze: list[str] = ()) -> nn.Module:
+    """A peft model in which only new adapters are trainable, none of them in the parts that `freeze` names; it is named
+    after the model at `base`."""
+    import peft
+
+    modules, parameters = resolve_targets(model, lora.targets, freeze)
+    settings = peft.LoraConfig(
+        task_type=peft.TaskType.CAUSAL_LM,
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=modules,
+        target_parameters=parameters or None,
+        use_dora=lora.dora,
+        use_rslora=lora.rslora,
+        init_lora_weights=True if lora.init == "default" else lora.init,
+    )
+    settings.base_model_name_or_path = base_name(base)
+    try:
+        wrapped = peft.get_peft_model(model, settings, autocast_adapter_dtype=False)
+    except ValueError as error:
+        raise UserError(f"lora: peft cannot adapt this model: {str(error).splitlines()[0]}") from None
+    name_base(wrapped, base_name(base))
+    return wrapped
+
+
+def base_name(path: str) -> str:
+    """The name under which an adapter finds its base again from any folder: a hub name, or an absolute path."""
+    from ds_llm.pretrained.loading import locate
+
+    source = locate(path)
+    name = Path(source.name)
+    if not name.is_dir():
+        return source.name
+    return str(name.resolve() / source.gguf) if source.gguf else str(name.resolve())
+
+
+def identity(path: str) -> str:
+    """SHA-256 over the weight files' names, sizes, and first and last megabyte; a hub name stands for itself."""
+    from ds_llm.pretrained.loading import locate
+
+    source = locate(path)
+    folder = Path(source.name)
+    if not folder.is_dir():
+        return source.name
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    files = [folder / source.gguf] if source.gguf else files
+    digest = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}\n".encode())
+        with open(file, "rb") as content:
+            digest.update(content.read(EDGE_BYTES))
+            content.seek(max(size - EDGE_BYTES, 0))
+            digest.update(content.read(EDGE_BYTES))
+    if source.adapter:
+        digest.update(identity(source.base()).encode())
+    return digest.hexdigest()
+
+
+def trained_names(model: nn.Module, weights: dict[str, torch.Tensor], what: str) -> list[str]:
+    """Names of the trained weights; `UserError` unless all are in `weights`, whole."""
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    bad = [name for name in names if name not in weights or not weights[name].numel()]
+    if bad or not names:
+        raise UserError(f"{what} was not gathered whole, first {bad[0] if bad else 'all of it'}")
+    return names
+
+
+def save_adapter(model: nn.Module, weights: dict[str, torch.Tensor], folder: Path) -> None:
+    """Write a peft folder: adapter_model.safetensors from the gathered `weights`, and adapter_config.json.
+
+    Raises `UserError` where a weight is missing or empty: a sharded model saved without gathering gives such files.
+    """
+    trained_names(model, weights, f"{folder}: the adapter")
+    model.save_pretrained(folder, state_dict=weights, save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # peft's empty form of a model card

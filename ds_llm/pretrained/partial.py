@@ -1,0 +1,70 @@
+"""The trained part of a model whose other weights stayed as they were: a small folder that is loaded onto its base.
+
+`partial_model.safetensors` holds the trained weights whole, under the names that they have in the model;
+`partial_config.json` names the base (`base_model_name_or_path`) and identifies its weight files. Whatever takes a
+model takes such a folder, as it takes an adapter's.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import safetensors
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ds_llm.errors import UserError
+from ds_llm.pretrained.source import PARTIAL_FILE
+
+WEIGHTS_FILE = "partial_model.safetensors"
+SHA256_DIGITS = 64
+
+
+def mark(model: nn.Module, base: str) -> None:
+    """Have a run save only the weights of `model` that require gradients; `base`: what it was loaded from."""
+    model.partial_base = base
+
+
+def is_partial(model: nn.Module) -> bool:
+    """Whether `mark` was called for it."""
+    return getattr(model, "partial_base", None) is not None
+
+
+def save(model: nn.Module, weights: dict[str, torch.Tensor], folder: Path) -> None:
+    """Write the folder from the gathered `weights`.
+
+    Raises `UserError` where a weight is missing or empty: a sharded model saved without gathering gives such files.
+    """
+    from ds_llm.pretrained.lora import base_name, identity, trained_names
+
+    names = trained_names(model, weights, f"{folder}: the trained part")
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: weights[name].contiguous() for name in names}, folder / WEIGHTS_FILE)
+    found = {"base_model_name_or_path": base_name(model.partial_base), "base_identity": identity(model.partial_base)}
+    (folder / PARTIAL_FILE).write_text(json.dumps(found, indent=2) + "\n")
+
+
+@torch.no_grad()
+def load(model: nn.Module, folder: Path, base: str) -> nn.Module:
+    """Put the trained part in `folder` into its base model, loaded from `base`, in place; returns the model.
+
+    Raises `UserError` where the base is another model than the part was trained on, or the file is damaged.
+    """
+    from ds_llm.pretrained.lora import identity
+
+    asked = json.loads((folder / PARTIAL_FILE).read_text()).get("base_identity", "")
+    found = identity(base)
+    if len(asked) == len(found) == SHA256_DIGITS and asked != found:
+        raise UserError(f"{folder}: was trained on other weights than those in {base} now")
+    try:
+        weights = load_file(folder / WEIGHTS_FILE)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"{folder / WEIGHTS_FILE}: cannot be read ({error})") from None
+    parameters = dict(model.named_parameters())
+    for name, value in weights.items():
+        if name not in parameters or parameters[name].shape != value.shape:
+            raise UserError(f"{folder}: does not fit its base model {base}: it has no {name} {list(value.shape)}")
+        parameters[name].copy_(value)
+    return model

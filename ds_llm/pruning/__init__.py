@@ -1,0 +1,1 @@
+"""Pruning a model: scores, calibration, block by block."""

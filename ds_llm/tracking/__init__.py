@@ -1,0 +1,1 @@
+"""Figures of a run: where they go, and how fast it is."""

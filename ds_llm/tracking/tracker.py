@@ -1,0 +1,191 @@
+"""Tracking of a run: progress line, `metrics.jsonl`, TensorBoard, Weights & Biases; throughput, MFU, memory, ETA."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+
+from ds_llm import hardware
+from ds_llm.cli import rank
+from ds_llm.config.run import Config
+from ds_llm.distributed import watchdog
+from ds_llm.errors import UserError
+from ds_llm.tracking.metrics_file import MetricsFile
+from ds_llm.tracking.sinks import Console, TensorBoard, Wandb, check_wandb
+
+
+class Tracker:
+    """Sends what a training loop reports to every place it is followed from. On ranks other than 0 it does nothing.
+
+    Open it with the step the run continues from (0 for a run that begins): records after that step are dropped from
+    `output/metrics.jsonl` and hidden in TensorBoard, see `ds_llm.tracking.metrics_file.MetricsFile`. For a file without gaps call
+    `step` for every optimizer step, before the checkpoint of that step is saved, and `sync` before saving it.
+
+    Values may be Python numbers, tensors or arrays. `run_info` is recorded once (parameters, world size, ZeRO stage,
+    ...). Raises `UserError` when the metrics cannot be written or W&B cannot be used as configured.
+    """
+
+    def __init__(self, config: Config, output: Path, *, total_steps: int, start_step: int = 0, run_info: dict):
+        check_wandb(config)
+        self._sinks = []
+        self._metrics = None
+        self._per_token = run_info.get("loss_unit", "nats per token") == "nats per token"
+        if rank() != 0:
+            return
+        self._output = output = Path(output)
+        if config.tracking.wandb.enabled:  # it can fail: nothing has been touched yet
+            self._sinks.append(Wandb(config, output, start_step, run_info))
+        self._metrics = MetricsFile(output / "metrics.jsonl", start_step)
+        if config.tracking.tensorboard:
+            with self._writing():
+                self._sinks.append(TensorBoard(config, output, start_step))
+        self._console = Console(total_steps, start_step, config.tracking.log_every)
+        self._sinks.append(self._console)
+        self._metrics.write("event", {"event": "start", "step": start_step, "total_steps": total_steps, **run_info})
+
+    def step(self, metrics: dict) -> None:
+        """One optimizer step: `step` (from 1), `epoch`, `loss` (in `loss_unit` of `run_info`), `grad_norm`, `lr`,
+        `tokens` and `samples` (consumed so far, all ranks), what `Meter.step` returns, and where they apply `aux_loss`,
+        `skipped` (the reason), `expert_load` [layers][experts], counts or shares of the routed tokens, and figures of
+        the mode. `ppl` = exp(loss) is added to a loss per token."""
+        if not self._metrics:
+            return
+        if self._per_token and metrics.get("loss") is not None and "ppl" not in metrics:
+            loss = float(metrics["loss"])
+            metrics = {**metrics, "ppl": math.exp(loss) if loss < 700 else math.inf}
+        self._send("step", metrics)
+
+    def evaluation(self, metrics: dict) -> None:
+        """One evaluation: `step`, `epoch`, `goal` (the figure that decides, lower is better; perplexity if not given),
+        that figure, `baseline_<goal>`, `trend_percent` (change against the baseline), `best_<goal>`, and optionally
+        further figures, `tokens`, `windows`, `seconds`, and `samples` [{"prompt", "text"}]."""
+        self._send("eval", metrics)
+
+    def event(self, kind: str, message: str, **fields) -> None:
+        """Something that happened: `kind` is checkpoint, resume, skip, interrupt, stop, warning, ...; `fields` are
+        recorded with it, `step` among them. The message is shown as a line."""
+        self._send("event", {"event": kind, "message": message, **fields})
+
+    def summary(self, metrics: dict) -> None:
+        """The final figures of the run, by name, in the order to show them."""
+        self._send("summary", metrics)
+
+    def attach(self, model: torch.nn.Module) -> None:
+        """Have W&B draw histograms of the model's parameters or gradients as `tracking.wandb.watch` says. Call it
+        before the first step, with the model whose parameters the optimizer changes in place."""
+        for sink in self._sinks:
+            if isinstance(sink, Wandb):
+                sink.watch(model)
+
+    def log_model(self, folder: Path) -> None:
+        """Upload an exported model folder as a W&B artifact if `tracking.wandb.log_model` is on."""
+        for sink in self._sinks:
+            if isinstance(sink, Wandb):
+                sink.log_model(Path(folder))
+
+    @contextmanager
+    def pause(self):
+        """Take the live line off the terminal while the block shows a progress of its own."""
+        if not self._metrics:
+            yield
+            return
+        self._console.stop()
+        try:
+            yield
+        finally:
+            self._console.start()
+
+    def sync(self) -> None:
+        """Put everything recorded so far on the disk. Call it before saving a checkpoint."""
+        if self._metrics:
+            self._metrics.sync()
+            with self._writing():
+                for sink in self._sinks:
+                    sink.sync()
+
+    def close(self, exit_code: int = 0) -> None:
+        """End all displays and uploads; can be called more than once. A code other than 0 marks the W&B run failed."""
+        if self._metrics:
+            self._metrics.close()
+        sinks, self._sinks, self._metrics = self._sinks, [], None
+        for sink in sinks:
+            # an error that ends the run is not to be hidden by one of what could not be written for it either
+            with suppress(OSError) if exit_code else self._writing():
+                sink.close(exit_code)
+
+    def _send(self, kind: str, metrics: dict) -> None:
+        if not self._metrics:
+            return
+        record = self._metrics.write(kind, metrics)
+        with self._writing():
+            for sink in self._sinks:
+                getattr(sink, kind)(record)
+
+    @contextmanager
+    def _writing(self):
+        """Makes an `OSError` of a sink, as on a full disk, a `UserError`."""
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"{self._output}: cannot write the records of the run ({error.strerror or error}); continue with the "
+                "same command when that is mended"
+            ) from None
+
+
+class Meter:
+    """Throughput of the training loop, averaged over the last `window` steps.
+
+    `flops_per_token` is the cost of one token, forward and backward (`hardware.training_flops_per_token`); MFU is
+    flops_per_token x tokens per second / (peak x world_size), after Chowdhery et al. 2022 (PaLM), left out where the
+    peak of the device in `dtype` (fp32, bf16, fp16) is not known.
+    """
+
+    def __init__(
+        self,
+        *,
+        total_steps: int,
+        flops_per_token: float = 0.0,
+        world_size: int = 1,
+        dtype: str = "fp32",
+        window: int = 20,
+    ):
+        peak = hardware.peak_flops(hardware.device_name(), dtype)
+        self._mfu_per_rate = flops_per_token / (peak * world_size) if peak and flops_per_token else None
+        self._total = total_steps
+        self._recent: deque[tuple[float, float]] = deque(maxlen=window)
+        self._last = time.perf_counter()
+        self._next = "a step"  # what comes next, by the name under which a hang in it is reported
+
+    def start(self) -> None:
+        """Start the clock: call it before the first step and again after anything that is not training."""
+        self._last = time.perf_counter()
+        watchdog.timed(self._next)
+
+    def step(self, step: int, tokens: float) -> dict:
+        """End the optimizer step number `step` that processed `tokens` tokens over all ranks.
+
+        Returns `step_time` (s, this step), `tokens_per_s` (all ranks), `eta` (s), `memory_gb` (10^9 bytes, this rank)
+        and, where the peak is known, `mfu` (share, 0 to 1).
+        """
+        now = time.perf_counter()
+        seconds, self._last = now - self._last, now
+        self._next = f"step {step + 1}"
+        watchdog.timed(self._next, finished=True)
+        self._recent.append((seconds, float(tokens)))
+        elapsed = max(sum(s for s, _ in self._recent), 1e-9)
+        rate = sum(t for _, t in self._recent) / elapsed
+        found = {
+            "step_time": seconds,
+            "tokens_per_s": rate,
+            "eta": max(self._total - step, 0) * elapsed / len(self._recent),
+            "memory_gb": hardware.memory_gb(),
+        }
+        if self._mfu_per_rate is not None:
+            found["mfu"] = rate * self._mfu_per_rate
+        return found

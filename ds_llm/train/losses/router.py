@@ -1,0 +1,235 @@
+"""The loss of training the gates of a Select-MoE model: the language model's, plus the load-balancing loss times its
+weight, plus the quality loss (`ds_llm.models.quality_loss`) times its own.
+
+Means, moments, pairs and samples of the quality loss are those of the global batch, over all processes and
+micro-batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ds_llm.compat.peft import without_wrapper
+from ds_llm.data.corrupt import document_numbers
+from ds_llm.engine import engine as processes
+from ds_llm.errors import UserError
+from ds_llm.models import quality_loss
+from ds_llm.models.head import IGNORE_INDEX, head_loss, run_backbone
+from ds_llm.models.quality_gate import open_gates, record_scores
+from ds_llm.progress import console
+from ds_llm.train.modes import count_processed
+
+
+@dataclass
+class Totals:
+    """Of the global batch of a step: what its losses count, its tokens, its documents where the loss is one of pairs or
+    of the model's own losses, its micro-batches, and where the loss asks for moments, the means of g and g^2 over its
+    tokens [L, 2]."""
+
+    valid: float
+    tokens: float
+    documents: float
+    parts: int
+    powers: Tensor | None = None
+
+
+class RouterLoss(nn.Module):
+    """The loss of stage 1: `inner`'s, which has the language model's and the load-balancing loss, and the quality loss.
+
+    The trainer averages auxiliary losses over the micro-batches of the global batch, so a micro-batch gives its share
+    of the quality loss times their number.
+    """
+
+    def __init__(self, inner: nn.Module, model: nn.Module):
+        super().__init__()
+        self.inner = inner
+        settings = without_wrapper(model).config
+        self.name, self.weight = settings.quality_loss_type, settings.quality_loss_weight
+        self.debug, self.options = settings.quality_loss_debug, settings.quality_options()
+        self.loss = quality_loss.find(self.name)
+        self.totals: Totals | None = None
+
+    @torch.no_grad()
+    def begin_step(self, engine, batches: Sequence[dict[str, Tensor]], valid: float) -> None:
+        """Find out what the loss needs of the global batch; see `ds_llm.train.modes.Job`.
+
+        A loss over moments is no sum over tokens. One more forward pass gives the moments, and the gradient of the loss
+        with respect to them makes it one. For a loss over the model's own losses one gives these, and each of
+        `batches` gets `documents` (see `supervised_documents`) and their `surprise`.
+        """
+        tokens = sum(map(count_processed, batches))
+        powers = None
+        if self.loss.over == "losses":
+            self._add_surprise(engine, batches)
+        documents = sum(count_documents(batch) for batch in batches)
+        if self.loss.over == "moments":
+            powers = sum(engine.forward(powers=True, **batch) for batch in batches)
+        found = processes.all_reduce([tokens, documents, *([] if powers is None else powers.flatten().tolist())])
+        tokens, documents, parts = max(found[0], 1), max(found[1], 1), len(batches) * engine.world_size
+        if powers is not None:
+            powers = torch.tensor(found[2:], dtype=torch.float64, device=powers.device).view(powers.shape) / tokens
+            if self.debug:
+                terms = quality_loss.moment_terms(powers, self.loss, self.options)
+                console.print(quality_loss.describe(self.name, powers, terms), markup=False)
+        self.totals = Totals(valid, tokens, documents, parts, powers)
+
+    def _add_surprise(self, engine, batches: Sequence[dict[str, Tensor]]) -> None:
+        for batch in batches:
+            batch["documents"] = supervised_documents(batch)
+        losses = [engine.forward(own_losses=True, **batch) for batch in batches]
+        count, mean, deviation = moments(losses)
+        if count < 2:
+            raise UserError(
+                f"router.quality_loss: {self.name} compares the documents of a global batch, and this one holds "
+                f"{count:.0f} that can be; raise train.batch_size or train.accumulation_steps"
+            )
+        for batch, values in zip(batches, losses, strict=True):
+            batch["surprise"] = (values - mean) / deviation
+
+    def forward(
+        self,
+        corrupted_ids: Tensor | None = None,
+        documents: Tensor | None = None,
+        surprise: Tensor | None = None,
+        powers: bool = False,
+        own_losses: bool = False,
+        **batch,
+    ):
+        """(loss_sum, auxiliary losses, report, counts, sums) of a training batch, see `ds_llm.train.modes.Job`.
+
+        In evaluation, of a batch with corrupted_ids, [4] summed over its pairs: loss (the contrastive one where this is
+        none over pairs), g of samples, g of copies, how many samples score above theirs; of another, what `inner`
+        gives. powers: only the sums of g and g^2 [L, 2]. own_losses: of `documents` [B, S] the mean
+        cross-entropies per label with all gates open [N]; in evaluation also their mean scores, together [2, N].
+        """
+        if own_losses:
+            losses = self._losses(documents, batch)
+            if self.training:
+                return losses
+            scores = quality_loss.sample_scores(self._scores(batch["input_ids"], batch), documents, len(losses))
+            return torch.stack([scores, losses.to(scores.dtype)])
+        if not self.training and corrupted_ids is None:
+            return self.inner(**batch)
+        if powers:
+            return quality_loss.power_sums(self._scores(batch["input_ids"], batch), _mask(batch))
+        if not self.training:
+            clean, copies = (self._scores(ids, batch) for ids in (batch["input_ids"], corrupted_ids))
+            return self._pair_sums(clean, copies, documents)
+        totals = self.totals
+        with record_scores() as scores:
+            loss_sum, aux, report, counts = self.inner(**_with_copies(batch, corrupted_ids))
+        rows = len(batch["input_ids"])
+        scores, copies = [score[:rows] for score in scores], [score[rows:] for score in scores]
+        sums = quality_loss.power_sums(scores, _mask(batch))
+        gate_mean = sums[:, 0].mean().detach() / totals.tokens
+        figures = [gate_mean]
+        if self.loss.over == "tokens":
+            share = quality_loss.token_sums(scores, _mask(batch), self.loss) / totals.tokens
+            value = share.detach()
+        elif self.loss.over == "moments":
+            share, value = self._linearised(sums)
+        elif self.loss.over == "losses":
+            means = quality_loss.sample_scores(scores, documents, len(surprise))
+            share = self.loss.function(means, surprise).sum() / totals.documents
+            value = share.detach()
+        else:
+            found = self._pair_sums(scores, copies, documents) / totals.documents
+            share, value = found[0], found[0].detach()
+            figures += [found[2].detach(), found[3].detach()]
+        if self.debug and self.loss.over != "moments":
+            here = value * totals.parts
+            line = quality_loss.describe(self.name, sums.detach() / count_processed(batch), {"this micro-batch": here})
+            console.print(line, markup=False)
+        extra = aux + (totals.parts * self.weight * share).to(aux.dtype)
+        return loss_sum, extra, report, counts, torch.stack([value.double(), *figures]) * totals.valid
+
+    def _linearised(self, sums: Tensor) -> tuple[Tensor, Tensor]:
+        """This micro-batch's share of the gradient of a loss over moments, as something whose gradient it is, and its
+        share of the loss."""
+        totals = self.totals
+        powers = totals.powers.clone().requires_grad_()
+        with torch.enable_grad():
+            total = sum(quality_loss.moment_terms(powers, self.loss, self.options).values())
+            (slope,) = torch.autograd.grad(total, powers)
+        return (slope * sums).sum() / totals.tokens, total.detach() / totals.parts
+
+    def _pair_sums(self, clean: Sequence[Tensor], copies: Sequence[Tensor], documents: Tensor) -> Tensor:
+        count = _count(documents)
+        means = [quality_loss.sample_scores(scores, documents, count) for scores in (clean, copies)]
+        gates = [
+            quality_loss.sample_scores([torch.sigmoid(score) for score in scores], documents, count).sum()
+            for scores in (clean, copies)
+        ]
+        above = (means[0] > means[1]).sum()
+        loss = self.loss if self.loss.over == "pairs" else quality_loss.find("contrastive")
+        return torch.stack([x.double() for x in (loss.function(*means).sum(), *gates, above)])
+
+    def _scores(self, ids: Tensor, batch: dict[str, Tensor]) -> list[Tensor]:
+        """The gates' scores of these tokens in the place of the batch's, without the output head."""
+        with record_scores() as scores:
+            run_backbone(self.inner.model, ids, **_positions(batch))
+        return scores
+
+    def _losses(self, documents: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        """Mean cross-entropy in nats per label of each document [N], float32, of the model as it was without gates."""
+        model = self.inner.model
+        with open_gates(model):
+            hidden = run_backbone(model, batch["input_ids"], **_positions(batch)).last_hidden_state
+        labels = batch["labels"]
+        losses = head_loss(model.get_output_embeddings(), hidden, labels, "none").view(labels.shape)
+        inside = (labels != IGNORE_INDEX) & (documents >= 0)
+        owner = documents[inside]
+        sums = losses.new_zeros(_count(documents)).index_add(0, owner, losses[inside])
+        return sums / torch.bincount(owner, minlength=len(sums)).clamp_min(1)
+
+
+def supervised_documents(batch: dict[str, Tensor]) -> Tensor:
+    """Number in the micro-batch of the document that each token belongs to, int64 [B, S]; -1 where it is padding or its
+    document has no label."""
+    owner = document_numbers(batch)
+    numbers = torch.where(owner < 0, -1, owner + torch.arange(len(owner))[:, None] * owner.shape[1])
+    known = numbers[(batch["labels"] != IGNORE_INDEX) & (numbers >= 0)].unique()
+    if not len(known):
+        return torch.full_like(owner, -1)
+    place = torch.searchsorted(known, numbers).clamp_max(len(known) - 1)
+    return torch.where(known[place] == numbers, place, -1)
+
+
+def count_documents(batch: dict[str, Tensor]) -> int:
+    return _count(batch["documents"]) if "documents" in batch else 0
+
+
+def moments(values: Sequence[Tensor]) -> tuple[float, float, float]:
+    """Count, mean and standard deviation (at least 1e-6) of what all processes hold."""
+    mine = torch.cat([part.double().cpu() for part in values])
+    count, total = processes.all_reduce([len(mine), float(mine.sum())])
+    mean = total / max(count, 1)
+    (squares,) = processes.all_reduce([float((mine - mean).square().sum())])
+    return count, mean, max((squares / max(count, 1)) ** 0.5, 1e-6)
+
+
+def _count(documents: Tensor) -> int:
+    return int(documents.max()) + 1
+
+
+def _positions(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: batch[name] for name in ("position_ids", "attention_mask", "token_mask") if name in batch}
+
+
+def _with_copies(batch: dict[str, Tensor], corrupted_ids: Tensor | None) -> dict[str, Tensor]:
+    """The batch, and below its rows those of the copies, which carry no loss of the language model.
+
+    They go through the model together: ZeRO-3 takes the gradients of a block of experts once per backward pass.
+    """
+    if corrupted_ids is None:
+        return batch
+    other = {"input_ids": corrupted_ids, "labels": torch.full_like(batch["labels"], IGNORE_INDEX)}
+    return {name: torch.cat([value, other.get(name, value)]) for name, value in batch.items()}
+
+
+def _mask(batch: dict[str, Tensor]) -> Tensor | None:
+    return batch.get("attention_mask", batch.get("token_mask"))

@@ -1,0 +1,87 @@
+"""One file per training mode: how its model, data and loss are built.
+
+A mode is a module with `check(config) -> Data`, which reads and checks everything that can be wrong before processes
+meet, and `build(config, data) -> Job`, which makes the model. `Data.fingerprint` is a flat dictionary that names the
+training data: a continued run must have the same. `Data.tokenizer` is the model's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from ds_llm.config.run import Config
+from ds_llm.errors import UserError
+
+
+class Samples(Protocol):
+    """Training samples: `len()` and `batch(indices)`, tensors [B, S] of which `labels` are -100 where nothing is
+    learned."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, indices) -> dict[str, torch.Tensor]: ...
+
+
+def count_tokens(batch: dict[str, torch.Tensor]) -> int:
+    """Tokens of a micro-batch that carry loss."""
+    return int((batch["labels"] != -100).sum())
+
+
+def count_processed(batch: dict[str, torch.Tensor]) -> int:
+    """Tokens of a micro-batch that are no padding, whether they carry loss or not."""
+    mask = batch.get("attention_mask", batch.get("token_mask"))
+    return batch["labels"].numel() if mask is None else int(mask.sum())
+
+
+def lengths(config: Config) -> tuple[int, int | None]:
+    """Tokens of a training sample, and the positions that the model has (None: as many as one likes).
+
+    Raises `UserError` where the first are more than the second.
+    """
+    from ds_llm.pretrained.loading import load_model_config
+
+    if config.model.path is None:
+        limit = config.model.max_seq_len
+    else:
+        limit = getattr(load_model_config(config.model.path).get_text_config(), "max_position_embeddings", None)
+    seq_len = config.data.seq_len or min(limit or config.model.max_seq_len, config.model.max_seq_len)
+    if limit and seq_len > limit:
+        raise UserError(f"data.seq_len: {seq_len} tokens are more than the model's {limit} positions")
+    return seq_len, limit
+
+
+@dataclass
+class Job:
+    """What a mode hands to the trainer.
+
+    `objective(**batch)` returns (summed loss, auxiliary loss, its report or None, expert counts or None) of a
+    micro-batch, and where `metrics` names further figures their sums [len(metrics)]; the trainer divides the loss and
+    these sums by `count(batch)` over the global batch: how many of `unit` (token, pair) it holds. `evaluate(engine)`
+    returns the figures of an evaluation, `goal` among them, of which the lowest is the best; `sample(engine)` a list
+    of {"prompt", "text"}. `prepare(engine, stop)` runs before training, while the engine still holds the start model;
+    it calls the collective `stop()` now and then and returns False where that says to end. Every rank calls all three,
+    or they are None. `begin_step(engine, batches, valid)`, collective too, sees this rank's micro-batches of a step
+    before their forward passes; valid: what `count` gives of the global batch. The scheduled
+    learning rate is multiplied by `lr_factor`; `info` is recorded with the run's start.
+    """
+
+    model: nn.Module
+    objective: nn.Module
+    tokenizer: Any
+    samples: Samples
+    seq_len: int
+    evaluate: Callable | None
+    sample: Callable | None
+    prepare: Callable | None = None
+    begin_step: Callable[[Any, list[dict[str, torch.Tensor]], float], None] | None = None
+    count: Callable[[dict[str, torch.Tensor]], int] = count_tokens
+    unit: str = "token"
+    metrics: tuple[str, ...] = ()
+    goal: str = "perplexity"
+    lr_factor: float = 1.0
+    info: dict[str, Any] = field(default_factory=dict)

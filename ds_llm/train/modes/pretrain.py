@@ -1,0 +1,155 @@
+"""Pretraining on token files: next-token prediction over packed documents."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ds_llm.compat.transformers import choose_attention
+from ds_llm.config.run import Config
+from ds_llm.data.tokens import TokenData
+from ds_llm.errors import ConfigError, UserError
+from ds_llm.pretrained import lora as adapters
+from ds_llm.progress import console
+from ds_llm.train.modes import Job, lengths
+
+if TYPE_CHECKING:
+    from ds_llm.evaluation.measure import Streams
+
+SHOWN_ROWS = 5  # rows without a text that are named
+
+
+@dataclass
+class Data:
+    """Opened and checked inputs of a run."""
+
+    train: TokenData
+    val: Streams | None
+    tokenizer: object
+    seq_len: int
+    fingerprint: dict
+
+
+def check(config: Config) -> Data:
+    """Open the token files and the tokenizer; every mistake in them is found here, before any model is built."""
+    from ds_llm.evaluation.measure import open_streams
+    from ds_llm.evaluation.perplexity import check_length
+    from ds_llm.evaluation.samples import check_prompts
+    from ds_llm.pretrained.loading import load_tokenizer
+
+    if not config.data.train:
+        raise ConfigError("data.train: name the token files to train on, for example data.train=data/train.bin")
+    seq_len, limit = lengths(config)
+    if seq_len % config.parallel.sequence:
+        raise ConfigError(f"parallel.sequence: {config.parallel.sequence} does not divide data.seq_len={seq_len}")
+    train = TokenData(config.data.train, seq_len, config.data.isolate_documents)
+    source = config.data.tokenizer or (config.model.path if config.model.path else train.files[0].tokenizer_path)
+    if source is None:
+        raise ConfigError("data.tokenizer: the token file records no tokenizer; name its folder")
+    tokenizer = load_tokenizer(source)
+    train.check_tokenizer(tokenizer)
+    for file in train.files:
+        file.check_untouched()
+    vocab_size = config.model.vocab_size
+    if config.model.path is None and vocab_size and vocab_size < len(tokenizer):
+        raise ConfigError(f"model.vocab_size: {vocab_size} is less than the tokenizer's {len(tokenizer)} tokens")
+    val = None
+    if config.data.val:
+        length = config.eval.token_length or seq_len
+        if limit and length > limit:
+            raise UserError(f"eval.token_length: {length} tokens are more than the model's {limit} positions")
+        if config.eval.stride and config.eval.stride > length:
+            raise ConfigError(f"eval.stride: {config.eval.stride} is more than the evaluation's {length} tokens")
+        val = open_streams(config.data.val, tokenizer)
+        for path, row, reason in val.rejected[:SHOWN_ROWS]:
+            console.print(f"warning: {path}: row {row} is not evaluated on: {reason}", markup=False)
+        if len(val.rejected) > SHOWN_ROWS:
+            console.print(f"warning: data.val: {len(val.rejected):,} rows in all are not evaluated on", markup=False)
+        check_length(val.tokens, length)
+    check_prompts(config, tokenizer, limit, chat=False)
+    fingerprint = {
+        "files": [file.meta["sha256"] for file in train.files],
+        "seq_len": seq_len,
+        "isolate_documents": config.data.isolate_documents,
+        **adapters.check(config),
+    }
+    return Data(train, val, tokenizer, seq_len, fingerprint)
+
+
+def build(config: Config, data: Data) -> Job:
+    """Make or load the model and join it with the data."""
+    from ds_llm.models.decoder import DecoderConfig, DecoderForCausalLM
+    from ds_llm.models.head import attach_loss_head
+    from ds_llm.pretrained.loading import attention_kernel
+
+    torch.manual_seed(config.train.seed)
+    if config.model.path is None:
+        size = config.model.vocab_size or len(data.tokenizer)
+        tokens = {f"{name}_token_id": getattr(data.tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
+        decoder = DecoderConfig.from_model_config(config.model, size, **tokens)
+        choose_attention(decoder, attention_kernel(config.model.attention, config.train.dtype))
+        model = DecoderForCausalLM(decoder)
+        attach_loss_head(model)
+        if config.train.activation_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+    else:
+        model = adapters.start_model(config, data.tokenizer)
+    return job(config, data, model)
+
+
+def job(config: Config, data: Data, model: nn.Module) -> Job:
+    """Join a model whose loss head is attached with the data."""
+    from ds_llm.evaluation.samples import sampling
+
+    objective = LanguageModeling(model)
+    evaluate = _evaluation(config, data) if data.val is not None else None
+    sample = sampling(config, data.tokenizer, model, chat=False)
+    return Job(model, objective, data.tokenizer, data.train, data.seq_len, evaluate, sample)
+
+
+class LanguageModeling(nn.Module):
+    """Next-token prediction with labels that are already shifted."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, labels: Tensor, per_row: bool = False, **batch):
+        """(loss_sum, aux_loss, aux_report, expert_counts) of a micro-batch, see `ds_llm.models.head.LMLoss`; with
+        `per_row` the summed loss of each row [B] in nats."""
+        from ds_llm.evaluation.perplexity import model_loss
+        from ds_llm.models.head import lm_loss
+
+        if per_row:
+            return model_loss(self.model, input_ids.device)(input_ids, labels)
+        return tuple(lm_loss(self.model, input_ids, labels, **batch))
+
+
+def _evaluation(config: Config, data: Data):
+    from ds_llm.evaluation.perplexity import perplexity_of_tokens
+
+    length = config.eval.token_length or data.seq_len
+
+    def evaluate(engine) -> dict:
+        result = perplexity_of_tokens(
+            lambda input_ids, labels: engine.forward(input_ids=input_ids, labels=labels, per_row=True),
+            data.val.tokens,
+            token_length=length,
+            stride=config.eval.stride,
+            batch_size=config.eval.batch_size or config.train.batch_size,
+            max_windows=config.eval.max_windows,
+            title="evaluating",
+            share=engine.layout,
+        )
+        return {
+            "perplexity": result.value,
+            "loss": result.nll,
+            "tokens": result.tokens,
+            "windows": result.windows,
+            "seconds": result.seconds,
+        }
+
+    return evaluate

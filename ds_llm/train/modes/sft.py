@@ -1,0 +1,174 @@
+"""Supervised fine-tuning: the loss counts on what the assistant says, on any format of conversations or prompts."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ds_llm.config.run import Config
+from ds_llm.data.corpora import cache_folder
+from ds_llm.data.packing import GroupedSamples, PackedSamples
+from ds_llm.engine import engine as processes
+from ds_llm.errors import ConfigError, UserError
+from ds_llm.pretrained import lora as adapters
+from ds_llm.progress import console, progress
+from ds_llm.train.modes import Job, lengths
+
+
+@dataclass
+class Data:
+    """Prepared and checked inputs of a run."""
+
+    train: PackedSamples | GroupedSamples
+    val: PackedSamples | None
+    tokenizer: object
+    seq_len: int
+    fingerprint: dict
+
+
+def check(config: Config) -> Data:
+    """Tokenise and mask the samples (once: they are cached) and pack them; finds every mistake before a model is built.
+
+    Samples are stored in the folder `supervised` of the cache, see `ds_llm.data.corpora.cache_folder`.
+    """
+    from ds_llm.evaluation.samples import check_prompts
+    from ds_llm.pretrained.loading import load_tokenizer
+
+    data = config.data
+    if config.model.path is None:
+        raise ConfigError("model.path: sft fine-tunes a model; name it, for example model.path=runs/pretrain")
+    if not data.train:
+        raise ConfigError("data.train: name the samples to train on, for example data.train=data/train.jsonl")
+    for name in ("token_length", "stride"):
+        if getattr(config.eval, name) is not None:
+            raise ConfigError(f"eval.{name}: is for pretrain; sft evaluates whole samples")
+    if not data.packing and config.train.batch_size != 1:
+        raise ConfigError(
+            f"train.batch_size: {config.train.batch_size} must be 1 with data.packing=false, where a sample is a batch "
+            "of up to data.tokens_per_batch tokens"
+        )
+    if data.packing and data.tokens_per_batch is not None:
+        raise ConfigError("data.tokens_per_batch: is for data.packing=false; a packed batch has train.batch_size rows")
+    seq_len, limit = lengths(config)
+    budget = data.tokens_per_batch or 4 * seq_len
+    if budget < seq_len:
+        raise ConfigError(f"data.tokens_per_batch: {budget} is less than data.seq_len={seq_len}")
+    identity = adapters.check(config)
+    tokenizer = load_tokenizer(data.tokenizer or config.model.path)
+    check_prompts(config, tokenizer, limit, chat=True)
+    documents = _prepare(config, data.train, tokenizer, seq_len, "train", data.weights)
+    if data.packing:
+        train = PackedSamples(documents, seq_len, tokenizer.pad_token_id)
+        console.print(f"{len(documents):,} samples in {len(train):,} packs, {train.fill:.1%} full", markup=False)
+    else:
+        train = GroupedSamples(documents, budget, tokenizer.pad_token_id)
+        console.print(
+            f"{len(documents):,} samples in {len(train):,} batches of similar length, {train.fill:.1%} full",
+            markup=False,
+        )
+    val = None
+    if data.val:
+        val = PackedSamples(_prepare(config, data.val, tokenizer, seq_len, "val"), seq_len, tokenizer.pad_token_id)
+    fingerprint = {
+        "samples": documents.fingerprint,
+        "seq_len": seq_len,
+        "packing": data.packing,
+        "tokens_per_batch": budget,
+        **identity,
+    }
+    return Data(train, val, tokenizer, seq_len, fingerprint)
+
+
+def _prepare(config: Config, sources: list[str], tokenizer, seq_len: int, what: str, weights=()):
+    from ds_llm.data.supervised import prepare
+
+    documents = prepare(
+        list(sources),
+        tokenizer,
+        max_length=seq_len,
+        format=config.data.format,
+        train_on=config.data.train_on,
+        truncate=config.data.truncate,
+        weights=list(weights) or None,
+        seed=config.train.seed,
+        cache=cache_folder() / "supervised",
+    )
+    report = documents.report
+    share = report["supervised_tokens"] / max(report["tokens"], 1)
+    line = f"{what}: {report['samples']:,} samples, {report['tokens']:,} tokens, {share:.1%} supervised"
+    if report["truncated"]:
+        line += f"; {report['truncated']:,} truncated"
+    if report["dropped"]:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in report["dropped"].items())
+        line += f"; dropped {reasons}: see {report['rejects']}"
+    console.print(line, markup=False)
+    return documents
+
+
+def build(config: Config, data: Data) -> Job:
+    """Load the model, with adapters where asked, and join it with the data."""
+    return job(config, data, adapters.start_model(config, data.tokenizer))
+
+
+def job(config: Config, data: Data, model: nn.Module) -> Job:
+    """Join a model whose loss head is attached with the data."""
+    from ds_llm.evaluation.samples import sampling
+
+    evaluate = _evaluation(config, data.val) if data.val is not None else None
+    sample = sampling(config, data.tokenizer, model, chat=True)
+    return Job(model, SupervisedLoss(model), data.tokenizer, data.train, data.seq_len, evaluate, sample)
+
+
+class SupervisedLoss(nn.Module):
+    """Next-token prediction on the labelled tokens of packed or padded rows."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, **batch):
+        """(loss_sum, aux_loss, aux_report, expert_counts) of a micro-batch, see `ds_llm.models.head.lm_loss`."""
+        from ds_llm.models.head import lm_loss
+
+        return tuple(lm_loss(self.model, **batch))
+
+
+def _evaluation(config: Config, val: PackedSamples):
+    rows = config.eval.batch_size or config.train.batch_size
+    count = min(len(val), config.eval.max_windows or len(val))
+    batches = [range(first, min(first + rows, count)) for first in range(0, count, rows)]
+
+    @torch.no_grad()
+    def evaluate(engine) -> dict:
+        """Loss per supervised token of the held-out samples, with the masks of training.
+
+        Batches do not depend on the number of processes; every process runs equally many, so none waits for another.
+        """
+        start = time.perf_counter()
+        sums = [0.0] * len(batches)
+        tokens = 0
+        with progress("evaluating", total=len(batches), unit="batches") as task:
+            for first in range(0, len(batches), engine.layout.replicas):
+                mine = first + engine.layout.replica
+                batch = val.batch(batches[min(mine, len(batches) - 1)])
+                loss = float(engine.forward(**batch)[0])
+                if mine < len(batches) and engine.layout.counts:
+                    sums[mine], tokens = loss, tokens + int((batch["labels"] != -100).sum())
+                task.advance(min(engine.layout.replicas, len(batches) - first))
+        *sums, tokens = processes.all_reduce([*sums, tokens])
+        if not tokens:
+            raise UserError("data.val: no supervised token in the samples evaluated")
+        loss = math.fsum(sums) / tokens
+        return {
+            "perplexity": math.exp(loss) if loss < 700 else math.inf,
+            "loss": loss,
+            "tokens": int(tokens),
+            "windows": count,
+            "seconds": time.perf_counter() - start,
+        }
+
+    return evaluate

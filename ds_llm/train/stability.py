@@ -1,0 +1,95 @@
+"""Steps that must not change the weights, weights that must not be saved, and what is to blame for them.
+
+Every function that says so is collective: all ranks decide alike.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ds_llm.checkpoint import folder as checkpoint
+from ds_llm.compat.deepspeed import own_part
+from ds_llm.config.run import StabilityConfig
+from ds_llm.errors import UserError
+
+SHOWN = 8  # samples that are named
+
+
+def veto(options: StabilityConfig, state: dict, loss: float, aux: float, valid: float, unit: str) -> str | None:
+    """Why a step with these figures, reduced over the ranks, must not change the weights; None where it may."""
+    if not valid:
+        return f"no supervised {unit} in the batch"
+    if not math.isfinite(loss) or not math.isfinite(aux):
+        return f"the loss is {loss if not math.isfinite(loss) else aux}"
+    recent = state["recent_losses"]
+    if options.spike_factor and len(recent) == options.spike_window:
+        usual = statistics.median(recent)
+        if loss > options.spike_factor * usual:
+            return f"the loss {loss:.4g} is more than {options.spike_factor:g} x the recent median {usual:.4g}"
+    return None
+
+
+def count(options: StabilityConfig, state: dict, reason: str | None, loss: float, fault: bool) -> None:
+    """Take a step, skipped for `reason` or applied, into the run's state."""
+    if reason is None:
+        state["bad_steps"] = 0
+        if options.spike_factor:
+            state["recent_losses"] = (state["recent_losses"] + [loss])[-options.spike_window :]
+    else:
+        state["bad_steps"] += fault
+        state["skipped_steps"] += 1
+
+
+def given_up(state: dict, output: Path, reason: str) -> UserError:
+    """The end of a run of which too many steps in a row were skipped."""
+    return UserError(
+        f"training stopped at step {state['step']}: {state['bad_steps']} steps in a row skipped, the last because "
+        f"{reason}; {_good(output)}. Lower optim.lr or look at the data of these steps"
+    )
+
+
+def blame(picks: Sequence[Sequence[int]], losses: Sequence[torch.Tensor]) -> str:
+    """ " in samples 3, 17 and 2 more": those of the micro-batches whose loss is not finite; collective.
+
+    picks: of each micro-batch of this rank the numbers of its samples; losses: its summed loss.
+    """
+    mine = [int(i) for pick, loss in zip(picks, losses, strict=True) if not torch.isfinite(loss).all() for i in pick]
+    found = sorted(set().union(*_gather(mine)))
+    more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+    return f" in samples {', '.join(map(str, found[:SHOWN]))}{more}" if found else ""
+
+
+@torch.no_grad()
+def check_weights(model: nn.Module, output: Path, step: int, source: str | None) -> None:
+    """Raise `UserError` where a weight of `model` is NaN or infinite on any rank: nothing can be learned from it, and
+    saving it would in time push out the good checkpoints. Collective. source: what the model was loaded from."""
+    bad = None
+    for name, parameter in model.named_parameters():
+        held = own_part(parameter)
+        if held.is_floating_point() and not torch.isfinite(held).all():
+            bad = name
+            break
+    name = next(filter(None, _gather(bad)), None)
+    if name is None:
+        return
+    if step:
+        raise UserError(f"training stopped at step {step}, not saved: the weight {name} is not finite; {_good(output)}")
+    raise UserError(f"{source or 'the model'}: the weight {name} is not finite; training cannot begin")
+
+
+def _good(output: Path) -> str:
+    done = checkpoint.steps(output)
+    return f"the last good checkpoint is {checkpoint.folder(output, done[0])}" if done else "none was saved"
+
+
+def _gather(value) -> list:
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values

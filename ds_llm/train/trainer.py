@@ -1,0 +1,386 @@
+"""The training loop: batches, loss, step, metrics, evaluation, checkpoint. It knows no mode."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ds_llm import hardware
+from ds_llm.checkpoint import elastic
+from ds_llm.checkpoint import folder as checkpoint
+from ds_llm.config.options import to_dict
+from ds_llm.config.run import Config
+from ds_llm.data.order import SampleOrder, hash64, micro_batch
+from ds_llm.distributed.interrupt import EXIT_CODE, Interrupt
+from ds_llm.engine import engine
+from ds_llm.engine.engine import Engine
+from ds_llm.errors import UserError
+from ds_llm.evaluation import generations
+from ds_llm.evaluation.text_metrics import LABELS
+from ds_llm.parallel import compatibility as combinations
+from ds_llm.parallel import parallelize as division
+from ds_llm.pretrained import saving
+from ds_llm.progress import console
+from ds_llm.tracking.tracker import Meter, Tracker
+from ds_llm.train import run_record as run_folder
+from ds_llm.train import stability
+from ds_llm.train.lr_schedule import learning_rate
+from ds_llm.train.modes import Job, count_processed, count_tokens
+
+RESULTS = ("baseline", "best", "best_step", "texts_at_best", "evals_without_gain")  # of the evaluations so far
+
+
+class Trainer:
+    """Trains a job from wherever its output folder stands to the end, an early stop or an interruption.
+
+    All that a continued run needs is in `state`, plain JSON: the step (and with it the position in the data, the
+    learning rate and the random seeds, which are functions of it), the evaluations so far, the recent losses.
+    """
+
+    def __init__(self, config: Config, job: Job, fingerprint: dict, interrupt: Interrupt, asked: dict):
+        """asked: the configuration as it was given, where `config` is what it was fitted to (see `ds_llm.checkpoint.elastic`)."""
+        self.config, self.job, self.interrupt = config, job, interrupt
+        self.identity = {"config": asked, "fingerprint": fingerprint}
+        self.output = Path(config.output)
+        self.engine = Engine(job.objective, config)
+        self.layout, self.rank = self.engine.layout, self.engine.rank
+        self.order = SampleOrder(len(job.samples), config.train.seed)
+        t = config.train
+        self.global_batch = t.batch_size * t.accumulation_steps * self.layout.batches
+        self.total = t.max_steps or math.ceil(t.epochs * len(job.samples) / self.global_batch)
+        self.state = {
+            "step": 0,
+            "tokens": 0,
+            "bad_steps": 0,
+            "skipped_steps": 0,
+            "recent_losses": [],
+            "last_eval": -1,
+            "baseline": None,
+            "best": None,
+            "best_step": None,
+            "texts_at_best": {},
+            "evals_without_gain": 0,
+        }
+        self.last_saved = -1
+        self.stopping = False
+
+    # -- the run --------------------------------------------------------------------------------------------------
+
+    def run(self, resume: tuple[Path, dict] | None, notes: list[str]) -> int:
+        """Train, from a checkpoint and its state where there is one; `notes` are shown as warnings.
+
+        Returns the exit code of the process: 0, or `EXIT_CODE` after an interruption.
+        """
+        if not resume:
+            stability.check_weights(self.job.model, self.output, 0, self.config.model.path)
+        if self.job.prepare is not None and not self.job.prepare(self.engine, self._asked_to_stop):
+            reason = self.interrupt.reason or "another process was asked to stop"
+            console.print(f"stopped by {reason} before the first step; the same command continues", markup=False)
+            return EXIT_CODE
+        if resume:
+            self._restore(*resume)
+        self._record()
+        info = run_folder.describe(
+            self.config, self.job, self.layout.world, engine.device().type, self.global_batch, self.total
+        )
+        self.tracker = Tracker(
+            self.config, self.output, total_steps=self.total, start_step=self.state["step"], run_info=info
+        )
+        code = 1
+        try:
+            if resume:
+                self.tracker.event(
+                    "resume", f"continuing from {resume[0]}", step=self.state["step"], path=str(resume[0])
+                )
+            for note in notes:
+                self.tracker.event("warning", note, step=self.state["step"])
+            self.tracker.attach(self.job.model)
+            code = self._loop(info)
+        finally:
+            self.tracker.close(code)
+        return code
+
+    def _asked_to_stop(self) -> bool:
+        """Whether any process was asked to stop; collective."""
+        return engine.all_reduce([float(self.interrupt.requested())])[0] > 0
+
+    def _loop(self, info: dict) -> int:
+        flops = info["flops_per_token"]
+        self.meter = Meter(
+            total_steps=self.total, flops_per_token=flops, world_size=self.layout.world, dtype=self.config.train.dtype
+        )
+        self.engine.train()
+        self.meter.start()
+        while True:
+            step, done = self.state["step"], self.state["step"] >= self.total
+            if self.stopping and not done:
+                self._save()
+                reason = self.interrupt.reason or "another process was asked to stop"
+                self.tracker.event(
+                    "interrupt",
+                    f"stopped by {reason} after step {step}, saved; continue with the same command and resume=auto",
+                    step=step,
+                )
+                return EXIT_CODE
+            improved = self._evaluate() if self._eval_due() else False
+            early = self.config.eval.early_stopping and self.state["evals_without_gain"] >= self.config.eval.patience
+            if self._save_due(improved, done or early):
+                self._save()
+            if done or early:
+                break
+            self._step()
+        return self._finish(early and not done)
+
+    def _step(self) -> None:
+        """One optimizer step on the next global batch. All ranks decide alike, from reduced figures."""
+        c, state = self.config, self.state
+        step, count = state["step"], c.train.accumulation_steps
+        start = step * self.global_batch
+        batch, size = (self.layout.batch, self.layout.batches), c.train.batch_size
+        picks = [micro_batch(self.order, start, i, *batch, size) for i in range(count)]
+        batches = [self.engine.part(self.job.samples.batch(pick)) for pick in picks]
+        sums = [sum(map(counter, batches)) for counter in (self.job.count, count_tokens, count_processed)]
+        sums = [value * self.layout.counts for value in sums]
+        valid, tokens, processed, stop = engine.all_reduce([*sums, float(self.interrupt.requested())])
+        self.stopping = stop > 0
+        # dropout of a step is a function of seed, step and rank, so that there is no generator state to save
+        replicas = self.layout.replicas
+        seed = int(hash64(np.array([step * replicas + self.layout.replica]), c.train.seed, 0)[0] >> np.uint64(1))
+        torch.manual_seed(seed)
+        if self.job.begin_step is not None:
+            self.job.begin_step(self.engine, batches, valid)
+            torch.manual_seed(seed)
+        losses, aux, report, counts, extras = [], 0.0, 0.0, None, torch.zeros(len(self.job.metrics))
+        for i, batch in enumerate(batches):
+            self.engine.begin_micro_step(last=i == count - 1)
+            summed, extra, aux_report, expert_counts, *sums = self.engine.forward(**batch)
+            self.engine.backward(summed / max(valid, 1) + extra / (replicas * count))
+            losses.append(summed.detach().double())
+            aux += extra.detach().double()
+            if sums:
+                extras = extras + sums[0].detach().double().cpu()
+            if expert_counts is not None:
+                report += aux_report.detach().double()
+                counts = expert_counts.double() if counts is None else counts + expert_counts
+        figures = [float(sum(losses)), float(aux), float(report), *extras.tolist()]
+        figures = self.engine.total(figures + (counts.flatten().tolist() if counts is not None else []))
+        extras = {name: value / max(valid, 1) for name, value in zip(self.job.metrics, figures[3:], strict=False)}
+        loss, aux = figures[0] / max(valid, 1), figures[1] / (replicas * count)
+        reason = stability.veto(c.stability, state, loss, aux, valid, self.job.unit)
+        if valid and not math.isfinite(loss):
+            reason += stability.blame(picks, losses)
+        rate = learning_rate(c.optim, step, self.total) * self.job.lr_factor
+        result = self.engine.step(rate, veto=reason is not None)
+        if reason is None and not result.applied:
+            reason = "gradient overflow" if c.train.dtype == "fp16" else "non-finite gradient"
+        state["step"], state["tokens"] = step + 1, state["tokens"] + int(tokens)
+        # an fp16 overflow is how the loss scale is found; it is a fault only when there is no lower scale to try
+        searching = reason == "gradient overflow" and result.loss_scale > 1
+        stability.count(c.stability, state, reason, loss, fault=not searching)
+        record = {
+            "step": step + 1,
+            "epoch": (step + 1) * self.global_batch / len(self.job.samples),
+            "loss": loss,
+            **extras,
+            "grad_norm": result.grad_norm,
+            "lr": self.engine.lr(),
+            "tokens": state["tokens"],
+            "samples": (step + 1) * self.global_batch,
+            **self.meter.step(step + 1, processed),
+        }
+        if counts is not None:
+            record["aux_loss"] = figures[2] / (replicas * count)
+            load = torch.tensor(figures[3 + len(extras) :]).view(counts.shape)
+            record["expert_load"] = (load / load.sum(-1, keepdim=True).clamp_min(1)).tolist()
+        if c.train.dtype == "fp16":
+            record["loss_scale"] = result.loss_scale
+        if reason:
+            record["skipped"] = reason
+        self.tracker.step(record)
+        if reason:
+            self.tracker.event("skip", f"step {step + 1} skipped: {reason}", step=step + 1, loss=loss)
+        if state["bad_steps"] >= c.stability.max_bad_steps:
+            raise stability.given_up(state, self.output, reason)
+
+    # -- evaluation -----------------------------------------------------------------------------------------------
+
+    def _eval_due(self) -> bool:
+        step, every = self.state["step"], self.config.eval.every_steps
+        if self.job.evaluate is None or self.state["last_eval"] == step:
+            return False
+        if step == 0:
+            return self.config.eval.before
+        return step >= self.total or bool(every and step % every == 0) or self._epoch_ended()
+
+    def _epoch_ended(self) -> bool:
+        """Whether the latest step finished an epoch of the data."""
+        consumed, size = self.state["step"] * self.global_batch, len(self.job.samples)
+        return consumed // size > (consumed - self.global_batch) // size
+
+    def _evaluate(self) -> bool:
+        """Evaluate on all ranks; returns whether the job's goal is the best of the trained model so far."""
+        state, step, goal = self.state, self.state["step"], self.job.goal
+        with self.tracker.pause(), self.engine.averaged_weights():
+            self.engine.train(False)
+            try:
+                figures = self.job.evaluate(self.engine)
+                samples = self.job.sample(self.engine) if self.job.sample is not None else []
+            finally:
+                self.engine.train()
+        found = figures[goal]
+        if state["baseline"] is None:
+            state["baseline"] = found
+        improved = step > 0 and math.isfinite(found) and (state["best"] is None or found < state["best"])
+        if improved:
+            state["best"], state["best_step"], state["evals_without_gain"] = found, step, 0
+            state["texts_at_best"] = {name: figures[name] for name in LABELS if name in figures}
+        elif step > 0:
+            state["evals_without_gain"] += 1
+        state["last_eval"] = step
+        self.tracker.evaluation(
+            {
+                "step": step,
+                "epoch": step * self.global_batch / len(self.job.samples),
+                **figures,
+                "goal": goal,
+                f"baseline_{goal}": state["baseline"],
+                "trend_percent": 100 * (found / state["baseline"] - 1),
+                f"best_{goal}": state["best"] if state["best"] is not None else found,
+                **({"samples": samples} if samples else {}),
+            }
+        )
+        self._report()
+        self.meter.start()
+        return improved
+
+    # -- checkpoints ----------------------------------------------------------------------------------------------
+
+    def _save_due(self, improved: bool, ending: bool) -> bool:
+        c, step = self.config.checkpoint, self.state["step"]
+        if step == 0 or self.last_saved == step:
+            return False
+        if self.state["bad_steps"] and not ending:  # perhaps the weights are lost: good checkpoints must not make room
+            return False
+        return (
+            (ending and c.last)
+            or (improved and c.best)
+            or bool(c.every_steps and step % c.every_steps == 0)
+            or (c.every_epoch and self._epoch_ended())
+        )
+
+    def _save(self) -> None:
+        step = self.state["step"]
+        if self.last_saved == step:
+            return
+        stability.check_weights(self.job.model, self.output, step, None)
+        self.tracker.sync()
+        held = {"global_batch": self.global_batch, "deepspeed": self.engine.settings}
+        state = self.state | self.identity | held
+        with self.tracker.pause():
+            path = checkpoint.save(self.output, step, state, self._write, self.engine.state_bytes())
+            self.last_saved = step
+            if checkpoint.place_of(path).keeps and not self.state["bad_steps"]:
+                best = self.state["best_step"] if self.config.checkpoint.best else None
+                checkpoint.prune(self.output, self.config.checkpoint.keep, best)
+        self.tracker.event("checkpoint", f"saved {path}", step=step, path=str(path))
+        self.meter.start()
+
+    def _write(self, folder: Path) -> None:
+        self.engine.save(folder)
+        with self.engine.averaged_weights():
+            weights = self.engine.gather(self.job.model, trained_only=saving.needs_trained_only(self.job.model))
+        if self.rank == 0:
+            saving.save(self.job.model, weights, self.job.tokenizer, folder / "model")
+
+    def _restore(self, path: Path, saved: dict) -> None:
+        self.engine.load(path)
+        fresh = self.state
+        self.state = {name: saved.get(name, value) for name, value in fresh.items()}
+        if not run_folder.measures_alike(self.config, saved):
+            self.state |= {name: fresh[name] for name in RESULTS}
+        if path.resolve().parent == (self.output / "checkpoints").resolve():
+            self.last_saved = self.state["step"]
+            if checkpoint.place_of(path).keeps:
+                checkpoint.set_aside(self.output, self.state["step"])
+
+    # -- what is said and kept ------------------------------------------------------------------------------------
+
+    def _record(self) -> None:
+        if self.rank == 0:
+            run_folder.record(self.config, self.output, hardware.environment(), self.engine.settings)
+
+    def _report(self) -> None:
+        if self.rank == 0 and self.config.tracking.report:
+            from ds_llm.report import run as report  # matplotlib takes a second to import
+
+            try:
+                report.write(self.output)
+            except UserError as error:  # no reason to end the training
+                self.tracker.event("warning", str(error), step=self.state["step"])
+
+    def _finish(self, early: bool) -> int:
+        state = self.state
+        if early:
+            self.tracker.event(
+                "stop",
+                f"stopped early: no better {self.job.goal} in {state['evals_without_gain']} evaluations",
+                step=state["step"],
+            )
+        summary = {"steps": state["step"], "tokens": state["tokens"], "skipped_steps": state["skipped_steps"]}
+        if state["best"] is not None:
+            summary |= {
+                f"baseline_{self.job.goal}": state["baseline"],
+                f"best_{self.job.goal}": state["best"],
+                "best_step": state["best_step"],
+                **{f"{name}_at_best_step": value for name, value in state["texts_at_best"].items()},
+            }
+        if self.rank == 0 and (kept := checkpoint.steps(self.output)):
+            chosen = state["best_step"] if state["best_step"] in kept and self.config.checkpoint.best else kept[0]
+            summary["model"] = str(checkpoint.publish(self.output, checkpoint.folder(self.output, chosen)))
+            summary["model_step"] = chosen
+            self.tracker.log_model(self.output / "model")
+        if self.rank == 0 and self.config.tracking.report:
+            summary["report"] = str(self.output / "report.html")
+        self.tracker.summary(summary)
+        self._report()
+        return 0
+
+
+def train(config: Config) -> int:
+    """Run the configured mode from start to end; every launched process calls it. Returns the exit code."""
+    from importlib import import_module
+
+    from ds_llm.cli import rank, world_size
+    from ds_llm.config.deepspeed import adopt, dtype_key
+
+    interrupt = Interrupt()
+    for note in adopt(config, world_size()):
+        console.print(note, markup=False)
+    combinations.check(config, world_size())
+    engine.check_dtype(config.train.dtype, dtype_key(config))
+    mode = import_module(f"ds_llm.train.modes.{config.mode}")
+    data = mode.check(config)
+    division.check(config)
+    add_generations = generations.prepare(config, data.tokenizer)
+    output = Path(config.output)
+    with run_folder.lock(output) if rank() == 0 else contextlib.nullcontext():
+        engine.init_distributed()
+        engine.check_settings(config)
+        resume, notes, asked = run_folder.resume_point(config, output), [], to_dict(config)
+        if resume:
+            path, saved = resume
+            notes = run_folder.check_same_run(config, saved, data.fingerprint, path)
+            notes += elastic.adapt(config, saved, world_size(), path)
+        job = mode.build(config, data)
+        add_generations(job)
+        trainer = Trainer(config, job, data.fingerprint, interrupt, asked)
+        if trainer.global_batch > (count := len(trainer.job.samples)):
+            notes.append(
+                f"a step takes {trainer.global_batch:,} samples and the data set has {count:,}: each step goes through "
+                "it more than once; lower train.batch_size or train.accumulation_steps"
+            )
+        return trainer.run(resume, notes)
