@@ -14,23 +14,13 @@ from pathlib import Path
 
 from ds_llm.compat import versions
 from ds_llm.distributed import interrupt, launchers
-from ds_llm.errors import UserError
+from ds_llm.distributed.environment import rank, world_size
+from ds_llm.distributed.watchdog import LOST_PEER
+from ds_llm.errors import UserError, say
 
 # In which rank 0 says what is wrong for all: a launcher ends it as soon as another rank has ended. After that this rank
 # alone has the error, or the launcher leaves ranks alone.
 FIRST_RANK_SECONDS = 10.0
-# what gloo and NCCL say in a process whose peer has ended
-LOST_PEER = ("onnection closed by peer", "onnection reset by peer", "roken pipe", "remote process exited")
-
-
-def rank() -> int:
-    """Global rank of this process as the launcher set it; 0 without a launcher."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def world_size() -> int:
-    """Number of processes of the job as the launcher set it; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def quiet() -> None:
@@ -83,13 +73,6 @@ def _ended_for_rank_0() -> bool:
     while not interrupt.received and time.monotonic() < end:
         time.sleep(0.05)
     return interrupt.received
-
-
-def say(error: UserError) -> None:
-    """Print the line of an error that nobody has said yet."""
-    if not error.said:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-    error.said = True
 
 
 def run(main: Callable[[], int | None]) -> None:

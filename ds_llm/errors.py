@@ -1,5 +1,9 @@
 """The one exception that stands for a mistake the user can mend."""
 
+from __future__ import annotations
+
+import sys
+
 
 class UserError(Exception):
     """A wrong option, file or environment. The message is one line: what is wrong, where, and what to do.
@@ -18,3 +22,10 @@ class ConfigError(UserError):
 
     def __init__(self, message: str):
         super().__init__(message, exit_code=2)
+
+
+def say(error: UserError) -> None:
+    """Print the line of an error that nobody has said yet."""
+    if not error.said:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    error.said = True

@@ -10,8 +10,8 @@ from contextlib import contextmanager, nullcontext
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ds_llm.cli import rank
 from ds_llm.distributed import watchdog
+from ds_llm.distributed.environment import rank
 
 PLAIN_SECONDS = 5.0  # between lines when the output is not a terminal
 

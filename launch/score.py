@@ -12,6 +12,7 @@ import os
 import re
 
 from ds_llm import cli
+from ds_llm.distributed.environment import rank
 
 OVERRIDE = re.compile(r"score\.\w+=")
 
@@ -45,7 +46,7 @@ def main() -> None:
     given = {name: value for name, value in arguments.items() if value is not None}
     resolved = options.load(path, overrides, given)
     if shown:
-        if cli.rank() == 0:
+        if rank() == 0:
             print(to_yaml(options.Options(resolved)), end="")
         return
 

@@ -26,7 +26,7 @@ if __name__ == "select":
 def main() -> None:
     import argparse
 
-    from ds_llm import cli
+    from ds_llm.distributed.environment import rank
     from ds_llm.errors import UserError
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -43,7 +43,7 @@ def main() -> None:
 
     resolved = options.load(arguments.config, arguments.overrides)
     if arguments.print_config:
-        if cli.rank() == 0:
+        if rank() == 0:
             print(to_yaml(resolved), end="")
         return
 

@@ -9,6 +9,7 @@ import argparse
 import os
 
 from ds_llm import cli
+from ds_llm.distributed.environment import rank, world_size
 
 
 def main() -> int:
@@ -32,14 +33,14 @@ def main() -> int:
     overrides = arguments.overrides + ([f"resume={arguments.resume}"] if arguments.resume else [])
     resolved = config.load(arguments.config, overrides)
     if arguments.print_config:
-        if cli.rank() == 0:
+        if rank() == 0:
             print(options.to_yaml(resolved), end="")
         return 0
     if arguments.plan:
-        if cli.rank() == 0:
+        if rank() == 0:
             from ds_llm.memory import plan
 
-            plan.show(resolved, cli.world_size() if arguments.world is None else arguments.world, arguments.card)
+            plan.show(resolved, world_size() if arguments.world is None else arguments.world, arguments.card)
         return 0
     if arguments.world is not None or arguments.card is not None:
         raise ConfigError("--world and --card belong to --plan")

@@ -259,7 +259,7 @@ class Recipe:
         return Stage("compare", out / "report.json", settings, after, run)
 
     def _inputs(self, model) -> dict:
-        from ds_llm.pretrained.lora import identity
+        from ds_llm.pretrained.fingerprint import identity
 
         found = {"train": self._data}
         return found | ({"base": identity(self.config.base)} if model == self.config.base else {})

@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Callable
 
-from ds_llm.cli import rank
+from ds_llm.distributed.environment import rank
 from ds_llm.errors import UserError
 
 

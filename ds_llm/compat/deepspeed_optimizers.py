@@ -4,9 +4,9 @@
 module's weights on all ranks. In a block of `overflow(device)` a step of the optimizer takes DeepSpeed's own path for
 non-finite gradients, which drops them.
 
-For states that move to other layouts (see `ds_llm.engine.resharding`): `inner` is the torch optimizer that steps; `fragments()`
-says which part of which parameter lies where in `weights()`; `read` finds the tensors of `weights()` and their
-optimizer states in a rank's file of a DeepSpeed checkpoint, whose name is the pattern `file(rank)`.
+For states that move to other layouts (see `ds_llm.engine.resharding`): `inner` is the torch optimizer that steps;
+`fragments()` says which part of which parameter lies where in `weights()`; `read` finds the tensors of `weights()` and
+their optimizer states in a rank's file of a DeepSpeed checkpoint, whose name is the pattern `file(rank)`.
 """
 
 from __future__ import annotations

@@ -13,10 +13,10 @@ from typing import Any
 from ds_llm.config import options
 from ds_llm.config.options import key
 from ds_llm.config.parallel import ParallelConfig
+from ds_llm.config.text_metrics import METRICS
+from ds_llm.config.text_metrics import TOKENIZERS as WORD_TOKENIZERS
 from ds_llm.config.tracking import TrackingConfig
 from ds_llm.errors import ConfigError
-from ds_llm.evaluation.text_metrics import METRICS
-from ds_llm.evaluation.text_metrics import TOKENIZERS as WORD_TOKENIZERS
 
 DTYPES = ("fp32", "bf16", "fp16")
 

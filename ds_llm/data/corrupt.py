@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from ds_llm.train.modes import Samples
+    from ds_llm.data.batches import Samples
 
 SPAN = (3, 16)  # tokens that a repeated span has
 SHARE = (0.15, 0.6)  # of the tokens that are replaced

@@ -21,10 +21,10 @@ from typing import Any
 
 from filelock import FileLock
 
-from ds_llm.cli import rank
 from ds_llm.data import files, rows
 from ds_llm.data.files import Batch, InputFile, Position
 from ds_llm.data.resumable import write_atomically
+from ds_llm.distributed.environment import rank
 from ds_llm.errors import UserError
 
 HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:/([\w.-]+))?(?::([\w.:%+\[\]-]+))?")

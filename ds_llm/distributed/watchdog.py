@@ -1,9 +1,10 @@
 """Ends a job that cannot go on: a step that never ends, a process or a machine that is gone, with who and where.
 
 `guard` is open while a job runs. In it each process notes what it is doing (`doing`, `timed`), a thread compares that
-with the clock, and `ds_llm.distributed.heartbeat` carries it to rank 0. A hang is reported with what each rank was doing and with its
-Python stacks, on standard error, and the process ends with code 1; so it does when another rank is lost or has failed
-and this one does not end by itself. The thread needs no help of the main thread, which may be stuck in a collective.
+with the clock, and `ds_llm.distributed.heartbeat` carries it to rank 0. A hang is reported with what each rank was
+doing and with its Python stacks, on standard error, and the process ends with code 1; so it does when another rank is
+lost or has failed and this one does not end by itself. The thread needs no help of the main thread, which may be stuck
+in a collective.
 
 Only what is `timed` can hang: training steps, and evaluation and scoring from one batch to the next. Preparing,
 loading, compiling and saving take what they take, and while one rank does so none hangs; that all processes are alive
@@ -23,10 +24,12 @@ import threading
 import time
 from collections.abc import Iterator
 
-from ds_llm.cli import LOST_PEER, rank, say, world_size
+from ds_llm.distributed.environment import rank, world_size
 from ds_llm.distributed.heartbeat import BEAT_SECONDS, Peers, Verdict
-from ds_llm.errors import UserError
+from ds_llm.errors import UserError, say
 
+# what gloo and NCCL say in a process whose peer has ended
+LOST_PEER = ("onnection closed by peer", "onnection reset by peer", "roken pipe", "remote process exited")
 FIRST_SECONDS = 1800.0  # that the first timed piece of work may take at least: kernels are compiled in it
 GRACE_SECONDS = {"lost": 3.0, "failed": 15.0, "hang": 0.0}  # in which the main thread may end by itself
 REPORT_SECONDS = 3.0  # for the other ranks' stacks

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from ds_llm.cli import rank
 from ds_llm.compat.peft import without_wrapper
 from ds_llm.config.run import Config
+from ds_llm.config.text_metrics import LABELS, check_metrics
+from ds_llm.distributed.environment import rank
 from ds_llm.errors import ConfigError, UserError
 from ds_llm.evaluation.measure import circumstances, process_group
 from ds_llm.evaluation.references import References, read_references
-from ds_llm.evaluation.text_metrics import LABELS, check_metrics, compare, signatures
+from ds_llm.evaluation.text_metrics import compare, signatures
 from ds_llm.generation.generator import Generator
 from ds_llm.generation.sampling import SamplingParams
 from ds_llm.pretrained.loading import load_model, load_model_config, load_tokenizer

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ds_llm import hardware
-from ds_llm.cli import world_size
+from ds_llm.distributed.environment import world_size
 from ds_llm.errors import UserError
 from ds_llm.evaluation.measure import process_group
 from ds_llm.pretrained.loading import load_model, load_model_config, load_tokenizer, match_tokenizer, need

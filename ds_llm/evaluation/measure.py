@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 
 from ds_llm import hardware
-from ds_llm.cli import world_size
 from ds_llm.data.files import Position, find, read
 from ds_llm.data.rows import Document, documents
 from ds_llm.data.tokens import TokenFile
+from ds_llm.distributed.environment import world_size
 from ds_llm.errors import UserError
 from ds_llm.evaluation.perplexity import Perplexity, check_windows, model_loss, perplexity_of_tokens
 from ds_llm.models.head import attach_loss_head

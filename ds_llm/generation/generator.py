@@ -42,11 +42,11 @@ class Completion:
 class Generator:
     """Generates text with a model and its tokenizer.
 
-    model: a causal language model, or what `ds_llm.pretrained.loading.load_model` takes; tokenizer: a tokenizer, or a path,
-    needed where `model` is not a path. dtype, attention and device count where the model is loaded here: dtype "auto"
-    is the saved one on a GPU and fp32 on a CPU; device is the first GPU, else the CPU. synced: the ranks of the process
-    group generate at the same time, each for prompts of its own, and go on until the last of them is done, as sharded
-    weights (ZeRO-3) need it.
+    model: a causal language model, or what `ds_llm.pretrained.loading.load_model` takes; tokenizer: a tokenizer, or a
+    path, needed where `model` is not a path. dtype, attention and device count where the model is loaded here: dtype
+    "auto" is the saved one on a GPU and fp32 on a CPU; device is the first GPU, else the CPU. synced: the ranks of the
+    process group generate at the same time, each for prompts of its own, and go on until the last of them is done, as
+    sharded weights (ZeRO-3) need it.
 
     A prompt is text, or a list of messages {"role", "content"} that the tokenizer's chat template renders. Options are
     given as `SamplingParams` or by name: `generate(prompt, max_new_tokens=20)`. Every method raises `UserError` for a

@@ -14,7 +14,7 @@ from torch import nn
 from ds_llm.compat.transformers import choose_attention
 from ds_llm.config.run import Config
 from ds_llm.errors import ConfigError
-from ds_llm.train.modes import lengths
+from ds_llm.pretrained.lengths import lengths
 
 NF4_BYTES = 0.5 + 4 / 64  # of a weight: 4 bits, and an fp32 scale for each block of 64
 

@@ -8,8 +8,8 @@ Four kinds, by what they are averaged over:
 - losses: a loss per sample, from its score and the model's own loss on it; the loss is its mean over samples.
 
 Of the first two every layer has its own, and the loss is the mean over layers. Means, variances, pairs and samples are
-those of the global batch where `ds_llm.train.modes.router` trains, which alone knows the last two kinds; of the first two
-they are those of the batch at hand where the model computes its loss itself.
+those of the global batch where `ds_llm.train.modes.router` trains, which alone knows the last two kinds; of the first
+two they are those of the batch at hand where the model computes its loss itself.
 """
 
 from __future__ import annotations

@@ -23,7 +23,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 import ds_llm.models.decoder
 import ds_llm.models.select_moe  # noqa: F401 (they register the project's models with the Auto classes)
-from ds_llm.cli import rank
 from ds_llm.compat.transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -35,6 +34,7 @@ from ds_llm.compat.transformers import (
 )
 from ds_llm.config.run import DTYPES
 from ds_llm.data.tokenizer import load_tokenizer as read_tokenizer
+from ds_llm.distributed.environment import rank
 from ds_llm.errors import UserError
 from ds_llm.models.boost import QwenBoostConfig
 from ds_llm.pretrained import partial

@@ -8,7 +8,6 @@ bits: Dettmers et al. 2023 (arXiv:2305.14314).
 from __future__ import annotations
 
 import difflib
-import hashlib
 from pathlib import Path
 
 import torch
@@ -17,9 +16,10 @@ from torch import nn
 from ds_llm.compat.peft import name_base
 from ds_llm.config.run import Config, LoraConfig
 from ds_llm.errors import ConfigError, UserError
+from ds_llm.pretrained.fingerprint import identity
+from ds_llm.pretrained.source import base_name
+from ds_llm.pretrained.trained import trained_names
 from ds_llm.progress import console
-
-EDGE_BYTES = 1 << 20  # read at both ends of a weight file to recognise it
 
 
 def start_model(config: Config, tokenizer, dtype: str | None = None) -> nn.Module:
@@ -185,49 +185,6 @@ def add_adapter(model: nn.Module, lora: LoraConfig, base: str, freeze: list[str]
         raise UserError(f"lora: peft cannot adapt this model: {str(error).splitlines()[0]}") from None
     name_base(wrapped, base_name(base))
     return wrapped
-
-
-def base_name(path: str) -> str:
-    """The name under which an adapter finds its base again from any folder: a hub name, or an absolute path."""
-    from ds_llm.pretrained.loading import locate
-
-    source = locate(path)
-    name = Path(source.name)
-    if not name.is_dir():
-        return source.name
-    return str(name.resolve() / source.gguf) if source.gguf else str(name.resolve())
-
-
-def identity(path: str) -> str:
-    """SHA-256 over the weight files' names, sizes, and first and last megabyte; a hub name stands for itself."""
-    from ds_llm.pretrained.loading import locate
-
-    source = locate(path)
-    folder = Path(source.name)
-    if not folder.is_dir():
-        return source.name
-    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
-    files = [folder / source.gguf] if source.gguf else files
-    digest = hashlib.sha256()
-    for file in files:
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}\n".encode())
-        with open(file, "rb") as content:
-            digest.update(content.read(EDGE_BYTES))
-            content.seek(max(size - EDGE_BYTES, 0))
-            digest.update(content.read(EDGE_BYTES))
-    if source.adapter:
-        digest.update(identity(source.base()).encode())
-    return digest.hexdigest()
-
-
-def trained_names(model: nn.Module, weights: dict[str, torch.Tensor], what: str) -> list[str]:
-    """Names of the trained weights; `UserError` unless all are in `weights`, whole."""
-    names = [name for name, p in model.named_parameters() if p.requires_grad]
-    bad = [name for name in names if name not in weights or not weights[name].numel()]
-    if bad or not names:
-        raise UserError(f"{what} was not gathered whole, first {bad[0] if bad else 'all of it'}")
-    return names
 
 
 def save_adapter(model: nn.Module, weights: dict[str, torch.Tensor], folder: Path) -> None:

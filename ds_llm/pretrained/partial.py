@@ -16,7 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ds_llm.errors import UserError
-from ds_llm.pretrained.source import PARTIAL_FILE
+from ds_llm.pretrained.fingerprint import identity
+from ds_llm.pretrained.source import PARTIAL_FILE, base_name
+from ds_llm.pretrained.trained import trained_names
 
 WEIGHTS_FILE = "partial_model.safetensors"
 SHA256_DIGITS = 64
@@ -37,8 +39,6 @@ def save(model: nn.Module, weights: dict[str, torch.Tensor], folder: Path) -> No
 
     Raises `UserError` where a weight is missing or empty: a sharded model saved without gathering gives such files.
     """
-    from ds_llm.pretrained.lora import base_name, identity, trained_names
-
     names = trained_names(model, weights, f"{folder}: the trained part")
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: weights[name].contiguous() for name in names}, folder / WEIGHTS_FILE)
@@ -52,8 +52,6 @@ def load(model: nn.Module, folder: Path, base: str) -> nn.Module:
 
     Raises `UserError` where the base is another model than the part was trained on, or the file is damaged.
     """
-    from ds_llm.pretrained.lora import identity
-
     asked = json.loads((folder / PARTIAL_FILE).read_text()).get("base_identity", "")
     found = identity(base)
     if len(asked) == len(found) == SHA256_DIGITS and asked != found:

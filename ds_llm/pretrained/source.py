@@ -160,3 +160,12 @@ def detect_model_type(path: str | os.PathLike) -> str:
         or any((Path(source.name) / name).is_file() for name in BOOST_FILES)
     )
     return "qwen_boost" if boosted else "standard"
+
+
+def base_name(path: str) -> str:
+    """The name under which an adapter finds its base again from any folder: a hub name, or an absolute path."""
+    source = locate(path)
+    name = Path(source.name)
+    if not name.is_dir():
+        return source.name
+    return str(name.resolve() / source.gguf) if source.gguf else str(name.resolve())

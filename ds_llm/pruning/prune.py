@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from ds_llm import hardware
-from ds_llm.cli import world_size
 from ds_llm.convert.export import output_dtype
 from ds_llm.data.tokenizer import save_tokenizer
+from ds_llm.distributed.environment import world_size
 from ds_llm.errors import ConfigError, UserError
 from ds_llm.files import free_folder, new_folder, writing
 from ds_llm.pretrained.loading import load_model, load_model_config, load_tokenizer

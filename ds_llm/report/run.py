@@ -16,8 +16,8 @@ import yaml
 
 from ds_llm.config.options import flatten, to_dict
 from ds_llm.config.run import Config
+from ds_llm.config.text_metrics import LABELS
 from ds_llm.errors import UserError
-from ds_llm.evaluation.text_metrics import LABELS
 from ds_llm.progress import duration
 from ds_llm.report import sparsity as report_sparsity
 from ds_llm.report.page import RUN, render, save

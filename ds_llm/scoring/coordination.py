@@ -1,7 +1,8 @@
 """How the ranks of a scoring run work together: stages that rank 0 announces, progress, and no collective.
 
-What they tell each other goes over the connections of `ds_llm.distributed.heartbeat`. A rank whose machine does not see the folder of
-rank 0 gets what it needs from there, and its scores go there at once, batch by batch: all parts lie with rank 0.
+What they tell each other goes over the connections of `ds_llm.distributed.heartbeat`. A rank whose machine does not see
+the folder of rank 0 gets what it needs from there, and its scores go there at once, batch by batch: all parts lie with
+rank 0.
 """
 
 from __future__ import annotations

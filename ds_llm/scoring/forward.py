@@ -22,16 +22,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import ds_llm.scoring.router  # noqa: F401 (registers its metric)
-from ds_llm.cli import world_size
 from ds_llm.compat.transformers import chosen_attention
 from ds_llm.config.run import Config
+from ds_llm.distributed.environment import world_size
 from ds_llm.errors import UserError
 from ds_llm.hardware import share_cores
 from ds_llm.models.head import attach_loss_head, backbone, document_lengths
+from ds_llm.pretrained.fingerprint import model_fingerprint
 from ds_llm.pretrained.loading import TORCH_DTYPES, load_model, load_tokenizer, match_tokenizer
 from ds_llm.scoring.attention import attend_by_document
 from ds_llm.scoring.metrics import Batch, Sample, create, without_prompt
-from ds_llm.train.reference import model_fingerprint
 
 SPLIT_TOKENS = {"cpu": 512, "cuda": 8192}  # smaller forward passes leave the device idle
 SPLIT_PADDING = 0.02  # of a larger one's tokens: beyond it, another forward pass costs less
@@ -59,11 +59,11 @@ class Pass(nn.Module):
 class Scorer:
     """A model that measures samples.
 
-    model_path: as `ds_llm.pretrained.loading` takes it. metrics: names of `ds_llm.scoring.metrics.METRICS`. dtype: fp32,
-    bf16, fp16, or auto for the one the model was saved in. device: None for this process's accelerator, or the CPU.
-    per_token: also a list per sample of the scored tokens' positions and values. zero3: the weights are sharded over
-    all ranks; offload: and kept in the CPUs' memory while not in use. tensor_parallel: each layer is split over so many
-    neighbouring ranks (DeepSpeed AutoTP).
+    model_path: as `ds_llm.pretrained.loading` takes it. metrics: names of `ds_llm.scoring.metrics.METRICS`. dtype:
+    fp32, bf16, fp16, or auto for the one the model was saved in. device: None for this process's accelerator, or the
+    CPU. per_token: also a list per sample of the scored tokens' positions and values. zero3: the weights are sharded
+    over all ranks; offload: and kept in the CPUs' memory while not in use. tensor_parallel: each layer is split over so
+    many neighbouring ranks (DeepSpeed AutoTP).
 
     columns: name -> pyarrow type of what `score` returns; an array's is a float16 tensor of its shape. fingerprint:
     sha256 (hex) of weights and configuration. tokenizer: the model's. max_length: longest sample in tokens; None where

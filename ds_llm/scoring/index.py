@@ -1,15 +1,13 @@
 """The rows of a data set on disk, tokenised once: read in any order with the memory of a few of them.
 
-| file | content |
-| --- | --- |
-| tokens.bin | uint32, the tokens of all rows one after the other; bit 31 says that a token counts |
-| rows.bin | one `samples.ROW` for each input row: `end` (of its tokens in tokens.bin), `cost` (tokens through the model), `scored` (tokens that count), `kind`, `truncated` |
-| errors.jsonl | `{"idx", "file", "line", "reason", "detail"}` of the rows that are not scored, in order |
-| order.npy | uint32, the rows to score by falling cost, equal ones by their number |
-| index.json | the key and the counts; written last |
+| file | content | | --- | --- | | tokens.bin | uint32, the tokens of all rows one after the other; bit 31 says that a
+token counts | | rows.bin | one `samples.ROW` for each input row: `end` (of its tokens in tokens.bin), `cost` (tokens
+through the model), `scored` (tokens that count), `kind`, `truncated` | | errors.jsonl | `{"idx", "file", "line",
+"reason", "detail"}` of the rows that are not scored, in order | | order.npy | uint32, the rows to score by falling
+cost, equal ones by their number | | index.json | the key and the counts; written last |
 
 An interrupted index goes on behind the last batch of records that reached the disk.
-"""  # noqa: E501
+"""
 
 from __future__ import annotations
 

@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
-from ds_llm.cli import rank
 from ds_llm.data import chat
 from ds_llm.data.sources import Source, resolve
 from ds_llm.data.supervised import find_format
 from ds_llm.data.tokens import tokenizer_hash
+from ds_llm.distributed.environment import rank
 from ds_llm.errors import ConfigError, UserError
 from ds_llm.pretrained.loading import load_model_config, load_tokenizer, locate
 from ds_llm.scoring import options

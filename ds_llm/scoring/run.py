@@ -23,10 +23,10 @@ import numpy as np
 import torch
 
 from ds_llm import hardware
-from ds_llm.cli import rank, world_size
 from ds_llm.data.resumable import dump, write_atomically
 from ds_llm.data.sources import digests
 from ds_llm.distributed import watchdog
+from ds_llm.distributed.environment import rank, world_size
 from ds_llm.errors import UserError
 from ds_llm.progress import Task, console, progress
 from ds_llm.scoring import batches as plan

@@ -9,8 +9,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from ds_llm.cli import rank, world_size
 from ds_llm.distributed import watchdog
+from ds_llm.distributed.environment import rank, world_size
 from ds_llm.errors import UserError
 from ds_llm.scoring import batches as plan
 from ds_llm.scoring.batches import Plan

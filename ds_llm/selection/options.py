@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import dataclass, field
 
-from ds_llm.cli import world_size
 from ds_llm.config import options
 from ds_llm.config.options import key
+from ds_llm.distributed.environment import world_size
 from ds_llm.errors import ConfigError
 from ds_llm.scoring.options import ScoreConfig
 
@@ -63,7 +63,8 @@ class SelectionConfig:
 
 
 def load(path: str | None = None, overrides: list[str] = ()) -> SelectionConfig:
-    """Defaults, a YAML file and `key=value` overrides; see `ds_llm.config.options.load` for what is refused, and `check`."""
+    """Defaults, a YAML file and `key=value` overrides; see `ds_llm.config.options.load` for what is refused, and
+    `check`."""
     found = options.load(SelectionConfig, path, overrides)
     check(found)
     return found

@@ -25,8 +25,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from ds_llm.cli import rank
 from ds_llm.data.resumable import beside, dump, write_atomically
+from ds_llm.distributed.environment import rank
 from ds_llm.distributed.interrupt import Interrupt
 from ds_llm.errors import UserError
 from ds_llm.progress import console, progress

@@ -19,9 +19,9 @@ from omegaconf import OmegaConf
 from ds_llm.config import options
 from ds_llm.config import run as run_config
 from ds_llm.config.run import Config
+from ds_llm.config.text_metrics import METRICS as TEXT_METRICS
+from ds_llm.config.text_metrics import ROUGE
 from ds_llm.errors import ConfigError
-from ds_llm.evaluation.text_metrics import METRICS as TEXT_METRICS
-from ds_llm.evaluation.text_metrics import ROUGE
 from ds_llm.sweeps import hyperband, space
 from ds_llm.sweeps.hyperband import Hyperband
 from ds_llm.sweeps.space import DISCRETE, Parameter

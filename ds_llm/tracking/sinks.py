@@ -1,7 +1,7 @@
 """Where the records of a run go beside the metrics file: the console, TensorBoard, Weights & Biases.
 
-Each class takes the records of `ds_llm.tracking.tracker.Tracker` through `step`, `eval`, `event` and `summary`; `sync` puts
-what was taken on the disk and `close` ends it. They exist on rank 0 only.
+Each class takes the records of `ds_llm.tracking.tracker.Tracker` through `step`, `eval`, `event` and `summary`; `sync`
+puts what was taken on the disk and `close` ends it. They exist on rank 0 only.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from rich.text import Text
 
 from ds_llm.config.options import to_dict, to_yaml
 from ds_llm.config.run import Config
+from ds_llm.config.text_metrics import LABELS
 from ds_llm.errors import UserError
-from ds_llm.evaluation.text_metrics import LABELS
 from ds_llm.progress import console, duration
 
 SHOWN_SAMPLE = 300  # characters of a generated sample on the console; the record has it whole

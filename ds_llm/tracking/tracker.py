@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 
 from ds_llm import hardware
-from ds_llm.cli import rank
 from ds_llm.config.run import Config
 from ds_llm.distributed import watchdog
+from ds_llm.distributed.environment import rank
 from ds_llm.errors import UserError
 from ds_llm.tracking.metrics_file import MetricsFile
 from ds_llm.tracking.sinks import Console, TensorBoard, Wandb, check_wandb
@@ -23,8 +23,8 @@ class Tracker:
     """Sends what a training loop reports to every place it is followed from. On ranks other than 0 it does nothing.
 
     Open it with the step the run continues from (0 for a run that begins): records after that step are dropped from
-    `output/metrics.jsonl` and hidden in TensorBoard, see `ds_llm.tracking.metrics_file.MetricsFile`. For a file without gaps call
-    `step` for every optimizer step, before the checkpoint of that step is saved, and `sync` before saving it.
+    `output/metrics.jsonl` and hidden in TensorBoard, see `ds_llm.tracking.metrics_file.MetricsFile`. For a file without
+    gaps call `step` for every optimizer step, before the checkpoint of that step is saved, and `sync` before saving it.
 
     Values may be Python numbers, tensors or arrays. `run_info` is recorded once (parameters, world size, ZeRO stage,
     ...). Raises `UserError` when the metrics cannot be written or W&B cannot be used as configured.

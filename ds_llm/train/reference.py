@@ -14,39 +14,21 @@ import math
 import os
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from ds_llm.cli import rank, world_size
 from ds_llm.data.order import SampleOrder
+from ds_llm.distributed.environment import rank, world_size
 from ds_llm.errors import UserError
 from ds_llm.progress import console, progress
 
 FILE, SAVE_SECONDS = "log_probs.npy", 30.0
 STOP_TURNS = 8  # forward passes between two looks for a request to stop
 UNKNOWN = -math.inf
-HASH_BYTES = 64 << 20
-
-
-def model_fingerprint(model: nn.Module) -> str:
-    """sha256 (hex) of all whole weights and buffers of a model: their names, types, shapes and bytes."""
-    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-
-    def digest(item: tuple[str, Tensor]) -> bytes:
-        name, tensor = item
-        found = hashlib.sha256(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        flat = tensor.contiguous().view(-1).view(torch.uint8)
-        for piece in flat.split(HASH_BYTES):
-            found.update(piece.cpu().numpy())
-        return found.digest()
-
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # hashing releases the interpreter's lock
-        return hashlib.sha256(b"".join(pool.map(digest, sorted(state.items())))).hexdigest()
 
 
 def reference_log_probs(

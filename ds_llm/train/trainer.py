@@ -14,13 +14,14 @@ from ds_llm.checkpoint import elastic
 from ds_llm.checkpoint import folder as checkpoint
 from ds_llm.config.options import to_dict
 from ds_llm.config.run import Config
+from ds_llm.config.text_metrics import LABELS
+from ds_llm.data.batches import count_processed, count_tokens
 from ds_llm.data.order import SampleOrder, hash64, micro_batch
 from ds_llm.distributed.interrupt import EXIT_CODE, Interrupt
 from ds_llm.engine import engine
 from ds_llm.engine.engine import Engine
 from ds_llm.errors import UserError
 from ds_llm.evaluation import generations
-from ds_llm.evaluation.text_metrics import LABELS
 from ds_llm.parallel import compatibility as combinations
 from ds_llm.parallel import parallelize as division
 from ds_llm.pretrained import saving
@@ -29,7 +30,7 @@ from ds_llm.tracking.tracker import Meter, Tracker
 from ds_llm.train import run_record as run_folder
 from ds_llm.train import stability
 from ds_llm.train.lr_schedule import learning_rate
-from ds_llm.train.modes import Job, count_processed, count_tokens
+from ds_llm.train.modes import Job
 
 RESULTS = ("baseline", "best", "best_step", "texts_at_best", "evals_without_gain")  # of the evaluations so far
 
@@ -42,7 +43,8 @@ class Trainer:
     """
 
     def __init__(self, config: Config, job: Job, fingerprint: dict, interrupt: Interrupt, asked: dict):
-        """asked: the configuration as it was given, where `config` is what it was fitted to (see `ds_llm.checkpoint.elastic`)."""
+        """asked: the configuration as it was given, where `config` is what it was fitted to (see
+        `ds_llm.checkpoint.elastic`)."""
         self.config, self.job, self.interrupt = config, job, interrupt
         self.identity = {"config": asked, "fingerprint": fingerprint}
         self.output = Path(config.output)
@@ -354,8 +356,8 @@ def train(config: Config) -> int:
     """Run the configured mode from start to end; every launched process calls it. Returns the exit code."""
     from importlib import import_module
 
-    from ds_llm.cli import rank, world_size
     from ds_llm.config.deepspeed import adopt, dtype_key
+    from ds_llm.distributed.environment import rank, world_size
 
     interrupt = Interrupt()
     for note in adopt(config, world_size()):

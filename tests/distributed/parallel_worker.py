@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
 
 from ds_llm.config import run as configuration  # noqa: E402
 from ds_llm.engine import engine as engines  # noqa: E402
-from ds_llm.models import accelerate
+from ds_llm.models import accelerate  # noqa: E402
 from ds_llm.models.decoder import DecoderConfig, DecoderForCausalLM  # noqa: E402
 from ds_llm.models.head import attach_loss_head, lm_loss  # noqa: E402
 from ds_llm.models.select_moe import SelectMoeConfig, SelectMoeForCausalLM  # noqa: E402

@@ -8,11 +8,12 @@ from jobs import ROOT, launch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ds_llm.config import run as config
+from ds_llm.config.text_metrics import LABELS
 from ds_llm.errors import ConfigError, UserError
 from ds_llm.evaluation import generations
 from ds_llm.evaluation.generations import measure_generations
 from ds_llm.evaluation.references import read_references
-from ds_llm.evaluation.text_metrics import LABELS, compare
+from ds_llm.evaluation.text_metrics import compare
 from ds_llm.pretrained.loading import load_tokenizer
 from ds_llm.tracking import metrics_file as metrics
 from ds_llm.train import trainer

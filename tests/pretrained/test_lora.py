@@ -12,6 +12,7 @@ from ds_llm.config import run as config
 from ds_llm.errors import ConfigError, UserError
 from ds_llm.models.head import lm_loss
 from ds_llm.pretrained import lora as adapters
+from ds_llm.pretrained.fingerprint import identity
 from ds_llm.pretrained.loading import load_model, load_tokenizer
 
 
@@ -100,12 +101,12 @@ def test_a_changed_base_model_is_recognised(chats, tmp_path):
 
     folder = tmp_path / "base"
     shutil.copytree(chats / "llama", folder)
-    assert adapters.identity(folder) == adapters.identity(chats / "llama")
+    assert identity(folder) == identity(chats / "llama")
     file = folder / "model.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    assert adapters.identity(folder) != adapters.identity(chats / "llama")
+    assert identity(folder) != identity(chats / "llama")
 
 
 def test_quantised_base_computes_and_learns_like_its_rounded_weights(chats, tmp_path):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ds_llm.cli import rank
+from ds_llm.distributed.environment import rank
 from ds_llm.scoring.forward import Scorer
 from ds_llm.scoring.metrics import Sample
 

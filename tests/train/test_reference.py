@@ -11,7 +11,8 @@ from torch import nn
 
 from ds_llm.data.order import SampleOrder
 from ds_llm.errors import UserError
-from ds_llm.train.reference import FILE, model_fingerprint, reference_log_probs
+from ds_llm.pretrained.fingerprint import model_fingerprint
+from ds_llm.train.reference import FILE, reference_log_probs
 
 
 class Numbers:

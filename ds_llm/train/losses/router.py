@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_llm.compat.peft import without_wrapper
+from ds_llm.data.batches import count_processed
 from ds_llm.data.corrupt import document_numbers
 from ds_llm.engine import engine as processes
 from ds_llm.errors import UserError
@@ -21,7 +22,6 @@ from ds_llm.models import quality_loss
 from ds_llm.models.head import IGNORE_INDEX, head_loss, run_backbone
 from ds_llm.models.quality_gate import open_gates, record_scores
 from ds_llm.progress import console
-from ds_llm.train.modes import count_processed
 
 
 @dataclass

@@ -9,50 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 
-from ds_llm.config.run import Config
-from ds_llm.errors import UserError
-
-
-class Samples(Protocol):
-    """Training samples: `len()` and `batch(indices)`, tensors [B, S] of which `labels` are -100 where nothing is
-    learned."""
-
-    def __len__(self) -> int: ...
-
-    def batch(self, indices) -> dict[str, torch.Tensor]: ...
-
-
-def count_tokens(batch: dict[str, torch.Tensor]) -> int:
-    """Tokens of a micro-batch that carry loss."""
-    return int((batch["labels"] != -100).sum())
-
-
-def count_processed(batch: dict[str, torch.Tensor]) -> int:
-    """Tokens of a micro-batch that are no padding, whether they carry loss or not."""
-    mask = batch.get("attention_mask", batch.get("token_mask"))
-    return batch["labels"].numel() if mask is None else int(mask.sum())
-
-
-def lengths(config: Config) -> tuple[int, int | None]:
-    """Tokens of a training sample, and the positions that the model has (None: as many as one likes).
-
-    Raises `UserError` where the first are more than the second.
-    """
-    from ds_llm.pretrained.loading import load_model_config
-
-    if config.model.path is None:
-        limit = config.model.max_seq_len
-    else:
-        limit = getattr(load_model_config(config.model.path).get_text_config(), "max_position_embeddings", None)
-    seq_len = config.data.seq_len or min(limit or config.model.max_seq_len, config.model.max_seq_len)
-    if limit and seq_len > limit:
-        raise UserError(f"data.seq_len: {seq_len} tokens are more than the model's {limit} positions")
-    return seq_len, limit
+from ds_llm.data.batches import Samples, count_tokens
 
 
 @dataclass

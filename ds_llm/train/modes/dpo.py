@@ -19,10 +19,12 @@ from ds_llm.data.pairs import Pairs, prepare_pairs
 from ds_llm.engine import engine as processes
 from ds_llm.errors import ConfigError, UserError
 from ds_llm.pretrained import lora as adapters
+from ds_llm.pretrained.fingerprint import identity, model_fingerprint
+from ds_llm.pretrained.lengths import lengths
 from ds_llm.progress import progress
 from ds_llm.train.losses.preference import METRICS, Preference
-from ds_llm.train.modes import Job, lengths
-from ds_llm.train.reference import model_fingerprint, reference_log_probs
+from ds_llm.train.modes import Job
+from ds_llm.train.reference import reference_log_probs
 
 
 @dataclass
@@ -89,7 +91,7 @@ def check(config: Config) -> Data:
     if options.reference and not loss.needs_reference:
         raise ConfigError(f"dpo.reference: the {options.loss} loss has no reference; leave it out")
     seq_len, limit = lengths(config)
-    identity = adapters.check(config)
+    start = adapters.check(config)
     tokenizer = load_tokenizer(data.tokenizer or config.model.path)
     if options.reference:
         _check_reference(options.reference, tokenizer, seq_len)
@@ -109,9 +111,9 @@ def check(config: Config) -> Data:
         else None
         for name, sources in (("train", data.train), ("val", data.val))
     )
-    fingerprint = {"pairs": train.pairs.fingerprint, "seq_len": seq_len, **identity}
+    fingerprint = {"pairs": train.pairs.fingerprint, "seq_len": seq_len, **start}
     if loss.needs_reference:
-        fingerprint["reference"] = adapters.identity(options.reference or config.model.path)
+        fingerprint["reference"] = identity(options.reference or config.model.path)
     return Data(loss, train, val, tokenizer, seq_len, fingerprint)
 
 

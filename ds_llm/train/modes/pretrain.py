@@ -13,8 +13,9 @@ from ds_llm.config.run import Config
 from ds_llm.data.tokens import TokenData
 from ds_llm.errors import ConfigError, UserError
 from ds_llm.pretrained import lora as adapters
+from ds_llm.pretrained.lengths import lengths
 from ds_llm.progress import console
-from ds_llm.train.modes import Job, lengths
+from ds_llm.train.modes import Job
 
 if TYPE_CHECKING:
     from ds_llm.evaluation.measure import Streams

@@ -1,7 +1,7 @@
 """Stage 1 of data selection: training the quality gates of a Select-MoE model, and its routers where asked.
 
-The loss is `ds_llm.train.losses.router`. Nothing else is trained, so gradients and optimizer states are of gates and routers
-alone, and only they are saved (`ds_llm.pretrained.partial`, or an adapter).
+The loss is `ds_llm.train.losses.router`. Nothing else is trained, so gradients and optimizer states are of gates and
+routers alone, and only they are saved (`ds_llm.pretrained.partial`, or an adapter).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import nn
 
 from ds_llm.compat.peft import name_base
 from ds_llm.config.run import Config, LoraConfig
+from ds_llm.data.batches import Samples
 from ds_llm.data.corrupt import CORRUPTIONS, CorruptedPairs
 from ds_llm.data.order import SampleOrder
 from ds_llm.engine import engine as processes
@@ -24,9 +25,11 @@ from ds_llm.errors import ConfigError
 from ds_llm.models import quality_loss
 from ds_llm.pretrained import lora as adapters
 from ds_llm.pretrained import partial
+from ds_llm.pretrained.fingerprint import identity
+from ds_llm.pretrained.source import base_name
 from ds_llm.progress import console, progress
 from ds_llm.train.losses.router import RouterLoss, moments, supervised_documents
-from ds_llm.train.modes import Job, Samples, pretrain, sft
+from ds_llm.train.modes import Job, pretrain, sft
 from ds_llm.train.modes.sparse import FixedEpoch
 
 SUBSET = 0.05
@@ -68,7 +71,7 @@ def check(config: Config) -> Data:
     inner = kind.check(dataclasses.replace(config, lora=LoraConfig()))
     fingerprint = {
         **inner.fingerprint,
-        "base_model": adapters.identity(config.model.path),
+        "base_model": identity(config.model.path),
         "subset": config.data.subset_ratio or SUBSET,
         "corruptions": sorted(options.corruptions) if loss.over == "pairs" else [],
     }
@@ -178,7 +181,7 @@ def _add_adapters(model: nn.Module, config: Config) -> nn.Module:
         target_modules=[],
         target_parameters=[name for name, p in model.named_parameters() if id(p) in routers],
         modules_to_save=["quality_gate"],
-        base_model_name_or_path=adapters.base_name(config.model.path),
+        base_model_name_or_path=base_name(config.model.path),
     )
     torch.manual_seed(config.train.seed)
     wrapped = peft.get_peft_model(model, settings, autocast_adapter_dtype=False)

@@ -15,8 +15,9 @@ from ds_llm.data.packing import GroupedSamples, PackedSamples
 from ds_llm.engine import engine as processes
 from ds_llm.errors import ConfigError, UserError
 from ds_llm.pretrained import lora as adapters
+from ds_llm.pretrained.lengths import lengths
 from ds_llm.progress import console, progress
-from ds_llm.train.modes import Job, lengths
+from ds_llm.train.modes import Job
 
 
 @dataclass

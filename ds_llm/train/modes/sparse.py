@@ -10,18 +10,20 @@ from types import ModuleType
 
 from torch import nn
 
-from ds_llm.cli import world_size
 from ds_llm.config import deepspeed as deepspeed_config
 from ds_llm.config.run import Config, LoraConfig
+from ds_llm.data.batches import Samples
 from ds_llm.data.order import SampleOrder
+from ds_llm.distributed.environment import world_size
 from ds_llm.errors import ConfigError, UserError
 from ds_llm.kernels.sparse_update import PackedMask
 from ds_llm.pretrained import lora as adapters
+from ds_llm.pretrained.fingerprint import identity
 from ds_llm.progress import console
 from ds_llm.sparsity import compact_checkpoint
 from ds_llm.sparsity import model as compact
 from ds_llm.sparsity.masks import load_masks, mask_file, masks_from_zeros
-from ds_llm.train.modes import Job, Samples, pretrain, sft
+from ds_llm.train.modes import Job, pretrain, sft
 
 DENSITY_TOLERANCE = 0.005  # rows keep whole numbers of weights
 
@@ -59,7 +61,7 @@ def check(config: Config) -> Data:
     masks = _stored_masks(config)
     if masks is not None:
         _check_density(config, masks)
-    fingerprint = {**inner.fingerprint, "base_model": adapters.identity(config.model.path)}
+    fingerprint = {**inner.fingerprint, "base_model": identity(config.model.path)}
     if options.masks is not None:
         with open(mask_file(options.masks), "rb") as file:
             fingerprint["masks"] = hashlib.file_digest(file, "sha256").hexdigest()
