@@ -50,6 +50,7 @@ test: .venv/ready-test
 
 lint: .venv/ready-test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
 
 # exact versions of all packages that the bounds of setup.py lead to today, for Python 3.11 to 3.13 on Linux
 lock: .venv-uv/bin/uv

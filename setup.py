@@ -51,6 +51,7 @@ EXTRAS["test"] = [
     "pytest-xdist>=3.6",  # two files of tests at once: most wait for processes to start
     "hypothesis>=6.100",  # fresh random shapes
     "ruff>=0.6",
+    "import-linter>=2.7",  # holds the rooms of ds_llm in their order
 ]
 
 setup(
