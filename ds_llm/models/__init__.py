@@ -1,4 +1,4 @@
-"""Model definitions and loading."""
+"""Architectures, and what they share: output head, experts, gates, kernels in models of transformers."""
 
 
 def __getattr__(name: str):

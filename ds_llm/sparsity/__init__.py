@@ -1,1 +1,1 @@
-"""Pruning of language models, and training of what is left."""
+"""The compact form of a pruned model: kept values, packed masks, layers that compute from them."""

@@ -16,7 +16,7 @@ cd "${SLURM_SUBMIT_DIR:-.}"
 [[ -f .venv/bin/activate ]] && source .venv/bin/activate
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}"
 mkdir -p logs
-# Ranks and the meeting point come from the variables of srun (ds_llm/launchers.py); each rank has a log of its own. No
+# Ranks and the meeting point come from the variables of srun (ds_llm/distributed/launchers.py); each rank has a log of its own. No
 # --kill-on-bad-exit: the ranks end each other, and one that has saved and exits with 75 must not have the others killed.
 srun --open-mode=append --output="logs/%j-rank%t.log" --error="logs/%j-rank%t.log" \
   python -u "${SCRIPT:-launch/train.py}" "$@"
