@@ -1,6 +1,6 @@
 """Settings for decoders of common sizes on common cards: the table of docs/memory.md.
 
-python -m ds_llm.plan_presets
+python -m ds_llm.memory.presets
 """
 
 from __future__ import annotations
