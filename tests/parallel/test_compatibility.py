@@ -64,7 +64,7 @@ def test_every_feature_is_one_that_a_run_can_have():
 
 def test_the_table_of_the_docs_is_this_one():
     assert combinations.markdown() in (ROOT / "docs" / "parallelism.md").read_text(), (
-        "run python -m ds_llm.parallel.combinations, and put its table into docs/parallelism.md"
+        "run python -m ds_llm.parallel.compatibility, and put its table into docs/parallelism.md"
     )
 
 
