@@ -1,47 +1,8 @@
 #!/usr/bin/env python
-"""Merge an adapter into its base model and write a Hugging Face folder: safetensors, tokenizer, chat template.
-
-  export.py --model runs/lora --out models/merged
-  export.py --model runs/sft/checkpoints/step-00000100 --out models/sft --dtype bf16
-  export.py --model runs/sparse --out models/sparse --compact --dtype bf16
-
-The merged model's logits are compared with those of the model with its adapter, and those of the folder read back; the
-largest differences are printed, and nothing is written when they are more than rounding. See docs/sft.md.
-"""
-
-import argparse
-import os
+"""Write a model as a Hugging Face folder, adapters merged; the command is `ds_llm.commands.export`."""
 
 from ds_llm import cli
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="adapter, run, checkpoint, model folder, hub name or .gguf file")
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="new or empty folder to write")
-    parser.add_argument(
-        "--dtype",
-        default="auto",
-        choices=("auto", "fp32", "bf16", "fp16"),
-        help="type of the written weights; auto: as in the base model's file",
-    )
-    parser.add_argument(
-        "--compact", action="store_true", help="of a pruned model: kept values and bits instead of dense weights"
-    )
-    arguments = parser.parse_args()
-
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, which peft imports, warns of a missing GPU
-    from ds_llm.convert.export import export
-
-    found = export(arguments.model, arguments.out, arguments.dtype, arguments.compact)
-    if found.base is not None:
-        print(f"base model: {found.base}")
-    if found.effect is not None:
-        print(f"the adapter changes the logits by up to {found.effect:.3g} (largest logit {found.largest:.3g})")
-        print(f"merged against adapter, fp32: largest difference of the logits {found.merge:.3g}")
-    print(f"read back from {found.dtype}: largest difference of the logits {found.rounding:.3g}")
-    print(f"wrote {found.folder}")
-
+from ds_llm.commands import export
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(export.main)

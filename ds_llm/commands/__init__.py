@@ -1,1 +1,1 @@
-"""The command lines behind `launch/`."""
+"""The commands of `launch/`: each `main` reads a command line; nothing heavy is imported before."""

@@ -1,4 +1,12 @@
-"""The commands of `launch/evaluate.py`: their options, and what they print and write. Imports nothing heavy."""
+"""Evaluate a causal language model: a Hugging Face folder or hub name, the folder of a run or of a checkpoint.
+
+  evaluate.py perplexity --model runs/pretrain --data data/val.bin
+  deepspeed evaluate.py perplexity --model MODEL --data wiki.test.jsonl --window 2048 --json result.json
+  evaluate.py generations --model MODEL --data chats.jsonl --metrics bleu rouge
+  evaluate.py harness --model runs/select --against base=MODEL --tasks mmlu 'arc_*' my_task.yaml
+
+Every number of processes gives the same result. See docs/evaluation.md.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +15,18 @@ import json
 import math
 from collections.abc import Callable
 
+from ds_llm.commands import environment
 from ds_llm.distributed.environment import rank
 from ds_llm.errors import UserError
+
+
+def main() -> None:
+    environment.equal_bits()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    add_commands(parser)
+    arguments = parser.parse_args()
+    arguments.command(arguments)
 
 
 def add_commands(parser: argparse.ArgumentParser) -> None:

@@ -1,14 +1,32 @@
-"""The subcommands of `launch/prepare.py`: their options, and what they print."""
+"""Prepare data for training: fetch, clean, train a tokenizer, tokenise; show what a recipe trains on.
+
+  prepare.py fetch shakespeare --out data
+  prepare.py clean data/train.jsonl --out data/clean.jsonl
+  prepare.py tokenizer data/clean.jsonl --out data/tokenizer
+  prepare.py tokens data/clean.jsonl --tokenizer data/tokenizer --out data/train.bin
+  prepare.py show --config ds_configs/recipes/sft.yaml
+
+Interrupted at any point, the same command continues; finished, it does nothing. See docs/data.md.
+"""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from ds_llm.data.resumable import beside
-from ds_llm.progress import console
+from ds_llm.errors import UserError
 
 INPUTS = "files, folders or quoted globs: .jsonl, .ndjson, .json, .txt, each also .gz or .zst, and .parquet"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_commands(parser)
+    arguments = parser.parse_args()
+    try:
+        arguments.command(arguments)
+    except KeyboardInterrupt:
+        raise UserError("interrupted; run the same command again to continue", exit_code=130) from None
 
 
 def add_commands(parser: argparse.ArgumentParser) -> None:
@@ -87,6 +105,7 @@ def run_fetch(arguments: argparse.Namespace) -> None:
 def run_clean(arguments: argparse.Namespace) -> None:
     from ds_llm.data import statistics
     from ds_llm.data.clean import clean
+    from ds_llm.data.resumable import beside
 
     out = Path(arguments.out)
     result = clean(
@@ -104,7 +123,9 @@ def run_clean(arguments: argparse.Namespace) -> None:
 
 def run_tokenizer(arguments: argparse.Namespace) -> None:
     from ds_llm.data import statistics
+    from ds_llm.data.resumable import beside
     from ds_llm.data.tokenizer import train_tokenizer
+    from ds_llm.progress import console
 
     out = Path(arguments.out)
     result = train_tokenizer(
@@ -123,6 +144,8 @@ def run_tokenizer(arguments: argparse.Namespace) -> None:
 def run_tokens(arguments: argparse.Namespace) -> None:
     from ds_llm.data import statistics
     from ds_llm.data.encode import encode, validation_path
+    from ds_llm.data.resumable import beside
+    from ds_llm.progress import console
 
     out = Path(arguments.out)
     result = encode(
