@@ -3,7 +3,7 @@
 Features are made up: rows of a few hundred topics, each with its own preferences of experts, with noise; probabilities
 [rows, layers, experts] in half precision, in a file. Each contestant runs in a process of its own and reads that file.
 
-selection    what `launch/select.py` does between scores and rows: usable rows, k by the elbow, K-means, round-robin;
+selection    what `launch/select_data.py` does between scores and rows: usable rows, k by the elbow, K-means, picks;
              and of it the K-means alone
 sklearn      `sklearn.cluster.KMeans` with the same k, on the same rows and from the same first centroids
 

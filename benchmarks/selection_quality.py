@@ -4,9 +4,9 @@
 
 A small mixture-of-experts decoder is pretrained on Wikipedia passages and given quality gates. These are trained with
 each quality loss (launch/train.py mode=router), once on a part of the pretraining text, which is known to be good, and
-on a part of each pool (`benchmarks.mixed_pool`, one for each seed). Rows are picked (launch/select.py) by round-robin
-over clusters of router features and by quality alone, and compared with picks at random and by entropy and perplexity
-under the pretrained model.
+on a part of each pool (`benchmarks.mixed_pool`, one for each seed). Rows are picked (launch/select_data.py) by
+round-robin over clusters of router features and by quality alone, and compared with picks at random and by entropy and
+perplexity under the pretrained model.
 
 Judged by: the area under the ROC curve of the score as a detector of clean rows (0.5: blind; the labels are used for
 nothing else), the share of clean rows among those picked, and the loss on held-out clean text of the pretrained model
@@ -188,7 +188,7 @@ class Bench:
             keys += [f"router.quality_loss={loss}", f"router.quality_weight={weight}", f"model.path={model}"]
             self.train(trained, *WARMUP.split(), *keys)
             model = trained
-        self.run("select", f"score.model={model}", f"score.data=[{pool}]", f"output={selected}",
+        self.run("select_data", f"score.model={model}", f"score.data=[{pool}]", f"output={selected}",
                  f"cluster.k={CLUSTERS}", f"cluster.seed={seed}", f"select.percentage={JUDGED}")  # fmt: skip
         table = pyarrow.parquet.read_table(selected / "rows.parquet")
         return table["quality"].to_numpy().astype(float), table["cluster"].to_numpy()

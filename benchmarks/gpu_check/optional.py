@@ -74,7 +74,7 @@ def flash_attention(place: Place) -> dict:
 
 
 def cuml(place: Place) -> dict:
-    """k-means of the same random directions by cuML and by torch, as `launch/select.py` calls them."""
+    """k-means of the same random directions by cuML and by torch, as `launch/select_data.py` calls them."""
     from ds_llm.selection import methods
     from ds_llm.selection.features import Features
     from ds_llm.selection.options import ClusterConfig

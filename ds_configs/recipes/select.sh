@@ -24,7 +24,7 @@ python launch/prepare.py fetch shakespeare_chat --out data/demo/chat
 run launch/train.py --config ds_configs/recipes/select_stage1.yaml
 
 say "Stage 2: score, cluster, pick"
-run launch/select.py --config ds_configs/recipes/select.yaml
+run launch/select_data.py --config ds_configs/recipes/select.yaml
 
 say "Stage 3: fine-tune on the selected rows, and on as many random ones"
 run launch/train.py --config ds_configs/recipes/select_stage3.yaml

@@ -19,7 +19,7 @@ from ds_llm.models.quality_gate import gates
 from ds_llm.pretrained.loading import load_model
 from ds_llm.selection import options, pick, report, run
 
-SCRIPT = ROOT / "launch" / "select.py"
+SCRIPT = ROOT / "launch" / "select_data.py"
 ROWS = 150
 
 
@@ -168,10 +168,26 @@ def test_so_few_rows_that_none_is_picked(model, data, tmp_path):
 
 
 def test_other_scripts_still_find_the_standard_librarys_select():
-    """This script has the name of a module, and lies where the others look first."""
+    """`launch/select.py` has the name of a module, and lies where the others look first."""
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); import select, subprocess; print(select.__name__, select.poll())"
     )
     arguments = [sys.executable, "-c", code, str(ROOT / "launch")]
     done = subprocess.run(arguments, capture_output=True, text=True, env=environment(), cwd=os.sep)
     assert done.returncode == 0 and done.stdout.startswith("select <select.poll"), done.stderr
+
+
+def test_former_name_is_the_same_command(tmp_path):
+    def run(script: str, *arguments: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, str(ROOT / "launch" / script), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=tmp_path)
+
+    share = f"{random.uniform(0.1, 0.9):.3f}"
+    options = ["--print-config", "score.model=m", f"output={tmp_path}", f"select.percentage={share}"]
+    for data, code, word in (
+        (["score.data=[a.jsonl]"], 0, f"percentage: {float(share)}\n"),
+        ([], 2, "error: score.data"),
+    ):
+        former, current = (run(script, *options, *data) for script in ("select.py", SCRIPT.name))
+        assert (former.returncode, former.stdout, former.stderr) == (code, current.stdout, current.stderr)
+        assert word in former.stdout + former.stderr
