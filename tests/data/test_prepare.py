@@ -20,8 +20,8 @@ SCRIPT = Path(__file__).resolve().parents[2] / "launch/prepare.py"
 # for DS_LLM_EXTENSIONS: the work does not end before it is interrupted
 STAND_STILL = """
 import time
-from ds_llm.data import resume
-write, written = resume.AppendFile.write, []
+from ds_llm.data import resumable
+write, written = resumable.AppendFile.write, []
 
 def held(self, data):
     written.append(len(data))
@@ -29,7 +29,7 @@ def held(self, data):
         time.sleep(0.01)
     return write(self, data)
 
-resume.AppendFile.write = held
+resumable.AppendFile.write = held
 """
 
 
