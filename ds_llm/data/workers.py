@@ -75,12 +75,24 @@ def ordered(make: Callable[..., Callable], arguments: tuple, batches: Iterable, 
 
 
 def _submit(pool: ProcessPoolExecutor, batch):
-    """Submit with Ctrl-C held back: a worker that starts now inherits that, and leaves the interrupt to its parent."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    """Submit with Ctrl-C held back until that is done, since it may start workers.
+
+    A worker that starts meanwhile inherits that this thread blocks the signal, and leaves the interrupt to its parent.
+    Blocking alone does not hold it back here: another thread, such as that of the progress bar, takes it and Python
+    interrupts this one, which then leaves a worker with half of what it needs to start.
+    """
+    if threading.current_thread() is not threading.main_thread():  # which alone is interrupted
+        return pool.submit(_call, batch)
+    interrupts: list[tuple] = []
+    handler = signal.signal(signal.SIGINT, lambda *arguments: interrupts.append(arguments))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         return pool.submit(_call, batch)
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, handler)
+        if interrupts and callable(handler):
+            handler(*interrupts[0])
 
 
 _function: Callable[[Any], Any] | None = None
