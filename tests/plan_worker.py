@@ -48,9 +48,9 @@ def train(overrides: list[str]) -> tuple[engine.Engine, int]:
         for i in range(config.train.accumulation_steps):
             ids = torch.randint(config.model.vocab_size, (rows, length))
             running.begin_micro_step(last=i == config.train.accumulation_steps - 1)
-            summed, extra, *_ = running.forward(input_ids=ids, labels=ids, position_ids=positions)
-            running.backward(summed / 1000 + extra)
-            del summed, extra
+            found = running.forward(input_ids=ids, labels=ids, position_ids=positions)
+            running.backward(found.loss_sum / 1000 + found.aux_loss)
+            del found
         running.step(1e-4)
     return running, resident()[1]
 

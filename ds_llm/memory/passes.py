@@ -107,6 +107,6 @@ def _measure(make, config, objective, batch, dtype, checkpointing: bool, keep_gr
             for parameter in trained:
                 parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
         with Count([*module.parameters(), *module.buffers(), *arguments.values()]) as count:
-            summed, extra, *_ = module(**arguments)
-            (summed + extra).backward()
+            found = module(**arguments)
+            (found.loss_sum + found.aux_loss).backward()
     return count.peak

@@ -15,11 +15,10 @@ from ds_llm.checkpoint import folder as checkpoint
 from ds_llm.config.options import to_dict
 from ds_llm.config.run import Config
 from ds_llm.config.text_metrics import LABELS
-from ds_llm.data.batches import count_processed, count_tokens
 from ds_llm.data.order import SampleOrder, hash64, micro_batch
 from ds_llm.distributed.interrupt import EXIT_CODE, Interrupt
 from ds_llm.engine import engine
-from ds_llm.engine.engine import Engine
+from ds_llm.engine.engine import Engine, StepResult
 from ds_llm.errors import UserError
 from ds_llm.evaluation import generations
 from ds_llm.parallel import compatibility as combinations
@@ -31,6 +30,7 @@ from ds_llm.train import run_record as run_folder
 from ds_llm.train import stability
 from ds_llm.train.lr_schedule import learning_rate
 from ds_llm.train.modes import Job
+from ds_llm.train.step import Counted, StepFigures, StepSums, count_batches
 
 RESULTS = ("baseline", "best", "best_step", "texts_at_best", "evals_without_gain")  # of the evaluations so far
 
@@ -139,74 +139,80 @@ class Trainer:
 
     def _step(self) -> None:
         """One optimizer step on the next global batch. All ranks decide alike, from reduced figures."""
-        c, state = self.config, self.state
-        step, count = state["step"], c.train.accumulation_steps
-        start = step * self.global_batch
-        batch, size = (self.layout.batch, self.layout.batches), c.train.batch_size
-        picks = [micro_batch(self.order, start, i, *batch, size) for i in range(count)]
+        step, layout, size = self.state["step"], self.layout, self.config.train.batch_size
+        start, count = step * self.global_batch, self.config.train.accumulation_steps
+        picks = [micro_batch(self.order, start, i, layout.batch, layout.batches, size) for i in range(count)]
         batches = [self.engine.part(self.job.samples.batch(pick)) for pick in picks]
-        sums = [sum(map(counter, batches)) for counter in (self.job.count, count_tokens, count_processed)]
-        sums = [value * self.layout.counts for value in sums]
-        valid, tokens, processed, stop = engine.all_reduce([*sums, float(self.interrupt.requested())])
-        self.stopping = stop > 0
-        # dropout of a step is a function of seed, step and rank, so that there is no generator state to save
-        replicas = self.layout.replicas
-        seed = int(hash64(np.array([step * replicas + self.layout.replica]), c.train.seed, 0)[0] >> np.uint64(1))
+        counted = count_batches(self.engine, batches, self.job.count, self.interrupt.requested())
+        self.stopping = counted.stop
+        sums = self._add_gradients(batches, counted.valid)
+        figures = sums.reduce(self.engine, counted.valid, parts=layout.replicas * count)
+        reason = stability.veto(
+            self.config.stability, self.state, figures.loss, figures.aux_loss, counted.valid, self.job.unit
+        )
+        if counted.valid and not math.isfinite(figures.loss):
+            reason += stability.blame(picks, sums.losses)
+        rate = learning_rate(self.config.optim, step, self.total) * self.job.lr_factor
+        result = self.engine.step(rate, veto=reason is not None)
+        if reason is None and not result.applied:
+            reason = "gradient overflow" if self.config.train.dtype == "fp16" else "non-finite gradient"
+        self._count_step(counted, figures, result, reason)
+        self.tracker.step(self._step_record(counted, figures, result, reason))
+        if reason:
+            self.tracker.event("skip", f"step {step + 1} skipped: {reason}", step=step + 1, loss=figures.loss)
+        if self.state["bad_steps"] >= self.config.stability.max_bad_steps:
+            raise stability.given_up(self.state, self.output, reason)
+
+    def _add_gradients(self, batches: list[dict[str, torch.Tensor]], valid: float) -> StepSums:
+        """Forward and backward passes of this rank's micro-batches; `valid`: what `count` gives of the global batch."""
+        seed = self._dropout_seed()
         torch.manual_seed(seed)
         if self.job.begin_step is not None:
             self.job.begin_step(self.engine, batches, valid)
             torch.manual_seed(seed)
-        losses, aux, report, counts, extras = [], 0.0, 0.0, None, torch.zeros(len(self.job.metrics))
+        sums = StepSums(self.job.metrics)
         for i, batch in enumerate(batches):
-            self.engine.begin_micro_step(last=i == count - 1)
-            summed, extra, aux_report, expert_counts, *sums = self.engine.forward(**batch)
-            self.engine.backward(summed / max(valid, 1) + extra / (replicas * count))
-            losses.append(summed.detach().double())
-            aux += extra.detach().double()
-            if sums:
-                extras = extras + sums[0].detach().double().cpu()
-            if expert_counts is not None:
-                report += aux_report.detach().double()
-                counts = expert_counts.double() if counts is None else counts + expert_counts
-        figures = [float(sum(losses)), float(aux), float(report), *extras.tolist()]
-        figures = self.engine.total(figures + (counts.flatten().tolist() if counts is not None else []))
-        extras = {name: value / max(valid, 1) for name, value in zip(self.job.metrics, figures[3:], strict=False)}
-        loss, aux = figures[0] / max(valid, 1), figures[1] / (replicas * count)
-        reason = stability.veto(c.stability, state, loss, aux, valid, self.job.unit)
-        if valid and not math.isfinite(loss):
-            reason += stability.blame(picks, losses)
-        rate = learning_rate(c.optim, step, self.total) * self.job.lr_factor
-        result = self.engine.step(rate, veto=reason is not None)
-        if reason is None and not result.applied:
-            reason = "gradient overflow" if c.train.dtype == "fp16" else "non-finite gradient"
-        state["step"], state["tokens"] = step + 1, state["tokens"] + int(tokens)
+            self.engine.begin_micro_step(last=i == len(batches) - 1)
+            found = self.engine.forward(**batch)
+            parts = self.layout.replicas * len(batches)
+            self.engine.backward(found.loss_sum / max(valid, 1) + found.aux_loss / parts)
+            sums.add(found)
+        return sums
+
+    def _dropout_seed(self) -> int:
+        """A function of seed, step and rank, so that there is no generator state to save."""
+        place = self.state["step"] * self.layout.replicas + self.layout.replica
+        return int(hash64(np.array([place]), self.config.train.seed, 0)[0] >> np.uint64(1))
+
+    def _count_step(self, counted: Counted, figures: StepFigures, result: StepResult, reason: str | None) -> None:
+        """Take a step, skipped for `reason` or applied, into the state."""
+        self.state["step"] += 1
+        self.state["tokens"] += int(counted.tokens)
         # an fp16 overflow is how the loss scale is found; it is a fault only when there is no lower scale to try
         searching = reason == "gradient overflow" and result.loss_scale > 1
-        stability.count(c.stability, state, reason, loss, fault=not searching)
+        stability.count(self.config.stability, self.state, reason, figures.loss, fault=not searching)
+
+    def _step_record(self, counted: Counted, figures: StepFigures, result: StepResult, reason: str | None) -> dict:
+        """What is recorded of the step that the state has counted last."""
+        step = self.state["step"]
         record = {
-            "step": step + 1,
-            "epoch": (step + 1) * self.global_batch / len(self.job.samples),
-            "loss": loss,
-            **extras,
+            "step": step,
+            "epoch": step * self.global_batch / len(self.job.samples),
+            "loss": figures.loss,
+            **figures.metrics,
             "grad_norm": result.grad_norm,
             "lr": self.engine.lr(),
-            "tokens": state["tokens"],
-            "samples": (step + 1) * self.global_batch,
-            **self.meter.step(step + 1, processed),
+            "tokens": self.state["tokens"],
+            "samples": step * self.global_batch,
+            **self.meter.step(step, counted.processed),
         }
-        if counts is not None:
-            record["aux_loss"] = figures[2] / (replicas * count)
-            load = torch.tensor(figures[3 + len(extras) :]).view(counts.shape)
-            record["expert_load"] = (load / load.sum(-1, keepdim=True).clamp_min(1)).tolist()
-        if c.train.dtype == "fp16":
+        if figures.expert_load is not None:
+            record |= {"aux_loss": figures.aux_report, "expert_load": figures.expert_load}
+        if self.config.train.dtype == "fp16":
             record["loss_scale"] = result.loss_scale
         if reason:
             record["skipped"] = reason
-        self.tracker.step(record)
-        if reason:
-            self.tracker.event("skip", f"step {step + 1} skipped: {reason}", step=step + 1, loss=loss)
-        if state["bad_steps"] >= c.stability.max_bad_steps:
-            raise stability.given_up(state, self.output, reason)
+        return record
 
     # -- evaluation -----------------------------------------------------------------------------------------------
 

@@ -81,9 +81,9 @@ def train(engine, data: list[dict], accumulation: int) -> list[float]:
         for k in range(accumulation):
             engine.begin_micro_step(last=k == accumulation - 1)
             first = (k * world + rank) * size
-            summed, extra, *_ = engine.forward(**{n: t[first : first + size] for n, t in batch.items()})
-            engine.backward(summed / valid + extra / (world * accumulation))
-            total += summed.item()
+            found = engine.forward(**{n: t[first : first + size] for n, t in batch.items()})
+            engine.backward(found.loss_sum / valid + found.aux_loss / (world * accumulation))
+            total += found.loss_sum.item()
         losses.append(engines.all_reduce([total / valid])[0])
         engine.step(LR)
     return losses

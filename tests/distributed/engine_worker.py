@@ -81,10 +81,10 @@ def train(engine, data, size: int, accumulation: int, vetoed: int | None):
             engine.begin_micro_step(last=k == accumulation - 1)
             # the same half of the batch stays on one rank, so that rank 1 sends every token to one expert
             first = (rank * accumulation + k) * size
-            summed, aux, _, expert_counts = engine.forward(**{n: t[first : first + size] for n, t in batch.items()})
-            engine.backward(summed / valid + aux / (world * accumulation))
-            total += summed.item()
-            counts.append(expert_counts)
+            found = engine.forward(**{n: t[first : first + size] for n, t in batch.items()})
+            engine.backward(found.loss_sum / valid + found.aux_loss / (world * accumulation))
+            total += found.loss_sum.item()
+            counts.append(found.expert_counts)
         (loss,) = engines.all_reduce([total / valid])
         result = engine.step(LR, veto=step == vetoed)
         seen.append({"loss": loss, "norm": result.grad_norm, "applied": result.applied})

@@ -146,9 +146,9 @@ def train(engine, data, size: int, accumulation: int) -> list[dict]:
         for k in range(accumulation):
             engine.begin_micro_step(last=k == accumulation - 1)
             part = engine.part(rows(batch, (layout.batch * accumulation + k) * size, size))
-            summed, aux, *_ = engine.forward(**part)
-            engine.backward(summed / valid + aux / (layout.replicas * accumulation))
-            total += summed.item()
+            found = engine.forward(**part)
+            engine.backward(found.loss_sum / valid + found.aux_loss / (layout.replicas * accumulation))
+            total += found.loss_sum.item()
         (loss,) = engine.total([total / valid])
         seen.append({"loss": loss, "norm": engine.step(LR).grad_norm})
     return seen
@@ -158,7 +158,7 @@ def evaluate(engine, data) -> float:
     """Loss of whole rows on every rank, as evaluations take it."""
     engine.train(False)
     with torch.no_grad():
-        loss = float(engine.forward(**rows(data[0], 0, BATCH))[0])
+        loss = float(engine.forward(**rows(data[0], 0, BATCH)).loss_sum)
     engine.train()
     return loss
 

@@ -15,7 +15,7 @@ from ds_llm.tracking import metrics_file as metrics
 # Extensions (see ds_llm.cli) that bring a process to the states to be found; each knows its rank from the environment
 SLOW_THEN_STUCK = """
 import os, time
-from ds_llm import trainer
+from ds_llm.train import trainer
 from ds_llm.evaluation import perplexity
 reads, writes, reports = trainer.micro_batch, trainer.Trainer._write, perplexity.progress
 

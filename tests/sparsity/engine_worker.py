@@ -81,9 +81,9 @@ def train(engine, data) -> list[list[float]]:
     rank, seen, rows = dist.get_rank(), [], BATCH // dist.get_world_size()
     for batch in data:
         engine.begin_micro_step(last=True)
-        summed, aux, *_ = engine.forward(**{n: t[rank * rows : (rank + 1) * rows] for n, t in batch.items()})
-        engine.backward(summed / (BATCH * LENGTH) + aux / dist.get_world_size())
-        (loss,) = engines.all_reduce([summed.item() / (BATCH * LENGTH)])
+        found = engine.forward(**{n: t[rank * rows : (rank + 1) * rows] for n, t in batch.items()})
+        engine.backward(found.loss_sum / (BATCH * LENGTH) + found.aux_loss / dist.get_world_size())
+        (loss,) = engines.all_reduce([found.loss_sum.item() / (BATCH * LENGTH)])
         seen.append([loss, engine.step(LR).grad_norm])
     return seen
 

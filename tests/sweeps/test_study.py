@@ -29,7 +29,7 @@ PASSED = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "DS_LLM_EXTENSIONS")  # of 
 STAND_STILL = """
 import time
 from pathlib import Path
-from ds_llm import trainer
+from ds_llm.train import trainer
 step = trainer.Trainer._step
 
 def held(self):

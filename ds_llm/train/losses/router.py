@@ -22,6 +22,7 @@ from ds_llm.models import quality_loss
 from ds_llm.models.head import IGNORE_INDEX, head_loss, run_backbone
 from ds_llm.models.quality_gate import open_gates, record_scores
 from ds_llm.progress import console
+from ds_llm.train.step import MicroStep
 
 
 @dataclass
@@ -98,8 +99,8 @@ class RouterLoss(nn.Module):
         powers: bool = False,
         own_losses: bool = False,
         **batch,
-    ):
-        """(loss_sum, auxiliary losses, report, counts, sums) of a training batch, see `ds_llm.train.modes.Job`.
+    ) -> MicroStep | Tensor:
+        """The losses of a training batch and sums of what the mode's `Job.metrics` names.
 
         In evaluation, of a batch with corrupted_ids, [4] summed over its pairs: loss (the contrastive one where this is
         none over pairs), g of samples, g of copies, how many samples score above theirs; of another, what `inner`
@@ -121,7 +122,7 @@ class RouterLoss(nn.Module):
             return self._pair_sums(clean, copies, documents)
         totals = self.totals
         with record_scores() as scores:
-            loss_sum, aux, report, counts = self.inner(**_with_copies(batch, corrupted_ids))
+            found: MicroStep = self.inner(**_with_copies(batch, corrupted_ids))
         rows = len(batch["input_ids"])
         scores, copies = [score[:rows] for score in scores], [score[rows:] for score in scores]
         sums = quality_loss.power_sums(scores, _mask(batch))
@@ -137,15 +138,15 @@ class RouterLoss(nn.Module):
             share = self.loss.function(means, surprise).sum() / totals.documents
             value = share.detach()
         else:
-            found = self._pair_sums(scores, copies, documents) / totals.documents
-            share, value = found[0], found[0].detach()
-            figures += [found[2].detach(), found[3].detach()]
+            loss, _, gate_of_copies, above = self._pair_sums(scores, copies, documents) / totals.documents
+            share, value = loss, loss.detach()
+            figures += [gate_of_copies.detach(), above.detach()]
         if self.debug and self.loss.over != "moments":
             here = value * totals.parts
             line = quality_loss.describe(self.name, sums.detach() / count_processed(batch), {"this micro-batch": here})
             console.print(line, markup=False)
-        extra = aux + (totals.parts * self.weight * share).to(aux.dtype)
-        return loss_sum, extra, report, counts, torch.stack([value.double(), *figures]) * totals.valid
+        aux = found.aux_loss + (totals.parts * self.weight * share).to(found.aux_loss.dtype)
+        return found._replace(aux_loss=aux, figures=torch.stack([value.double(), *figures]) * totals.valid)
 
     def _linearised(self, sums: Tensor) -> tuple[Tensor, Tensor]:
         """This micro-batch's share of the gradient of a loss over moments, as something whose gradient it is, and its

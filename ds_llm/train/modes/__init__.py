@@ -21,14 +21,13 @@ from ds_llm.data.batches import Samples, count_tokens
 class Job:
     """What a mode hands to the trainer.
 
-    `objective(**batch)` returns (summed loss, auxiliary loss, its report or None, expert counts or None) of a
-    micro-batch, and where `metrics` names further figures their sums [len(metrics)]; the trainer divides the loss and
-    these sums by `count(batch)` over the global batch: how many of `unit` (token, pair) it holds. `evaluate(engine)`
-    returns the figures of an evaluation, `goal` among them, of which the lowest is the best; `sample(engine)` a list
-    of {"prompt", "text"}. `prepare(engine, stop)` runs before training, while the engine still holds the start model;
-    it calls the collective `stop()` now and then and returns False where that says to end. Every rank calls all three,
-    or they are None. `begin_step(engine, batches, valid)`, collective too, sees this rank's micro-batches of a step
-    before their forward passes; valid: what `count` gives of the global batch. The scheduled
+    `objective(**batch)` returns the `MicroStep` of a micro-batch, with sums of what `metrics` names; the trainer
+    divides the loss and these sums by `count(batch)` over the global batch: how many of `unit` (token, pair) it holds.
+    `evaluate(engine)` returns the figures of an evaluation, `goal` among them, of which the lowest is the best;
+    `sample(engine)` a list of {"prompt", "text"}. `prepare(engine, stop)` runs before training, while the engine still
+    holds the start model; it calls the collective `stop()` now and then and returns False where that says to end. Every
+    rank calls all three, or they are None. `begin_step(engine, batches, valid)`, collective too, sees this rank's
+    micro-batches of a step before their forward passes; valid: what `count` gives of the global batch. The scheduled
     learning rate is multiplied by `lr_factor`; `info` is recorded with the run's start.
     """
 

@@ -25,6 +25,7 @@ from ds_llm.progress import progress
 from ds_llm.train.losses.preference import METRICS, Preference
 from ds_llm.train.modes import Job
 from ds_llm.train.reference import reference_log_probs
+from ds_llm.train.step import MicroStep
 
 
 @dataclass
@@ -200,9 +201,9 @@ class PreferenceObjective(nn.Module):
         index: Tensor,
         reference: Tensor | None = None,
         log_probs: bool = False,
-    ):
-        """(loss_sum, aux_loss, aux_report, expert_counts, sums of METRICS) of a micro-batch, see `Preference` and
-        `ds_llm.models.head.LMLoss`; with `log_probs` only the summed log-probabilities of the answers [2, P].
+    ) -> MicroStep | Tensor:
+        """The loss of a micro-batch and sums of METRICS, see `Preference` and `ds_llm.models.head.LMLoss`; with
+        `log_probs` only the summed log-probabilities of the answers [2, P].
 
         input_ids, labels (already shifted, -100 outside the answers), attention_mask: [2P, S]; index [P]; reference
         [2, P]. Both answers of a pair go through the model in one forward pass.
@@ -215,7 +216,7 @@ class PreferenceObjective(nn.Module):
             return policy
         lengths = (labels != -100).sum(-1).view(2, -1)
         loss_sum, sums = self.loss(policy, reference, lengths)
-        return loss_sum, *found[1:], sums
+        return MicroStep(loss_sum, found.aux_loss, found.aux_report, found.expert_counts, sums)
 
 
 @contextlib.contextmanager
@@ -263,9 +264,9 @@ def _evaluation(config: Config, data: Data):
         with progress("evaluating", total=count, unit="pairs") as task:
             for first in range(0, len(batches), engine.world_size):
                 mine = first + engine.rank
-                loss, *_, sums = engine.forward(**val.batch(batches[min(mine, len(batches) - 1)]))
+                found = engine.forward(**val.batch(batches[min(mine, len(batches) - 1)]))
                 if mine < len(batches):
-                    table[mine] = [float(loss), *sums.double().tolist()]
+                    table[mine] = [float(found.loss_sum), *found.figures.double().tolist()]
                 task.advance(sum(map(len, batches[first : first + engine.world_size])))
         table = np.array(processes.all_reduce(table.ravel().tolist())).reshape(table.shape)
         means = [math.fsum(column) / count for column in table.T]

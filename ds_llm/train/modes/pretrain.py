@@ -16,6 +16,7 @@ from ds_llm.pretrained import lora as adapters
 from ds_llm.pretrained.lengths import lengths
 from ds_llm.progress import console
 from ds_llm.train.modes import Job
+from ds_llm.train.step import MicroStep
 
 if TYPE_CHECKING:
     from ds_llm.evaluation.measure import Streams
@@ -118,15 +119,15 @@ class LanguageModeling(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids: Tensor, labels: Tensor, per_row: bool = False, **batch):
-        """(loss_sum, aux_loss, aux_report, expert_counts) of a micro-batch, see `ds_llm.models.head.LMLoss`; with
-        `per_row` the summed loss of each row [B] in nats."""
+    def forward(self, input_ids: Tensor, labels: Tensor, per_row: bool = False, **batch) -> MicroStep | Tensor:
+        """The loss of a micro-batch, see `ds_llm.models.head.lm_loss`; with `per_row` the summed loss in nats
+        of each row [B]."""
         from ds_llm.evaluation.perplexity import model_loss
         from ds_llm.models.head import lm_loss
 
         if per_row:
             return model_loss(self.model, input_ids.device)(input_ids, labels)
-        return tuple(lm_loss(self.model, input_ids, labels, **batch))
+        return MicroStep(*lm_loss(self.model, input_ids, labels, **batch))
 
 
 def _evaluation(config: Config, data: Data):

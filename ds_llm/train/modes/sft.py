@@ -18,6 +18,7 @@ from ds_llm.pretrained import lora as adapters
 from ds_llm.pretrained.lengths import lengths
 from ds_llm.progress import console, progress
 from ds_llm.train.modes import Job
+from ds_llm.train.step import MicroStep
 
 
 @dataclass
@@ -131,11 +132,11 @@ class SupervisedLoss(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, **batch):
-        """(loss_sum, aux_loss, aux_report, expert_counts) of a micro-batch, see `ds_llm.models.head.lm_loss`."""
+    def forward(self, **batch) -> MicroStep:
+        """The loss of a micro-batch, see `ds_llm.models.head.lm_loss`."""
         from ds_llm.models.head import lm_loss
 
-        return tuple(lm_loss(self.model, **batch))
+        return MicroStep(*lm_loss(self.model, **batch))
 
 
 def _evaluation(config: Config, val: PackedSamples):
@@ -156,7 +157,7 @@ def _evaluation(config: Config, val: PackedSamples):
             for first in range(0, len(batches), engine.layout.replicas):
                 mine = first + engine.layout.replica
                 batch = val.batch(batches[min(mine, len(batches) - 1)])
-                loss = float(engine.forward(**batch)[0])
+                loss = float(engine.forward(**batch).loss_sum)
                 if mine < len(batches) and engine.layout.counts:
                     sums[mine], tokens = loss, tokens + int((batch["labels"] != -100).sum())
                 task.advance(min(engine.layout.replicas, len(batches) - first))
