@@ -10,19 +10,15 @@ import numpy as np
 import torch
 
 from ds_llm import hardware
-from ds_llm.checkpoint import elastic
 from ds_llm.checkpoint import folder as checkpoint
-from ds_llm.config.options import to_dict
 from ds_llm.config.run import Config
 from ds_llm.config.text_metrics import LABELS
 from ds_llm.data.order import SampleOrder, hash64, micro_batch
+from ds_llm.distributed.environment import rank
 from ds_llm.distributed.interrupt import EXIT_CODE, Interrupt
 from ds_llm.engine import engine
 from ds_llm.engine.engine import Engine, StepResult
 from ds_llm.errors import UserError
-from ds_llm.evaluation import generations
-from ds_llm.parallel import compatibility as combinations
-from ds_llm.parallel import parallelize as division
 from ds_llm.pretrained import saving
 from ds_llm.progress import console
 from ds_llm.tracking.tracker import Meter, Tracker
@@ -30,6 +26,7 @@ from ds_llm.train import run_record as run_folder
 from ds_llm.train import stability
 from ds_llm.train.lr_schedule import learning_rate
 from ds_llm.train.modes import Job
+from ds_llm.train.preflight import meet, preflight, small_data
 from ds_llm.train.step import Counted, StepFigures, StepSums, count_batches
 
 RESULTS = ("baseline", "best", "best_step", "texts_at_best", "evals_without_gain")  # of the evaluations so far
@@ -360,35 +357,11 @@ class Trainer:
 
 def train(config: Config) -> int:
     """Run the configured mode from start to end; every launched process calls it. Returns the exit code."""
-    from importlib import import_module
-
-    from ds_llm.config.deepspeed import adopt, dtype_key
-    from ds_llm.distributed.environment import rank, world_size
-
     interrupt = Interrupt()
-    for note in adopt(config, world_size()):
-        console.print(note, markup=False)
-    combinations.check(config, world_size())
-    engine.check_dtype(config.train.dtype, dtype_key(config))
-    mode = import_module(f"ds_llm.train.modes.{config.mode}")
-    data = mode.check(config)
-    division.check(config)
-    add_generations = generations.prepare(config, data.tokenizer)
-    output = Path(config.output)
+    checked = preflight(config)
+    output, fingerprint = Path(config.output), checked.data.fingerprint
     with run_folder.lock(output) if rank() == 0 else contextlib.nullcontext():
-        engine.init_distributed()
-        engine.check_settings(config)
-        resume, notes, asked = run_folder.resume_point(config, output), [], to_dict(config)
-        if resume:
-            path, saved = resume
-            notes = run_folder.check_same_run(config, saved, data.fingerprint, path)
-            notes += elastic.adapt(config, saved, world_size(), path)
-        job = mode.build(config, data)
-        add_generations(job)
-        trainer = Trainer(config, job, data.fingerprint, interrupt, asked)
-        if trainer.global_batch > (count := len(trainer.job.samples)):
-            notes.append(
-                f"a step takes {trainer.global_batch:,} samples and the data set has {count:,}: each step goes through "
-                "it more than once; lower train.batch_size or train.accumulation_steps"
-            )
-        return trainer.run(resume, notes)
+        start = meet(config, output, fingerprint)
+        job = checked.build(config)
+        trainer = Trainer(config, job, fingerprint, interrupt, start.asked)
+        return trainer.run(start.resume, start.notes + small_data(trainer.global_batch, len(job.samples)))

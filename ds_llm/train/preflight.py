@@ -1,0 +1,86 @@
+"""All that is checked before a run begins, in order: what each process finds alone, then what takes all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ds_llm.checkpoint import elastic
+from ds_llm.config.deepspeed import adopt, dtype_key
+from ds_llm.config.options import to_dict
+from ds_llm.config.run import Config
+from ds_llm.distributed.environment import world_size
+from ds_llm.engine import engine
+from ds_llm.evaluation import generations
+from ds_llm.parallel import compatibility, parallelize
+from ds_llm.progress import console
+from ds_llm.train import run_record
+from ds_llm.train.modes import Job
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A configuration that can be trained: the module of its mode, what that module's `check` gave, and what adds
+    generated answers to the evaluations of a job."""
+
+    mode: ModuleType
+    data: Any
+    add_generations: Callable[[Job], None]
+
+    def build(self, config: Config) -> Job:
+        """Make the model and join it with the data."""
+        job = self.mode.build(config, self.data)
+        self.add_generations(job)
+        return job
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins: the checkpoint and its state where it continues, the configuration as it was asked for, what
+    to warn of."""
+
+    resume: tuple[Path, dict] | None
+    asked: dict
+    notes: list[str]
+
+
+def preflight(config: Config) -> Checked:
+    """Find every mistake that a process can find alone, before it waits for others or builds a model.
+
+    Takes into `config` what its DeepSpeed JSON says. Raises `ConfigError` or `UserError`.
+    """
+    for note in adopt(config, world_size()):
+        console.print(note, markup=False)
+    compatibility.check(config, world_size())
+    engine.check_dtype(config.train.dtype, dtype_key(config))
+    mode = import_module(f"ds_llm.train.modes.{config.mode}")
+    data = mode.check(config)
+    parallelize.check(config)
+    return Checked(mode, data, generations.prepare(config, data.tokenizer))
+
+
+def meet(config: Config, output: Path, fingerprint: dict) -> Start:
+    """Join the other processes and find where the run in `output` stands; collective. Fits `config` to the processes
+    that there are, see `ds_llm.checkpoint.elastic`. Raises `ConfigError` or `UserError`."""
+    engine.init_distributed()
+    engine.check_settings(config)
+    resume, asked, notes = run_record.resume_point(config, output), to_dict(config), []
+    if resume:
+        path, saved = resume
+        notes += run_record.check_same_run(config, saved, fingerprint, path)
+        notes += elastic.adapt(config, saved, world_size(), path)
+    return Start(resume, asked, notes)
+
+
+def small_data(global_batch: int, samples: int) -> list[str]:
+    """What to warn of where a step takes more than all samples."""
+    if global_batch <= samples:
+        return []
+    return [
+        f"a step takes {global_batch:,} samples and the data set has {samples:,}: each step goes through it more than "
+        "once; lower train.batch_size or train.accumulation_steps"
+    ]
