@@ -6,6 +6,8 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
+from ds_llm.config import modes
+from ds_llm.config.modes import MODES
 from ds_llm.data.supervised import REASONS
 from ds_llm.data.tokens import IGNORE
 from ds_llm.errors import UserError
@@ -17,25 +19,20 @@ BRACKETS = ("⟦", "⟧")
 
 def show_run(config, count: int) -> None:
     """Print `count` of the samples that a run of this configuration trains on, evenly spread, and their counts."""
-    if config.mode == "sft":
-        from ds_llm.train.modes import sft
+    if not MODES[config.mode].shown:
+        raise UserError(f"mode={config.mode}: only samples of {modes.names('shown')} are shown")
+    from ds_llm.train.modes import module  # imports torch
 
-        data = sft.check(config)
-        samples = data.train.documents
-        for i in _spread(len(samples), count):
-            show_sample(f"sample {i}", *samples.example(i), data.tokenizer)
+    mode = module(config.mode)
+    data = mode.check(config)
+    samples = mode.shown(data)
+    for i in _spread(samples.count, count):
+        for title, ids, labels in samples.parts(i):
+            show_sample(title, ids, labels, data.tokenizer)
+    if isinstance(samples.report, dict):
         show_counts(samples.report)
-    elif config.mode == "dpo":
-        from ds_llm.train.modes import dpo
-
-        data = dpo.check(config)
-        pairs = data.train.pairs
-        for i in _spread(len(pairs), count):
-            for name, sequence in pairs.pair(i)._asdict().items():
-                show_sample(f"pair {i}, {name}", *sequence, data.tokenizer)
-        console.print(pairs.report.describe(), markup=False)
     else:
-        raise UserError(f"mode={config.mode}: only samples of sft and dpo are shown")
+        console.print(samples.report, markup=False)
 
 
 def _spread(size: int, count: int) -> list[int]:

@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from ds_llm.config import options
+from ds_llm.config import modes, options
+from ds_llm.config.modes import MODES
 from ds_llm.config.options import key
 from ds_llm.config.parallel import ParallelConfig
 from ds_llm.config.text_metrics import METRICS
@@ -311,7 +312,7 @@ class StabilityConfig:
 
 @dataclass
 class Config:
-    mode: str = key("pretrain", "What is trained", choices=("pretrain", "sft", "dpo", "sparse", "router"))
+    mode: str = key("pretrain", "What is trained", choices=tuple(MODES))
     output: str = key("runs/pretrain", "Folder of the run: checkpoints, metrics, report, exported model")
     resume: str = key(
         "auto", "auto: continue from the newest whole checkpoint; never: start anew; or a checkpoint folder"
@@ -376,7 +377,8 @@ def _check_together(config: Config) -> None:
         )
     if config.eval.early_stopping and not config.data.val:
         raise ConfigError("eval.early_stopping: needs data.val, the token files to evaluate on")
-    if config.data.subset_ratio is not None and config.mode != "router":
-        raise ConfigError(f"data.subset_ratio: is for router; {config.mode} trains on all of data.train")
+    if config.data.subset_ratio is not None and not MODES[config.mode].subset:
+        takers = modes.names("subset")
+        raise ConfigError(f"data.subset_ratio: is for {takers}; {config.mode} trains on all of data.train")
     if config.deepspeed is not None and not isinstance(config.deepspeed, (str, dict)):
         raise ConfigError("deepspeed: must be a JSON file or a mapping")

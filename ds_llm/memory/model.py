@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ds_llm.compat.transformers import choose_attention
+from ds_llm.config.modes import MODES
 from ds_llm.config.run import Config
 from ds_llm.errors import ConfigError
 from ds_llm.pretrained.lengths import lengths
@@ -53,7 +54,7 @@ def outline(config: Config) -> Outline:
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     trained, frozen = sum(n for n, learns in sizes if learns), sum(n for n, learns in sizes if not learns)
     low = 4 if config.train.dtype == "fp32" else 2
-    if config.mode == "sparse":
+    if MODES[config.mode].compact:
         return _sparse(config, architecture, make, model, low)
     quantized = 0
     if config.lora.enabled and config.lora.quantize != "none":
@@ -94,7 +95,7 @@ def _architecture(config: Config) -> tuple[object, Callable]:
     else:
         found = load_model_config(config.model.path)
     kernel = attention_kernel(config.model.attention, config.train.dtype)
-    lora = config.lora if config.mode != "sparse" and config.lora.enabled else None
+    lora = config.lora if config.lora.enabled and not MODES[config.mode].compact else None
 
     def make(architecture) -> nn.Module:
         choose_attention(architecture, kernel)
@@ -160,7 +161,8 @@ def micro_batch(config: Config) -> tuple[int, int]:
     processes share rows (`parallel.sequence`), tokens of a process's part."""
     length, _ = lengths(config)
     length = math.ceil(length / config.parallel.sequence)
-    if config.mode == "sft" and not config.data.packing:
+    mode = MODES[config.mode]
+    if mode.groups and not config.data.packing:
         tokens = config.data.tokens_per_batch or 4 * length
         return math.ceil(tokens / length), length
-    return config.train.batch_size * (2 if config.mode == "dpo" else 1), length
+    return config.train.batch_size * mode.rows_per_sample, length

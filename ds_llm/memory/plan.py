@@ -17,6 +17,7 @@ import torch
 from rich.table import Table
 
 from ds_llm.config.deepspeed import adopt, build
+from ds_llm.config.modes import MODES
 from ds_llm.config.run import Config
 from ds_llm.errors import ConfigError
 from ds_llm.kernels.linear_cross_entropy import CHUNK_BYTES
@@ -152,7 +153,7 @@ class Planner:
         from ds_llm.train.modes.pretrain import LanguageModeling
 
         kinds = {"input_ids": torch.long, "labels": torch.long}
-        if self.config.mode in ("pretrain", "sft", "sparse"):
+        if MODES[self.config.mode].positions:
             kinds["position_ids"] = torch.long
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.config.train.dtype]
         experts = any(p.dim() == 3 for p in self._meta().parameters())

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ds_llm.compat.peft import name_base
+from ds_llm.config.modes import MODES
 from ds_llm.config.run import Config, LoraConfig
 from ds_llm.errors import ConfigError, UserError
 from ds_llm.pretrained.fingerprint import identity
@@ -109,8 +110,8 @@ def _check_frozen(config: Config) -> None:
     freeze = config.model.freeze
     if config.model.path is None:
         raise ConfigError("model.freeze: names parts of a trained model; set model.path")
-    if config.mode == "sparse":
-        raise ConfigError("model.freeze: sparse trains the whole model; leave it out")
+    if not MODES[config.mode].freezes:
+        raise ConfigError(f"model.freeze: {config.mode} trains the whole model; leave it out")
     names = [name for name, _ in _outline(config.model.path).named_parameters(remove_duplicate=False)]
     for start in freeze:
         if not any(_begins(name, [start]) for name in names):

@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 
 from ds_llm.config import options
 from ds_llm.config import run as run_config
+from ds_llm.config.modes import MODES
 from ds_llm.config.run import Config
 from ds_llm.config.text_metrics import METRICS as TEXT_METRICS
 from ds_llm.config.text_metrics import ROUGE
@@ -25,7 +26,6 @@ from ds_llm.errors import ConfigError
 from ds_llm.sweeps import hyperband, space
 from ds_llm.sweeps.hyperband import Hyperband
 from ds_llm.sweeps.space import DISCRETE, Parameter
-from ds_llm.train.losses.preference import METRICS as PREFERENCE_METRICS
 
 KEYS = (
     *("program", "command", "method", "metric", "parameters", "early_terminate", "run_cap"),
@@ -199,7 +199,7 @@ def _check_parameters(
 
 
 def _metric(section, config: Config, method: str, path: str) -> Metric:
-    usual = {"name": "eval/loss" if config.mode == "dpo" else "eval/perplexity"}
+    usual = {"name": f"eval/{MODES[config.mode].goal}"}
     section = section or (usual if method != "bayes" else None)
     where = f"{path}: metric"
     if not isinstance(section, dict) or "name" not in section:
@@ -218,22 +218,21 @@ def _metric(section, config: Config, method: str, path: str) -> Metric:
         near = [k for k in known if k.endswith(f"/{name}")] or difflib.get_close_matches(name, known, n=1)
         raise ConfigError(f"{where}: name: a run has no '{name}'; {_meant(near, known)}")
     kind, _, field = name.partition("/")
-    if kind == "eval" and not config.data.val and config.mode != "router":  # it holds samples out by itself
+    if kind == "eval" and not config.data.val and not MODES[config.mode].holds_out:
         raise ConfigError(f"{where}: name: {name} needs data.val, what the trials evaluate on")
     return Metric("eval" if kind == "eval" else "step", field, goal == "minimize", target)
 
 
 def _known(config: Config) -> list[str]:
     """The figures that the records of such a run have, by their names in W&B."""
-    pairs = PREFERENCE_METRICS if config.mode == "dpo" else ()
-    texts = [f for m in config.eval.generation_metrics for f in (ROUGE if m == "rouge" else (m,)) if m in TEXT_METRICS]
-    evaluated = ["loss", *pairs, *texts] if config.mode == "dpo" else ["perplexity", "loss", *texts]
-    steps = [*STEP_METRICS, *pairs]
-    if config.mode == "router":
-        from ds_llm.train.modes import router
+    mode, own_evaluated, own_steps = MODES[config.mode], (), ()
+    if mode.own_figures:
+        from ds_llm.train import modes  # imports torch
 
-        on_gates, of_steps = router.figures(config)
-        evaluated, steps = [*on_gates, *(evaluated if config.data.val else ())], steps + of_steps
+        own_evaluated, own_steps = modes.module(config.mode).figures(config)
+    texts = [f for m in config.eval.generation_metrics for f in (ROUGE if m == "rouge" else (m,)) if m in TEXT_METRICS]
+    on_val = (*mode.evaluated, *texts) if config.data.val or not mode.holds_out else ()
+    evaluated, steps = (*own_evaluated, *on_val), (*STEP_METRICS, *own_steps)
     return [f"eval/{name}" for name in evaluated] + [f"train/{name}" for name in steps]
 
 
@@ -247,7 +246,7 @@ def _mode(mode: str | None) -> list[str]:
 
 
 def modes_known() -> list[str]:
-    return [*options.fields(Config)["mode"].metadata["choices"], "lora"]
+    return [*MODES, "lora"]
 
 
 def _meant(near: list[str], known) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,7 +18,7 @@ from ds_llm.evaluation import generations
 from ds_llm.parallel import compatibility, parallelize
 from ds_llm.progress import console
 from ds_llm.train import run_record
-from ds_llm.train.modes import Job
+from ds_llm.train.modes import Job, module
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ def preflight(config: Config) -> Checked:
         console.print(note, markup=False)
     compatibility.check(config, world_size())
     engine.check_dtype(config.train.dtype, dtype_key(config))
-    mode = import_module(f"ds_llm.train.modes.{config.mode}")
+    mode = module(config.mode)
     data = mode.check(config)
     parallelize.check(config)
     return Checked(mode, data, generations.prepare(config, data.tokenizer))

@@ -1,20 +1,41 @@
 """One file per training mode: how its model, data and loss are built.
 
-A mode is a module with `check(config) -> Data`, which reads and checks everything that can be wrong before processes
-meet, and `build(config, data) -> Job`, which makes the model. `Data.fingerprint` is a flat dictionary that names the
-training data: a continued run must have the same. `Data.tokenizer` is the model's.
+A mode is an entry in `ds_llm.config.modes` and a module here of the same name, with `check(config) -> Data`, which
+reads and checks everything that can be wrong before processes meet, and `build(config, data) -> Job`, which makes the
+model. `Data.fingerprint` is a flat dictionary that names the training data: a continued run must have the same.
+`Data.tokenizer` is the model's. Where the entry says so the module also has `shown(data) -> Shown` and
+`figures(config) -> Figures`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from importlib import import_module
+from types import ModuleType
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
 from ds_llm.data.batches import Samples, count_tokens
+
+
+class Figures(NamedTuple):
+    """Names of what evaluations and steps record beside what they do in every mode."""
+
+    evaluated: Sequence[str]
+    steps: Sequence[str]
+
+
+class Shown(NamedTuple):
+    """Prepared samples for the eye: how many there are; `parts(i)`, of sample i the titles, ids int64 [n] and labels
+    int64 [n] (shifted) of what it is trained on; what became of the rows, one line or `Supervised.report`."""
+
+    count: int
+    parts: Callable[[int], Iterable[tuple[str, np.ndarray, np.ndarray]]]
+    report: str | dict
 
 
 @dataclass
@@ -46,3 +67,8 @@ class Job:
     goal: str = "perplexity"
     lr_factor: float = 1.0
     info: dict[str, Any] = field(default_factory=dict)
+
+
+def module(name: str) -> ModuleType:
+    """The module of a mode, imported when it is asked for: DeepSpeed takes seconds."""
+    return import_module(f"{__name__}.{name}")

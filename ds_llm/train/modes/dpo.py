@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_llm.compat.peft import is_adapter
+from ds_llm.config.modes import MODES
 from ds_llm.config.run import Config
 from ds_llm.data.corpora import cache_folder
 from ds_llm.data.order import SampleOrder
@@ -23,7 +24,7 @@ from ds_llm.pretrained.fingerprint import identity, model_fingerprint
 from ds_llm.pretrained.lengths import lengths
 from ds_llm.progress import progress
 from ds_llm.train.losses.preference import METRICS, Preference
-from ds_llm.train.modes import Job
+from ds_llm.train.modes import Figures, Job, Shown
 from ds_llm.train.reference import reference_log_probs
 from ds_llm.train.step import MicroStep
 
@@ -129,6 +130,21 @@ def _check_reference(path: str, tokenizer, seq_len: int) -> None:
         raise UserError(f"dpo.reference: {path} has another tokenizer than the model, so their tokens do not compare")
 
 
+def figures(config: Config) -> Figures:
+    """Names of what evaluations and steps record beside what they do in every mode."""
+    return Figures(("loss", *METRICS), METRICS)
+
+
+def shown(data: Data) -> Shown:
+    """The pairs for the eye."""
+    pairs = data.train.pairs
+
+    def parts(i: int) -> list:
+        return [(f"pair {i}, {name}", *sequence) for name, sequence in pairs.pair(i)._asdict().items()]
+
+    return Shown(len(pairs), parts, pairs.report.describe())
+
+
 def build(config: Config, data: Data) -> Job:
     """Load the model, with adapters where asked, and join it with the pairs."""
     from ds_llm.evaluation.samples import sampling
@@ -182,7 +198,7 @@ def build(config: Config, data: Data) -> Job:
         count=lambda batch: len(batch["index"]),
         unit="pair",
         metrics=METRICS,
-        goal="loss",
+        goal=MODES["dpo"].goal,
     )
 
 

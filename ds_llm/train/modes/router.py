@@ -29,7 +29,7 @@ from ds_llm.pretrained.fingerprint import identity
 from ds_llm.pretrained.source import base_name
 from ds_llm.progress import console, progress
 from ds_llm.train.losses.router import RouterLoss, moments, supervised_documents
-from ds_llm.train.modes import Job, pretrain, sft
+from ds_llm.train.modes import Figures, Job, pretrain, sft
 from ds_llm.train.modes.sparse import FixedEpoch
 
 SUBSET = 0.05
@@ -93,12 +93,12 @@ def _check_model(config: Config) -> None:
         raise ConfigError("router.balance_weight: this model has no load-balancing loss; leave it out")
 
 
-def figures(config: Config) -> tuple[list[str], list[str]]:
+def figures(config: Config) -> Figures:
     """Names of what evaluations and steps record beside losses and perplexity."""
     over = quality_loss.find(config.router.quality_loss).over
     compared = {"pairs": ["quality_loss"], "losses": ["pair_loss", "quality_loss", "loss_correlation"]}
     steps = [*METRICS, *(PAIR_METRICS if over == "pairs" else ())]
-    return ["gate_mean", *PAIR_METRICS, *compared.get(over, ["pair_loss"])], steps
+    return Figures(["gate_mean", *PAIR_METRICS, *compared.get(over, ["pair_loss"])], steps)
 
 
 def build(config: Config, data: Data) -> Job:

@@ -17,7 +17,7 @@ from ds_llm.errors import ConfigError, UserError
 from ds_llm.pretrained import lora as adapters
 from ds_llm.pretrained.lengths import lengths
 from ds_llm.progress import console, progress
-from ds_llm.train.modes import Job
+from ds_llm.train.modes import Job, Shown
 from ds_llm.train.step import MicroStep
 
 
@@ -109,6 +109,12 @@ def _prepare(config: Config, sources: list[str], tokenizer, seq_len: int, what: 
         line += f"; dropped {reasons}: see {report['rejects']}"
     console.print(line, markup=False)
     return documents
+
+
+def shown(data: Data) -> Shown:
+    """The samples for the eye, before they are packed."""
+    samples = data.train.documents
+    return Shown(len(samples), lambda i: [(f"sample {i}", *samples.example(i))], samples.report)
 
 
 def build(config: Config, data: Data) -> Job:

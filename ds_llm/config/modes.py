@@ -1,0 +1,54 @@
+"""The training modes: what each is, as far as others than its own module ask.
+
+A mode is an entry here and a module `ds_llm.train.modes.NAME`, see there. Nobody else compares names of modes. This
+file imports nothing, so that a process that only reads a configuration stays light.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Mode:
+    """One mode.
+
+    goal: the figure of an evaluation that a sweep compares trials by unless it says another; evaluated: what is
+    measured on data.val beside the figures that the module's `figures(config)` names, which it has where own_figures.
+    holds_out: evaluates on samples that it holds out of data.train, so without data.val too. subset: takes
+    `data.subset_ratio`. freezes: takes `model.freeze`. shown: whether `prepare.py show` prints its samples, as the
+    module's `shown(data)` gives them.
+
+    For the planner: rows that a sample takes; positions: whether a batch has `position_ids`; groups: whether
+    data.packing=false makes batches of similar length; compact: whether pruned weights are not held.
+    """
+
+    name: str
+    goal: str = "perplexity"
+    evaluated: tuple[str, ...] = ("perplexity", "loss")
+    own_figures: bool = False
+    holds_out: bool = False
+    subset: bool = False
+    freezes: bool = True
+    shown: bool = False
+    rows_per_sample: int = 1
+    positions: bool = True
+    groups: bool = False
+    compact: bool = False
+
+
+MODES = {
+    mode.name: mode
+    for mode in (
+        Mode("pretrain"),
+        Mode("sft", shown=True, groups=True),
+        Mode("dpo", goal="loss", evaluated=(), own_figures=True, shown=True, rows_per_sample=2, positions=False),
+        Mode("sparse", freezes=False, compact=True),
+        Mode("router", own_figures=True, holds_out=True, subset=True, positions=False),
+    )
+}
+
+
+def names(feature: str) -> str:
+    """The modes that have a feature, a field of `Mode`: "sft and dpo"."""
+    return " and ".join(name for name, mode in MODES.items() if getattr(mode, feature))
