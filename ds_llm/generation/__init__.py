@@ -1,6 +1,6 @@
 """Text from a model: one prompt, chats, files of prompts."""
 
-NAMES = ("Completion", "Generator", "Prompt")  # the Python API, see docs/generation.md
+NAMES = ("Completion", "Generator", "Prompt", "SamplingParams")  # the Python API, see docs/generation.md
 
 
 def __getattr__(name: str):

@@ -19,9 +19,9 @@ from ds_llm.errors import UserError
 
 CHILD = """
 import sys, time
-from ds_llm import peers
-peers.BEAT_SECONDS = 0.05
-other = peers.Peers(1, 2, 60, meet=lambda _: sys.argv[1])
+from ds_llm.distributed import heartbeat
+heartbeat.BEAT_SECONDS = 0.05
+other = heartbeat.Peers(1, 2, 60, meet=lambda _: sys.argv[1])
 other.own["doing"] = "step 7"
 other.start()
 time.sleep(600)

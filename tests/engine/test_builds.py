@@ -31,7 +31,8 @@ WORKER = """
 import os, sys
 from pathlib import Path
 from torch.utils import cpp_extension
-from ds_llm import builds, cli
+from ds_llm import cli
+from ds_llm.engine import builds
 
 folder, name, kind, answer = Path(sys.argv[1]), *sys.argv[2:]
 

@@ -28,8 +28,8 @@ STEPS, SAVE_EVERY = 400, 7
 LOOP = """
 import os, sys, time
 from pathlib import Path
-from ds_llm.config import load
-from ds_llm.tracking import Meter, Tracker
+from ds_llm.config.run import load
+from ds_llm.tracking.tracker import Meter, Tracker
 
 output, start, total, pause = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
 tracker = Tracker(load(None, sys.argv[5:]), output, total_steps=total, start_step=start, run_info={"world_size": 1})
