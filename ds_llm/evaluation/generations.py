@@ -122,7 +122,7 @@ def measure_generations(
 ) -> tuple[dict, dict]:
     """Figures of a model's greedy answers to the prompts of `data`, and what they were measured on, for a JSON file.
 
-    metrics: of `ds_llm.evaluation.text_metrics.METRICS`; word_tokenizer: see `compare` there. rows: only the first
+    metrics: of `ds_llm.config.text_metrics.METRICS`; word_tokenizer: see `ds_llm.evaluation.text_metrics.compare`. rows: only the first
     ones; 0: all. dtype: fp32, bf16, fp16; auto is fp32 on a CPU and the saved type on a GPU. out: a JSON-lines file to
     write, each row with `prompt`, `reference` and `generation`.
 

@@ -7,9 +7,9 @@ import pytest
 import sacrebleu
 from rouge_score import rouge_scorer
 
+from ds_llm.config import text_metrics
 from ds_llm.config.text_metrics import check_metrics
 from ds_llm.errors import UserError
-from ds_llm.evaluation import text_metrics
 from ds_llm.evaluation.text_metrics import compare, signatures
 
 WORDS = ["The", "cat's", "cats", "ran,", "running", "3.5", "miles", "A", "road.", "Roads", "(wet)", "and", "red!"]
