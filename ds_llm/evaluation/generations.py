@@ -122,9 +122,9 @@ def measure_generations(
 ) -> tuple[dict, dict]:
     """Figures of a model's greedy answers to the prompts of `data`, and what they were measured on, for a JSON file.
 
-    metrics: of `ds_llm.config.text_metrics.METRICS`; word_tokenizer: see `ds_llm.evaluation.text_metrics.compare`. rows: only the first
-    ones; 0: all. dtype: fp32, bf16, fp16; auto is fp32 on a CPU and the saved type on a GPU. out: a JSON-lines file to
-    write, each row with `prompt`, `reference` and `generation`.
+    metrics: of `ds_llm.config.text_metrics.METRICS`; word_tokenizer: see `ds_llm.evaluation.text_metrics.compare`.
+    rows: only the first ones; 0: all. dtype: fp32, bf16, fp16; auto is fp32 on a CPU and the saved type on a GPU. out:
+    a JSON-lines file to write, each row with `prompt`, `reference` and `generation`.
 
     In a process group of several ranks each takes its share. All mistakes are raised as `UserError`, those that need
     no weights before any are loaded.
