@@ -19,7 +19,7 @@ INSTALL = [
     "filelock>=3.12",  # one preparation at a time per output
     "scikit-learn>=1.5",  # clustering, principal components
     "matplotlib>=3.8",  # histograms and report plots
-    "jinja2>=3.1",  # chat templates, the HTML report
+    "jinja2>=3.1.6",  # chat templates (transformers 5.22 asks for this version), the HTML report
     "tensorboard>=2.16",  # event files
     "ninja>=1.11",  # DeepSpeed compiles CPU-Adam and the shared-memory communication on first use
 ]
