@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ds_llm.models.decoder  # noqa: F401 (registers the decoder)
 from ds_llm import hardware
-from ds_llm.config.run import ModelConfig
+from ds_llm.config.sections import ModelConfig
 from ds_llm.models.decoder import DecoderConfig, DecoderForCausalLM
 
 SIZES = {"vocab_size": 1000, "hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 3}

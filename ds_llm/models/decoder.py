@@ -28,7 +28,7 @@ from ds_llm.compat.transformers import (
     eager_attention_forward,
 )
 from ds_llm.compat.transformers import initialization as init
-from ds_llm.config.run import ModelConfig
+from ds_llm.config.sections import ModelConfig
 from ds_llm.kernels.rope import apply_rope, rope_tables
 from ds_llm.models.head import LMHead, document_lengths, loss_and_logits
 from ds_llm.models.moe import MLP, Experts, MoEBlock, Router

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_llm.config.parallel import ParallelConfig
+from ds_llm.config.sections import ParallelConfig
 
 
 @dataclass(frozen=True)

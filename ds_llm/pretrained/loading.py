@@ -32,7 +32,7 @@ from ds_llm.compat.transformers import (
     is_progress_bar_enabled,
     supported_kernels,
 )
-from ds_llm.config.run import DTYPES
+from ds_llm.config.sections import DTYPES
 from ds_llm.data.tokenizer import load_tokenizer as read_tokenizer
 from ds_llm.distributed.environment import rank
 from ds_llm.errors import UserError

@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from ds_llm.compat.peft import name_base
+from ds_llm.config.mode_sections import LoraConfig
 from ds_llm.config.modes import MODES
-from ds_llm.config.run import Config, LoraConfig
+from ds_llm.config.run import Config
 from ds_llm.errors import ConfigError, UserError
 from ds_llm.pretrained.fingerprint import identity
 from ds_llm.pretrained.source import base_name

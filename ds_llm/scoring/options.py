@@ -8,7 +8,7 @@ from typing import Any
 
 from ds_llm.config import options
 from ds_llm.config.options import key
-from ds_llm.config.run import DTYPES
+from ds_llm.config.sections import DTYPES
 from ds_llm.errors import ConfigError
 
 TOKENS = ("answers", "last", "all")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from ds_llm.config.run import OptimConfig
+from ds_llm.config.sections import OptimConfig
 
 
 def warmup_steps(optim: OptimConfig, total: int) -> int:

@@ -16,7 +16,7 @@ from torch import nn
 
 from ds_llm.checkpoint import folder as checkpoint
 from ds_llm.compat.deepspeed import own_part
-from ds_llm.config.run import StabilityConfig
+from ds_llm.config.sections import StabilityConfig
 from ds_llm.errors import UserError
 
 SHOWN = 8  # samples that are named

@@ -19,6 +19,7 @@ import torch.distributed as dist  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
 
 from ds_llm.config import run as configuration  # noqa: E402
+from ds_llm.config.mode_sections import LoraConfig  # noqa: E402
 from ds_llm.engine import engine as engines  # noqa: E402
 from ds_llm.models import accelerate  # noqa: E402
 from ds_llm.models.decoder import DecoderConfig, DecoderForCausalLM  # noqa: E402
@@ -73,7 +74,7 @@ def model(kind: str, plain: bool = False, checkpointing: bool = False):
     attach_loss_head(made)
     if adapted:
         torch.manual_seed(1)
-        made = adapters.add_adapter(made, configuration.LoraConfig(enabled=True, r=2), "some/model", [])
+        made = adapters.add_adapter(made, LoraConfig(enabled=True, r=2), "some/model", [])
         with torch.no_grad():
             for name, p in made.named_parameters():
                 if "lora_B" in name:

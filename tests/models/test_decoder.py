@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from ds_llm.config.run import ModelConfig
+from ds_llm.config.sections import ModelConfig
 from ds_llm.kernels.rope import rope_tables
 from ds_llm.models.decoder import DecoderConfig, DecoderForCausalLM, DecoderModel
 

@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from ds_llm.config.run import OptimConfig
+from ds_llm.config.sections import OptimConfig
 from ds_llm.train.lr_schedule import learning_rate, warmup_steps
 
 

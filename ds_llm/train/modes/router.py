@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from ds_llm.compat.peft import name_base
-from ds_llm.config.run import Config, LoraConfig
+from ds_llm.config.mode_sections import LoraConfig
+from ds_llm.config.run import Config
 from ds_llm.data.batches import Samples
 from ds_llm.data.corrupt import CORRUPTIONS, CorruptedPairs
 from ds_llm.data.order import SampleOrder

@@ -11,7 +11,8 @@ from types import ModuleType
 from torch import nn
 
 from ds_llm.config import deepspeed as deepspeed_config
-from ds_llm.config.run import Config, LoraConfig
+from ds_llm.config.mode_sections import LoraConfig
+from ds_llm.config.run import Config
 from ds_llm.data.batches import Samples
 from ds_llm.data.order import SampleOrder
 from ds_llm.distributed.environment import world_size
