@@ -1,4 +1,4 @@
-"""Folders that appear whole: written beside their place and moved there when all is well."""
+"""Folders that appear whole, written beside their place and renamed when done; folders that one process holds."""
 
 from __future__ import annotations
 
@@ -75,3 +75,24 @@ def writing(out: Path) -> Iterator[None]:
         raise UserError(f"{out}: cannot be written ({error.strerror or error})") from None
     except SafetensorError as error:
         raise UserError(f"{out}: cannot be written ({str(error).splitlines()[0]})") from None
+
+
+@contextmanager
+def lock(output: Path) -> Iterator[None]:
+    """Hold `output` for this process while the block runs.
+
+    Raises `UserError` when another process holds the folder or it cannot be written.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        handle = open(output / ".lock", "a")  # noqa: SIM115
+    except OSError as error:
+        raise UserError(f"output: {output}: cannot be written ({error.strerror})") from None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UserError(
+            f"output: {output}: another run is writing there; wait for it or choose another folder"
+        ) from None
+    with handle:
+        yield

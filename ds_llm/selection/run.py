@@ -29,6 +29,7 @@ from ds_llm.data.resumable import beside, dump, write_atomically
 from ds_llm.distributed.environment import rank
 from ds_llm.distributed.interrupt import Interrupt
 from ds_llm.errors import UserError
+from ds_llm.files import lock
 from ds_llm.progress import console, progress
 from ds_llm.scoring import manifest as jobs
 from ds_llm.scoring.manifest import Job
@@ -39,7 +40,6 @@ from ds_llm.selection.clustering import UNUSABLE, Clustering, cluster
 from ds_llm.selection.features import Features
 from ds_llm.selection.options import SelectionConfig
 from ds_llm.selection.spherical import joined
-from ds_llm.train import run_record as run_folder
 
 VERSION = 1  # of what clusters and picks are computed from; other results are made anew
 STEP_ROWS = 1000  # between two looks at the progress
@@ -55,7 +55,7 @@ def select(config: SelectionConfig, interrupt: Interrupt | None = None, overwrit
     options.check(config)
     output = Path(config.output)
     scoring = _scoring(config, overwrite)
-    with run_folder.lock(output) if rank() == 0 else nullcontext():
+    with lock(output) if rank() == 0 else nullcontext():
         if interrupt is None:
             score(scoring)
         else:

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from ds_llm.distributed.interrupt import EXIT_CODE, Interrupt
 from ds_llm.errors import ConfigError, UserError
+from ds_llm.files import lock
 from ds_llm.progress import console
 from ds_llm.sweeps.file import SweepFile
-from ds_llm.train import run_record as run_folder
 
 POLL_SECONDS = 0.5
 
@@ -31,7 +31,7 @@ def run(file: SweepFile, output: Path, count: int | None, slots: list[str | None
             "the sweep runs on this machine alone"
         )
     interrupt = Interrupt()
-    with run_folder.lock(output):
+    with lock(output):
         project = str(file.raw.get("project", file.config.tracking.wandb.project))
         entity = file.raw.get("entity")
         identity = _identity(file, output, project, entity)

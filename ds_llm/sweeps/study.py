@@ -19,10 +19,10 @@ from ds_llm.config import run as run_config
 from ds_llm.config.options import to_yaml
 from ds_llm.distributed.interrupt import EXIT_CODE, Interrupt
 from ds_llm.errors import ConfigError, UserError
+from ds_llm.files import lock
 from ds_llm.progress import console, duration
 from ds_llm.sweeps.file import SweepFile
 from ds_llm.sweeps.trial import TrialProcess, end_orphan
-from ds_llm.train import run_record as run_folder
 
 POLL_SECONDS = 0.5
 FAILURES = 3  # trials that fail, none having succeeded, before the sweep gives up
@@ -56,7 +56,7 @@ class Sweep:
     def run(self) -> int:
         """Run to the end or to an interruption; returns the exit code."""
         interrupt = Interrupt()
-        with run_folder.lock(self.output):
+        with lock(self.output):
             self._open()
             left = [t.number for t in self.study.trials if t.state == self.states.RUNNING]
             for number in left:

@@ -8,16 +8,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ds_llm.checkpoint import elastic
+from ds_llm.checkpoint import resume
+from ds_llm.checkpoint.resume import Start
 from ds_llm.config.deepspeed import adopt, dtype_key
-from ds_llm.config.options import to_dict
 from ds_llm.config.run import Config
 from ds_llm.distributed.environment import world_size
 from ds_llm.engine import engine
 from ds_llm.evaluation import generations
 from ds_llm.parallel import compatibility, parallelize
 from ds_llm.progress import console
-from ds_llm.train import run_record
 from ds_llm.train.modes import Job, module
 
 
@@ -37,16 +36,6 @@ class Checked:
         return job
 
 
-@dataclass(frozen=True)
-class Start:
-    """Where a run begins: the checkpoint and its state where it continues, the configuration as it was asked for, what
-    to warn of."""
-
-    resume: tuple[Path, dict] | None
-    asked: dict
-    notes: list[str]
-
-
 def preflight(config: Config) -> Checked:
     """Find every mistake that a process can find alone, before it waits for others or builds a model.
 
@@ -63,16 +52,13 @@ def preflight(config: Config) -> Checked:
 
 
 def meet(config: Config, output: Path, fingerprint: dict) -> Start:
-    """Join the other processes and find where the run in `output` stands; collective. Fits `config` to the processes
-    that there are, see `ds_llm.checkpoint.elastic`. Raises `ConfigError` or `UserError`."""
+    """Join the other processes and find where the run in `output` stands; collective.
+
+    Fits `config` to the number of processes, see `ds_llm.checkpoint.elastic`. Raises `ConfigError` or `UserError`.
+    """
     engine.init_distributed()
     engine.check_settings(config)
-    resume, asked, notes = run_record.resume_point(config, output), to_dict(config), []
-    if resume:
-        path, saved = resume
-        notes += run_record.check_same_run(config, saved, fingerprint, path)
-        notes += elastic.adapt(config, saved, world_size(), path)
-    return Start(resume, asked, notes)
+    return resume.start(config, output, fingerprint)
 
 
 def small_data(global_batch: int, samples: int) -> list[str]:

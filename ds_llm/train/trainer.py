@@ -11,6 +11,7 @@ import torch
 
 from ds_llm import hardware
 from ds_llm.checkpoint import folder as checkpoint
+from ds_llm.checkpoint.resume import measures_alike
 from ds_llm.config.run import Config
 from ds_llm.config.text_metrics import LABELS
 from ds_llm.data.order import SampleOrder, hash64, micro_batch
@@ -19,11 +20,11 @@ from ds_llm.distributed.interrupt import EXIT_CODE, Interrupt
 from ds_llm.engine import engine
 from ds_llm.engine.engine import Engine, StepResult
 from ds_llm.errors import UserError
+from ds_llm.files import lock
 from ds_llm.pretrained import saving
 from ds_llm.progress import console
 from ds_llm.tracking.tracker import Meter, Tracker
-from ds_llm.train import run_record as run_folder
-from ds_llm.train import stability
+from ds_llm.train import run_record, stability
 from ds_llm.train.lr_schedule import learning_rate
 from ds_llm.train.modes import Job
 from ds_llm.train.preflight import meet, preflight, small_data
@@ -83,7 +84,7 @@ class Trainer:
         if resume:
             self._restore(*resume)
         self._record()
-        info = run_folder.describe(
+        info = run_record.describe(
             self.config, self.job, self.layout.world, engine.device().type, self.global_batch, self.total
         )
         self.tracker = Tracker(
@@ -305,7 +306,7 @@ class Trainer:
         self.engine.load(path)
         fresh = self.state
         self.state = {name: saved.get(name, value) for name, value in fresh.items()}
-        if not run_folder.measures_alike(self.config, saved):
+        if not measures_alike(self.config, saved):
             self.state |= {name: fresh[name] for name in RESULTS}
         if path.resolve().parent == (self.output / "checkpoints").resolve():
             self.last_saved = self.state["step"]
@@ -316,7 +317,7 @@ class Trainer:
 
     def _record(self) -> None:
         if self.rank == 0:
-            run_folder.record(self.config, self.output, hardware.environment(), self.engine.settings)
+            run_record.record(self.config, self.output, hardware.environment(), self.engine.settings)
 
     def _report(self) -> None:
         if self.rank == 0 and self.config.tracking.report:
@@ -360,7 +361,7 @@ def train(config: Config) -> int:
     interrupt = Interrupt()
     checked = preflight(config)
     output, fingerprint = Path(config.output), checked.data.fingerprint
-    with run_folder.lock(output) if rank() == 0 else contextlib.nullcontext():
+    with lock(output) if rank() == 0 else contextlib.nullcontext():
         start = meet(config, output, fingerprint)
         job = checked.build(config)
         trainer = Trainer(config, job, fingerprint, interrupt, start.asked)

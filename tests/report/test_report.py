@@ -19,7 +19,7 @@ from ds_llm.report import run as report
 from ds_llm.report.plots import HeatMap, Line, Plot, binned, draw
 from ds_llm.tracking import metrics_file as metrics
 from ds_llm.tracking.tracker import Tracker
-from ds_llm.train import run_record as run_folder
+from ds_llm.train import run_record
 
 LAYERS, EXPERTS = 2, 4
 
@@ -29,7 +29,7 @@ def a_run(folder, steps: int = 60, *, seed: int | None = None, nan_from: int = 1
     random = np.random.default_rng(seed)
     config = load(None, ["optim.lr=0.00123", "tracking.tensorboard=false", f"output={folder}"])
     folder.mkdir(parents=True, exist_ok=True)
-    run_folder.record(config, folder, hardware.environment(), {"zero_optimization": {"stage": 2}})
+    run_record.record(config, folder, hardware.environment(), {"zero_optimization": {"stage": 2}})
     info = {"parameters": 1_234_567, "world_size": 2, "zero": 2, "dtype": "bf16"}
     tracker = Tracker(config, folder, total_steps=steps, run_info=info)
     for step in range(steps + 1):
