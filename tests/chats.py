@@ -47,11 +47,12 @@ def adapted(chats: Path, name: str, *overrides: str):
     from ds_llm.config import run as config
     from ds_llm.pretrained import lora as adapters
     from ds_llm.pretrained.loading import load_tokenizer
+    from ds_llm.train.start_model import start_model
 
     settings = ["mode=sft", f"model.path={chats / name}", "train.dtype=fp32", "lora.enabled=true", "lora.r=4"]
     settings = config.load(None, [*settings, *overrides])
     adapters.check(settings)
-    return adapters.start_model(settings, load_tokenizer(chats / name))
+    return start_model(settings, load_tokenizer(chats / name))
 
 
 def randomise(model) -> dict:

@@ -25,7 +25,7 @@ from ds_llm.pretrained.loading import load_model, load_model_config, load_tokeni
 from ds_llm.progress import console, progress
 
 if TYPE_CHECKING:
-    from ds_llm.train.modes import Job
+    from ds_llm.train.job import Job
 
 KEY = "eval.generation_metrics"
 

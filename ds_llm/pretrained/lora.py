@@ -1,4 +1,4 @@
-"""The model a fine-tuning run starts from, with trainable low-rank adapters (peft) where the run asks for them.
+"""Trainable low-rank adapters (peft), and parts of a model that keep their weights.
 
 LoRA: Hu et al. 2021 (arXiv:2106.09685); rsLoRA scales by alpha / sqrt(r): Kalajdzievski 2023 (arXiv:2312.03732); DoRA
 trains the norms of the weights' rows besides: Liu et al. 2024 (arXiv:2402.09353). QLoRA holds the frozen weights in 4
@@ -21,42 +21,6 @@ from ds_llm.errors import ConfigError, UserError
 from ds_llm.pretrained.fingerprint import identity
 from ds_llm.pretrained.source import base_name
 from ds_llm.pretrained.trained import trained_names
-from ds_llm.progress import console
-
-
-def start_model(config: Config, tokenizer, dtype: str | None = None) -> nn.Module:
-    """The model at `model.path`, ready for training: kernels, loss head, adapters, recomputation as configured.
-
-    Adapters leave out the parts that `model.freeze` names. dtype: what the weights are loaded in; None: fp32, and with
-    adapters `train.dtype`, as frozen weights need no fp32 copy.
-    """
-    from ds_llm.models.head import attach_loss_head
-    from ds_llm.pretrained.loading import load_model, match_tokenizer
-
-    lora = config.lora
-    model = load_model(
-        config.model.path,
-        dtype=dtype or (config.train.dtype if lora.enabled else "fp32"),
-        attention=config.model.attention,
-        compute_dtype=config.train.dtype,
-        quantize=lora.quantize if lora.enabled else "none",
-    )
-    match_tokenizer(model, tokenizer)
-    if config.train.kernels:
-        from ds_llm.models import accelerate
-
-        console.print(str(accelerate(model)), markup=False)
-    attach_loss_head(model)
-    if config.train.activation_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    if lora.enabled:
-        torch.manual_seed(config.train.seed)
-        model = add_adapter(model, lora, config.model.path, config.model.freeze)
-    else:
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            if _begins(name, config.model.freeze):
-                parameter.requires_grad_(False)
-    return model
 
 
 def check(config: Config) -> dict[str, str]:
@@ -115,11 +79,11 @@ def _check_frozen(config: Config) -> None:
         raise ConfigError(f"model.freeze: {config.mode} trains the whole model; leave it out")
     names = [name for name, _ in _outline(config.model.path).named_parameters(remove_duplicate=False)]
     for start in freeze:
-        if not any(_begins(name, [start]) for name in names):
+        if not any(is_in_parts(name, [start]) for name in names):
             known = {".".join(name.split(".")[: start.count(".") + 1]) for name in names}
             close = difflib.get_close_matches(start, known, n=1) or sorted(known)[:1]
             raise ConfigError(f"model.freeze: no parameter's name begins with '{start}'; did you mean '{close[0]}'?")
-    if all(_begins(name, freeze) for name in names):
+    if all(is_in_parts(name, freeze) for name in names):
         raise ConfigError("model.freeze: leaves nothing to train")
 
 
@@ -130,9 +94,9 @@ def resolve_targets(model: nn.Module, targets: list[str], freeze: list[str] = ()
     (`experts.down_proj`). What begins with one of `freeze` is left out. Raises `ConfigError` for a name that nothing in
     the model has.
     """
-    trained = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and not _begins(n, freeze)]
+    trained = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and not is_in_parts(n, freeze)]
     layers = [name for name, _ in trained]
-    stacks = [name for name, p in model.named_parameters() if p.dim() == 3 and not _begins(name, freeze)]
+    stacks = [name for name, p in model.named_parameters() if p.dim() == 3 and not is_in_parts(name, freeze)]
     parts = getattr(model, "sub_models", [model])
     if list(targets) == ["all-linear"]:
         if not freeze and len(parts) == 1:
@@ -159,7 +123,8 @@ def _ends(name: str, target: str) -> bool:
     return name == target or name.endswith(f".{target}")
 
 
-def _begins(name: str, starts: list[str]) -> bool:
+def is_in_parts(name: str, starts: list[str]) -> bool:
+    """Whether a parameter or module belongs to one of the parts that `starts` name, as `model.freeze` does."""
     return any(name == start or name.startswith(f"{start}.") for start in starts)
 
 

@@ -17,7 +17,8 @@ from ds_llm.engine import engine
 from ds_llm.evaluation import generations
 from ds_llm.parallel import compatibility, parallelize
 from ds_llm.progress import console
-from ds_llm.train.modes import Job, module
+from ds_llm.train.job import Job
+from ds_llm.train.modes import module
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from ds_llm.config.options import to_yaml
 from ds_llm.config.run import Config
 from ds_llm.errors import UserError
 from ds_llm.progress import console
-from ds_llm.train.modes import Job
+from ds_llm.train.job import Job
 
 
 def record(config: Config, output: Path, environment: dict, deepspeed: dict) -> None:

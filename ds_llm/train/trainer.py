@@ -25,8 +25,8 @@ from ds_llm.pretrained import saving
 from ds_llm.progress import console
 from ds_llm.tracking.tracker import Meter, Tracker
 from ds_llm.train import run_record, stability
+from ds_llm.train.job import Job
 from ds_llm.train.lr_schedule import learning_rate
-from ds_llm.train.modes import Job
 from ds_llm.train.preflight import meet, preflight, small_data
 from ds_llm.train.step import Counted, StepFigures, StepSums, count_batches
 

@@ -13,9 +13,9 @@ from ds_llm.errors import ConfigError
 from ds_llm.memory import presets as plan_presets
 from ds_llm.memory.model import outline
 from ds_llm.memory.plan import Planner, Setting, card_bytes
-from ds_llm.pretrained import lora as adapters
 from ds_llm.pretrained.loading import load_tokenizer
 from ds_llm.sparsity.targets import prunable
+from ds_llm.train.start_model import start_model
 
 MEASURED = ["model.dim=384", "model.n_layers=8", "model.n_heads=6", "model.vocab_size=16000", "model.max_seq_len=256"]
 
@@ -48,7 +48,7 @@ def test_the_plan_is_within_15_percent_of_what_a_training_takes(overrides):
 @pytest.mark.parametrize("extra", [["lora.enabled=true", "lora.r=3"], ["model.freeze=[model.layers.0]"], []])
 def test_what_is_trained_is_what_the_run_would_train(chats, extra):
     config = load(None, ["mode=sft", f"model.path={chats / 'llama'}", "train.dtype=bf16", *extra])
-    model = adapters.start_model(config, load_tokenizer(chats / "llama"))
+    model = start_model(config, load_tokenizer(chats / "llama"))
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     found = outline(config)
     assert found.trained == sum(n for n, learns in sizes if learns)

@@ -16,6 +16,7 @@ from ds_llm.pretrained.loading import load_model, load_tokenizer
 from ds_llm.tracking import metrics_file as metrics
 from ds_llm.train import trainer
 from ds_llm.train.modes import sft
+from ds_llm.train.start_model import start_model
 
 STEPS = 4
 
@@ -112,7 +113,7 @@ def test_preferences_are_learned_by_adapters_of_the_trained_part(arguments, chat
 def test_adapters_of_all_layers_leave_out_every_head(arguments, chats, boosted):
     settings = config.load(None, [*arguments, *supervised(chats), "lora.enabled=true", "lora.r=2"])
     adapters.check(settings)
-    model = adapters.start_model(settings, load_tokenizer(boosted))
+    model = start_model(settings, load_tokenizer(boosted))
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     assert {name.split("sub_models.")[1][0] for name in trained} == {"0", "1"}
     assert trained and not any("lm_head" in name for name in trained)

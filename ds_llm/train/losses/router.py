@@ -56,7 +56,7 @@ class RouterLoss(nn.Module):
 
     @torch.no_grad()
     def begin_step(self, engine, batches: Sequence[dict[str, Tensor]], valid: float) -> None:
-        """Find out what the loss needs of the global batch; see `ds_llm.train.modes.Job`.
+        """Find out what the loss needs of the global batch; see `ds_llm.train.job.Job`.
 
         A loss over moments is no sum over tokens. One more forward pass gives the moments, and the gradient of the loss
         with respect to them makes it one. For a loss over the model's own losses one gives these, and each of

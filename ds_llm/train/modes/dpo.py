@@ -23,9 +23,10 @@ from ds_llm.pretrained import lora as adapters
 from ds_llm.pretrained.fingerprint import identity, model_fingerprint
 from ds_llm.pretrained.lengths import lengths
 from ds_llm.progress import progress
+from ds_llm.train.job import Figures, Job, Shown
 from ds_llm.train.losses.preference import METRICS, Preference
-from ds_llm.train.modes import Figures, Job, Shown
 from ds_llm.train.reference import reference_log_probs
+from ds_llm.train.start_model import start_model
 from ds_llm.train.step import MicroStep
 
 
@@ -149,7 +150,7 @@ def build(config: Config, data: Data) -> Job:
     """Load the model, with adapters where asked, and join it with the pairs."""
     from ds_llm.evaluation.samples import sampling
 
-    model = adapters.start_model(config, data.tokenizer)
+    model = start_model(config, data.tokenizer)
     prepare = None
     if data.loss.needs_reference:
         # hashed here, where the weights are whole

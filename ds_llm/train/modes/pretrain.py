@@ -15,7 +15,8 @@ from ds_llm.errors import ConfigError, UserError
 from ds_llm.pretrained import lora as adapters
 from ds_llm.pretrained.lengths import lengths
 from ds_llm.progress import console
-from ds_llm.train.modes import Job
+from ds_llm.train.job import Job
+from ds_llm.train.start_model import start_model
 from ds_llm.train.step import MicroStep
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ def build(config: Config, data: Data) -> Job:
         if config.train.activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
     else:
-        model = adapters.start_model(config, data.tokenizer)
+        model = start_model(config, data.tokenizer)
     return job(config, data, model)
 
 

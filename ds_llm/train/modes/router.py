@@ -24,14 +24,15 @@ from ds_llm.data.order import SampleOrder
 from ds_llm.engine import engine as processes
 from ds_llm.errors import ConfigError
 from ds_llm.models import quality_loss
-from ds_llm.pretrained import lora as adapters
 from ds_llm.pretrained import partial
 from ds_llm.pretrained.fingerprint import identity
 from ds_llm.pretrained.source import base_name
 from ds_llm.progress import console, progress
+from ds_llm.train.job import Figures, Job
 from ds_llm.train.losses.router import RouterLoss, moments, supervised_documents
-from ds_llm.train.modes import Figures, Job, pretrain, sft
+from ds_llm.train.modes import pretrain, sft
 from ds_llm.train.modes.sparse import FixedEpoch
+from ds_llm.train.start_model import start_model
 
 SUBSET = 0.05
 METRICS = ("quality_loss", "gate_mean")
@@ -106,7 +107,7 @@ def build(config: Config, data: Data) -> Job:
     """Load the model, freeze all but gates and routers, and join it with the data."""
     options = config.router
     plain = dataclasses.replace(config, lora=LoraConfig())
-    model = adapters.start_model(plain, data.tokenizer, dtype=config.train.dtype)
+    model = start_model(plain, data.tokenizer, dtype=config.train.dtype)
     configure(model, config)
     if config.lora.enabled:
         model = _add_adapters(model, config)

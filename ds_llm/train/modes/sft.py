@@ -17,7 +17,8 @@ from ds_llm.errors import ConfigError, UserError
 from ds_llm.pretrained import lora as adapters
 from ds_llm.pretrained.lengths import lengths
 from ds_llm.progress import console, progress
-from ds_llm.train.modes import Job, Shown
+from ds_llm.train.job import Job, Shown
+from ds_llm.train.start_model import start_model
 from ds_llm.train.step import MicroStep
 
 
@@ -119,7 +120,7 @@ def shown(data: Data) -> Shown:
 
 def build(config: Config, data: Data) -> Job:
     """Load the model, with adapters where asked, and join it with the data."""
-    return job(config, data, adapters.start_model(config, data.tokenizer))
+    return job(config, data, start_model(config, data.tokenizer))
 
 
 def job(config: Config, data: Data, model: nn.Module) -> Job:

@@ -18,13 +18,14 @@ from ds_llm.data.order import SampleOrder
 from ds_llm.distributed.environment import world_size
 from ds_llm.errors import ConfigError, UserError
 from ds_llm.kernels.sparse_update import PackedMask
-from ds_llm.pretrained import lora as adapters
 from ds_llm.pretrained.fingerprint import identity
 from ds_llm.progress import console
 from ds_llm.sparsity import compact_checkpoint
 from ds_llm.sparsity import model as compact
 from ds_llm.sparsity.masks import load_masks, mask_file, masks_from_zeros
-from ds_llm.train.modes import Job, pretrain, sft
+from ds_llm.train.job import Job
+from ds_llm.train.modes import pretrain, sft
+from ds_llm.train.start_model import start_model
 
 DENSITY_TOLERANCE = 0.005  # rows keep whole numbers of weights
 
@@ -88,7 +89,7 @@ def _check_density(config: Config, masks: dict[str, PackedMask]) -> None:
 
 def build(config: Config, data: Data) -> Job:
     """Load the pruned model, hold its pruned layers compactly, and join it with the data."""
-    model = adapters.start_model(dataclasses.replace(config, lora=LoraConfig()), data.inner.tokenizer)
+    model = start_model(dataclasses.replace(config, lora=LoraConfig()), data.inner.tokenizer)
     masks = data.masks
     if masks is None:
         _check_density(config, masks := masks_from_zeros(model, include=("head",) if _untied(model) else ()))

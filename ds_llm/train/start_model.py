@@ -1,0 +1,43 @@
+"""The model a fine-tuning run starts from."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ds_llm.config.run import Config
+from ds_llm.models import accelerate
+from ds_llm.models.head import attach_loss_head
+from ds_llm.pretrained.loading import load_model, match_tokenizer
+from ds_llm.pretrained.lora import add_adapter, is_in_parts
+from ds_llm.progress import console
+
+
+def start_model(config: Config, tokenizer, dtype: str | None = None) -> nn.Module:
+    """The model at `model.path`, ready for training: kernels, loss head, adapters, recomputation as configured.
+
+    Adapters leave out the parts that `model.freeze` names. dtype: what the weights are loaded in; None: fp32, and with
+    adapters `train.dtype`, as frozen weights need no fp32 copy.
+    """
+    lora = config.lora
+    model = load_model(
+        config.model.path,
+        dtype=dtype or (config.train.dtype if lora.enabled else "fp32"),
+        attention=config.model.attention,
+        compute_dtype=config.train.dtype,
+        quantize=lora.quantize if lora.enabled else "none",
+    )
+    match_tokenizer(model, tokenizer)
+    if config.train.kernels:
+        console.print(str(accelerate(model)), markup=False)
+    attach_loss_head(model)
+    if config.train.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if lora.enabled:
+        torch.manual_seed(config.train.seed)
+        model = add_adapter(model, lora, config.model.path, config.model.freeze)
+    else:
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if is_in_parts(name, config.model.freeze):
+                parameter.requires_grad_(False)
+    return model
