@@ -23,7 +23,8 @@ from ds_llm.errors import UserError
 from ds_llm.files import lock
 from ds_llm.pretrained import saving
 from ds_llm.progress import console
-from ds_llm.tracking.tracker import Meter, Tracker
+from ds_llm.tracking.throughput import Meter
+from ds_llm.tracking.tracker import Tracker
 from ds_llm.train import run_record, stability
 from ds_llm.train.job import Job
 from ds_llm.train.lr_schedule import learning_rate

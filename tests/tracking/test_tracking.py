@@ -20,7 +20,8 @@ from ds_llm import hardware
 from ds_llm.config.run import load
 from ds_llm.errors import UserError
 from ds_llm.tracking import metrics_file as metrics
-from ds_llm.tracking.tracker import Meter, Tracker
+from ds_llm.tracking.throughput import Meter
+from ds_llm.tracking.tracker import Tracker
 
 STEPS, SAVE_EVERY = 400, 7
 # trains nothing: it reports figures that are a function of the step, as a training loop does, and "saves"; where it is
@@ -29,7 +30,8 @@ LOOP = """
 import os, sys, time
 from pathlib import Path
 from ds_llm.config.run import load
-from ds_llm.tracking.tracker import Meter, Tracker
+from ds_llm.tracking.throughput import Meter
+from ds_llm.tracking.tracker import Tracker
 
 output, start, total, pause = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
 tracker = Tracker(load(None, sys.argv[5:]), output, total_steps=total, start_step=start, run_info={"world_size": 1})
