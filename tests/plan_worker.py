@@ -14,7 +14,7 @@ import torch
 
 from ds_llm.config import run as run_config
 from ds_llm.config.deepspeed import adopt
-from ds_llm.engine import engine
+from ds_llm.engine import engine, processes
 from ds_llm.memory.model import micro_batch, outline
 from ds_llm.train.modes.pretrain import LanguageModeling
 
@@ -57,7 +57,7 @@ def train(overrides: list[str]) -> tuple[engine.Engine, int]:
 
 def main() -> None:
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)  # so that freed tensors are no longer resident
-    engine.init_distributed()
+    processes.init_distributed()
     first, _ = train([*sys.argv[1:], *TINY])  # what is allocated once, whatever the model
     first.destroy()
     del first

@@ -36,10 +36,13 @@ NAMES = {"cpu_adam": "DeepSpeed's Adam for the CPU", "async_io": "DeepSpeed's ac
 
 
 def guard() -> None:
-    """Have torch compile and load extensions by `load`, for the rest of this process.
+    """Have torch compile and load extensions by `load`, for the rest of this process, with this environment's ninja.
 
     DeepSpeed calls `torch.utils.cpp_extension.load` in the middle of its own start.
     """
+    programs = str(Path(sys.executable).parent)  # on no PATH where the environment was not activated
+    if os.environ.get("PATH", "").split(os.pathsep)[0] != programs:
+        os.environ["PATH"] = f"{programs}{os.pathsep}{os.environ.get('PATH', '')}"
     original = cpp_extension.load
     if not hasattr(original, "__wrapped__"):
         cpp_extension.load = functools.wraps(original)(functools.partial(load, original))

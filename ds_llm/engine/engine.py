@@ -1,37 +1,21 @@
-"""DeepSpeed, which only this module and `ds_llm.parallel` import: configuration, training step, weights, save, load."""
+"""A model under DeepSpeed: training step, weights, states on disk."""
 
 from __future__ import annotations
 
 import contextlib
-import difflib
 import gc
-import io
-import os
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
-os.environ["PATH"] = (
-    f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # ninja of this environment
-)
-
-import torch
-
-if not torch.accelerator.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # what DeepSpeed would find out too, with a warning
-
 import deepspeed
+import torch
 import torch.distributed as dist
-from pydantic import ValidationError
 from torch import nn
 
 from ds_llm.compat import deepspeed_optimizers as masters
 from ds_llm.compat.deepspeed import (
-    AsyncIOBuilder,
     BF16_Optimizer,
-    DeepSpeedConfigError,
     DeepSpeedZeroOptimizer,
     DeepSpeedZeroOptimizer_Stage3,
     FP16_Optimizer,
@@ -40,21 +24,16 @@ from ds_llm.compat.deepspeed import (
     is_shared_expert,
     leave_states_to_us,
     loss_scale,
-    set_z3_leaf_modules,
     unpartitioned_numel,
-    use_gloo_alone,
 )
-from ds_llm.compat.transformers import MOE_BLOCKS
-from ds_llm.config.deepspeed import AskedKeys
 from ds_llm.config.deepspeed import build as build_deepspeed_config
 from ds_llm.config.run import Config
-from ds_llm.distributed.heartbeat import port_in_use
-from ds_llm.distributed.watchdog import watched
-from ds_llm.engine import builds, nvme
+from ds_llm.engine import nvme
 from ds_llm.engine import resharding as reshard
 from ds_llm.engine.ema import MovingAverage
-from ds_llm.errors import ConfigError, UserError
-from ds_llm.hardware import share_cores
+from ds_llm.engine.moe_blocks import keep_experts_whole
+from ds_llm.engine.processes import all_reduce, device
+from ds_llm.errors import UserError
 from ds_llm.models.parameters import decay_groups, exact_buffers, leave_out, restore_buffers
 from ds_llm.parallel.parallelize import Division
 from ds_llm.parallel.tensor import note_whole_shapes
@@ -79,70 +58,6 @@ class StepResult:
     loss_scale: float
 
 
-def init_distributed() -> None:
-    """Join the process group the launcher described; a process without a launcher forms a group of one."""
-    # where lost and hanging ranks are noticed by themselves, nobody may wait in vain for long work of another
-    limit = timedelta(days=1) if watched() else timedelta(minutes=30)
-    if "RANK" not in os.environ:
-        # without a port, which another job could take: the number is not used
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_SIZE="1")
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(os.getpid()))
-        backend = "nccl" if device().type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=limit)
-    os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    share_cores()
-    builds.guard()
-    use_gloo_alone()
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints what it has built
-            deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=limit)
-    except dist.DistNetworkError as error:
-        if "EADDRINUSE" not in str(error):
-            raise
-        raise port_in_use() from None
-
-
-def check_dtype(dtype: str, key: str) -> None:
-    """Raise `ConfigError` that names `key` for a type (fp32, bf16, fp16) in which DeepSpeed does not train here."""
-    if dtype == "fp16" and not deepspeed.get_accelerator().is_fp16_supported():
-        kind = "CPU" if device().type == "cpu" else "device"
-        raise ConfigError(f"{key}: DeepSpeed finds no fp16 arithmetic on this {kind}; use bf16 or fp32")
-
-
-def check_settings(config: Config) -> None:
-    """Let DeepSpeed read the run's JSON before a model is built.
-
-    Raises `ConfigError` for what DeepSpeed refuses and for top-level keys that it does not know, which it would ignore.
-    """
-    settings = AskedKeys(build_deepspeed_config(config, dist.get_world_size()))
-    try:
-        deepspeed.DeepSpeedConfig(settings)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise ConfigError(f"deepspeed: {error.title}: {place}: {first['msg']}") from None
-    except (DeepSpeedConfigError, ValueError, AssertionError, TypeError, AttributeError) as error:
-        raise ConfigError(f"deepspeed: {(str(error).strip() or type(error).__name__).splitlines()[0]}") from None
-    for name in settings:
-        if name not in settings.asked:
-            near = difflib.get_close_matches(name, settings.asked, n=1)
-            hint = f"; did you mean '{near[0]}'?" if near else ""
-            raise ConfigError(f"deepspeed: {name}: DeepSpeed has no such key{hint}")
-    nvme.check(settings, AsyncIOBuilder().is_compatible)
-
-
-def all_reduce(values: list[float], op: str = "sum") -> list[float]:
-    """Sum or maximum over ranks of a few numbers, in float64."""
-    tensor = torch.tensor(values, dtype=torch.float64, device=device())
-    dist.all_reduce(tensor, op=dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX)
-    return tensor.tolist()
-
-
-def device() -> torch.device:
-    accelerator = deepspeed.get_accelerator()
-    return torch.device(accelerator.current_device_name() if accelerator.device_name() != "cpu" else "cpu")
-
-
 class Engine:
     """A module under DeepSpeed: forward, backward, step with a veto, averaged weights, states on disk.
 
@@ -158,7 +73,7 @@ class Engine:
         self._division = Division(module, config, self.settings)
         self.layout = self._division.layout
         if self.stage == 3 and self.layout.expert == 1:
-            _keep_experts_whole(module)
+            keep_experts_whole(module)
         exact = exact_buffers(module)
         if nvme.asked(self.settings):
             nvme.take_folders(self.settings, config.output, self.rank)
@@ -315,61 +230,6 @@ class Engine:
         """Release the engine's hooks and buffers."""
         self._engine.destroy()
         gc.collect()
-
-
-@contextlib.contextmanager
-def inference(module: nn.Module, config: Config) -> Iterator[Callable]:
-    """The forward pass of a frozen module in `train.dtype`, without gradients, while the block runs.
-
-    Under ZeRO-3 the weights are sharded over the ranks, which must then all call it equally often; else every rank
-    holds all of them. The module is of no use afterwards.
-    """
-    module.requires_grad_(False).eval()
-    settings = build_deepspeed_config(config, dist.get_world_size())
-    if settings["zero_optimization"]["stage"] < 3:
-        module.to(device())
-        run, release = module, lambda: None
-    else:
-        _keep_experts_whole(module)
-        exact = exact_buffers(module)
-        zero = {k: v for k, v in settings["zero_optimization"].items() if k != "offload_optimizer"}
-        names = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "bf16", "fp16", "steps_per_print")
-        chosen = {name: settings[name] for name in names if name in settings}
-        run, *_ = deepspeed.initialize(model=module, config=chosen | {"zero_optimization": zero})
-        restore_buffers(module, exact, device())
-        run.eval()
-        release = run.destroy
-
-    @torch.no_grad()
-    def forward(**batch):
-        return run(**{k: v.to(device()) if torch.is_tensor(v) else v for k, v in batch.items()})
-
-    try:
-        yield forward
-    finally:
-        release()
-
-
-def _keep_experts_whole(module: nn.Module) -> None:
-    """Have ZeRO-3 gather the blocks of `MOE_BLOCKS` as one, or ranks whose tokens skip an expert wait without end for
-    ranks whose tokens use it.
-
-    It takes a block's gradients when that of the block's input is there; of an input without one, below which all is
-    frozen, before they are. So inputs always get one.
-    """
-    blocks = [m for m in module.modules() if type(m).__name__ in MOE_BLOCKS]
-    for block in blocks:
-        if any(p.requires_grad for p in block.parameters()):
-            block.register_forward_pre_hook(_require_gradient)
-    if blocks:
-        set_z3_leaf_modules(module, list({type(m) for m in blocks}), raise_if_not_found=False)
-
-
-def _require_gradient(_, args: tuple) -> tuple:
-    hidden, *rest = args
-    if torch.is_grad_enabled() and not hidden.requires_grad:
-        hidden = hidden.detach().requires_grad_()
-    return hidden, *rest
 
 
 def _gathered(parameter: nn.Parameter):

@@ -171,7 +171,7 @@ def process_group() -> Iterator[torch.device]:
         hardware.share_cores()
     opened = not dist.is_initialized()
     if world_size() > 1:
-        from ds_llm.engine.engine import init_distributed
+        from ds_llm.engine.processes import init_distributed
 
         init_distributed()
     try:

@@ -174,37 +174,38 @@ class Scorer:
 
     def _shard(self, run: Pass, offload: bool) -> tuple[Callable, torch.device]:
         """ZeRO-3 around the pass: what to call for one, and where its tensors belong."""
-        from ds_llm.engine import engine
+        from ds_llm.engine import processes, startup
+        from ds_llm.engine.inference import inference
 
         config = Config(zero=3)
         dtype = next(run.parameters()).dtype
         config.train.dtype = next(name for name, value in TORCH_DTYPES.items() if value == dtype)
-        engine.check_dtype(config.train.dtype, f"dtype {config.train.dtype}")
+        startup.check_dtype(config.train.dtype, f"dtype {config.train.dtype}")
         _join()
         if offload:
             offloaded = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
             config.deepspeed = {"zero_optimization": {"stage": 3, "offload_param": offloaded}}
-        return self._open.enter_context(engine.inference(run, config)), engine.device()
+        return self._open.enter_context(inference(run, config)), processes.device()
 
     @torch.no_grad()
     def _split(self, ranks: int) -> torch.device:
         """Split the backbone's layers over neighbouring ranks; the output head stays whole on each."""
-        from ds_llm.engine import engine
+        from ds_llm.engine import processes
         from ds_llm.parallel import tensor
 
         _join()
         body = backbone(self.model)
         ids = torch.arange(4)[None] % self._vocabulary
         before = body(input_ids=ids, use_cache=False).last_hidden_state.float()
-        self._group = tensor.split_layers(body, ranks, engine.device())
-        after = body(input_ids=ids.to(engine.device()), use_cache=False).last_hidden_state.float().cpu()
+        self._group = tensor.split_layers(body, ranks, processes.device())
+        after = body(input_ids=ids.to(processes.device()), use_cache=False).last_hidden_state.float().cpu()
         tolerance = 1e-3 if next(self.model.parameters()).dtype == torch.float32 else 5e-2
         if (after - before).abs().max() > tolerance * before.abs().max():
             raise UserError(
                 f"DeepSpeed splits a '{body.config.model_type}' model into layers that compute something else; use "
                 "zero3 instead of tensor_parallel"
             )
-        return engine.device()
+        return processes.device()
 
     def _groups(self, samples: list[Sample]) -> Iterator[list[int]]:
         """Indices of the samples of each forward pass."""
@@ -309,10 +310,10 @@ def _accelerator() -> torch.device:
 
 
 def _join() -> None:
-    from ds_llm.engine import engine
+    from ds_llm.engine import processes
 
     if not dist.is_initialized():
-        engine.init_distributed()
+        processes.init_distributed()
 
 
 def _fingerprint(model: nn.Module) -> str:

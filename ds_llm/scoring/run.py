@@ -71,9 +71,9 @@ def score(config: ScoreConfig, stop: Callable[[], str | None] = lambda: None) ->
     """
     options.check(config)
     if config.zero3:
-        from ds_llm.engine import engine  # DeepSpeed takes seconds to import
+        from ds_llm.engine import startup  # DeepSpeed takes seconds to import
 
-        engine.check_dtype(config.dtype, f"score.dtype={config.dtype}")
+        startup.check_dtype(config.dtype, f"score.dtype={config.dtype}")
     with watchdog.guard(config.hang_timeout, config.lost_timeout, "score") as peers:
         job = jobs.prepare(config)
         with jobs.lock(job):

@@ -13,7 +13,7 @@ from ds_llm.checkpoint.resume import Start
 from ds_llm.config.deepspeed import adopt, dtype_key
 from ds_llm.config.run import Config
 from ds_llm.distributed.environment import world_size
-from ds_llm.engine import engine
+from ds_llm.engine import processes, startup
 from ds_llm.evaluation import generations
 from ds_llm.parallel import compatibility, parallelize
 from ds_llm.progress import console
@@ -45,7 +45,7 @@ def preflight(config: Config) -> Checked:
     for note in adopt(config, world_size()):
         console.print(note, markup=False)
     compatibility.check(config, world_size())
-    engine.check_dtype(config.train.dtype, dtype_key(config))
+    startup.check_dtype(config.train.dtype, dtype_key(config))
     mode = module(config.mode)
     data = mode.check(config)
     parallelize.check(config)
@@ -57,8 +57,8 @@ def meet(config: Config, output: Path, fingerprint: dict) -> Start:
 
     Fits `config` to the number of processes, see `ds_llm.checkpoint.elastic`. Raises `ConfigError` or `UserError`.
     """
-    engine.init_distributed()
-    engine.check_settings(config)
+    processes.init_distributed()
+    startup.check_settings(config)
     return resume.start(config, output, fingerprint)
 
 

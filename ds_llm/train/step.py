@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ds_llm.data.batches import count_processed, count_tokens
-from ds_llm.engine.engine import Engine, all_reduce
+from ds_llm.engine.engine import Engine
+from ds_llm.engine.processes import all_reduce
 
 
 class MicroStep(NamedTuple):

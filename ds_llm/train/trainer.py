@@ -17,7 +17,7 @@ from ds_llm.config.text_metrics import LABELS
 from ds_llm.data.order import SampleOrder, hash64, micro_batch
 from ds_llm.distributed.environment import rank
 from ds_llm.distributed.interrupt import EXIT_CODE, Interrupt
-from ds_llm.engine import engine
+from ds_llm.engine import processes
 from ds_llm.engine.engine import Engine, StepResult
 from ds_llm.errors import UserError
 from ds_llm.files import lock
@@ -86,7 +86,7 @@ class Trainer:
             self._restore(*resume)
         self._record()
         info = run_record.describe(
-            self.config, self.job, self.layout.world, engine.device().type, self.global_batch, self.total
+            self.config, self.job, self.layout.world, processes.device().type, self.global_batch, self.total
         )
         self.tracker = Tracker(
             self.config, self.output, total_steps=self.total, start_step=self.state["step"], run_info=info
@@ -107,7 +107,7 @@ class Trainer:
 
     def _asked_to_stop(self) -> bool:
         """Whether any process was asked to stop; collective."""
-        return engine.all_reduce([float(self.interrupt.requested())])[0] > 0
+        return processes.all_reduce([float(self.interrupt.requested())])[0] > 0
 
     def _loop(self, info: dict) -> int:
         flops = info["flops_per_token"]

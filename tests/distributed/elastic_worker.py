@@ -24,6 +24,7 @@ from ds_llm.compat import deepspeed_optimizers as masters  # noqa: E402
 from ds_llm.compat.deepspeed import loss_scale  # noqa: E402
 from ds_llm.config import run as configuration  # noqa: E402
 from ds_llm.engine import engine as engines  # noqa: E402
+from ds_llm.engine import processes  # noqa: E402
 from ds_llm.models.decoder import DecoderConfig, DecoderForCausalLM  # noqa: E402
 from ds_llm.models.head import attach_loss_head  # noqa: E402
 from ds_llm.pretrained.lora import add_adapter  # noqa: E402
@@ -84,7 +85,7 @@ def train(engine, data: list[dict], accumulation: int) -> list[float]:
             found = engine.forward(**{n: t[first : first + size] for n, t in batch.items()})
             engine.backward(found.loss_sum / valid + found.aux_loss / (world * accumulation))
             total += found.loss_sum.item()
-        losses.append(engines.all_reduce([total / valid])[0])
+        losses.append(processes.all_reduce([total / valid])[0])
         engine.step(LR)
     return losses
 
@@ -175,7 +176,7 @@ def load(folder: Path, name: str, kind: str, dtype: str, how) -> dict:
 
 
 def main(action: str, folder: Path) -> None:
-    engines.init_distributed()
+    processes.init_distributed()
     world = dist.get_world_size()
     found = {}
     for name, kind, dtype, how in json.loads((folder / "cases.json").read_text())[str(world)]:

@@ -18,6 +18,7 @@ import torch.distributed as dist  # noqa: E402
 
 from ds_llm.config import run as configuration  # noqa: E402
 from ds_llm.engine import engine as engines  # noqa: E402
+from ds_llm.engine import processes  # noqa: E402
 from ds_llm.models.decoder import DecoderConfig, DecoderForCausalLM  # noqa: E402
 from ds_llm.models.head import attach_loss_head, lm_loss  # noqa: E402
 from ds_llm.train.modes.pretrain import LanguageModeling  # noqa: E402
@@ -85,7 +86,7 @@ def train(engine, data, size: int, accumulation: int, vetoed: int | None):
             engine.backward(found.loss_sum / valid + found.aux_loss / (world * accumulation))
             total += found.loss_sum.item()
             counts.append(found.expert_counts)
-        (loss,) = engines.all_reduce([total / valid])
+        (loss,) = processes.all_reduce([total / valid])
         result = engine.step(LR, veto=step == vetoed)
         seen.append({"loss": loss, "norm": result.grad_norm, "applied": result.applied})
     return seen, torch.stack(counts)
@@ -140,14 +141,14 @@ def case(dtype: str, stage: int, accumulation: int, name: str, data, plain, scra
             "average_share": sum(a.numel() for a in engine.average.tensors) / sum(p.numel() for p in weights.values()),
             "saved_bytes": sum(f.stat().st_size for f in scratch.rglob("*") if f.is_file()),
         }
-    needed = engines.all_reduce([engine.state_bytes()])[0]
+    needed = processes.all_reduce([engine.state_bytes()])[0]
     engine.destroy()
     resumed.destroy()
     return found | {"needed_bytes": needed}
 
 
 def main(results: Path, scratch: Path) -> None:
-    engines.init_distributed()
+    processes.init_distributed()
     data = batches()
     plain = {name: reference(data, name) for name in ("adamw", "adam")}
     found = {}

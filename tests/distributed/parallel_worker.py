@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
 from ds_llm.config import run as configuration  # noqa: E402
 from ds_llm.config.mode_sections import LoraConfig  # noqa: E402
 from ds_llm.engine import engine as engines  # noqa: E402
+from ds_llm.engine import processes  # noqa: E402
 from ds_llm.models import accelerate  # noqa: E402
 from ds_llm.models.decoder import DecoderConfig, DecoderForCausalLM  # noqa: E402
 from ds_llm.models.head import attach_loss_head, lm_loss  # noqa: E402
@@ -272,7 +273,7 @@ def cases(world: int) -> list[Case]:
 
 
 def main(results: Path, scratch: Path, only: str = "") -> None:
-    engines.init_distributed()
+    processes.init_distributed()
     data, known, found = batches(), {}, {}
     # DeepSpeed's tensor groups stay for the life of a process, so those come last
     for case in sorted(cases(dist.get_world_size()), key=lambda case: "parallel.tensor" in case.name):

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 from ds_llm.config import run as configuration  # noqa: E402
 from ds_llm.engine import engine as engines  # noqa: E402
+from ds_llm.engine import processes  # noqa: E402
 
 WIDTH, ROWS, MICRO_STEPS = 24, 4, 2
 SETTINGS = ("contiguous_gradients=false", "overlap_comm=true", "reduce_scatter=false", "reduce_bucket_size=100")
@@ -71,7 +72,7 @@ def gradients(dtype: str, stage: int, setting: str) -> dict[str, torch.Tensor]:
 
 
 def main() -> None:
-    engines.init_distributed()
+    processes.init_distributed()
     expected, found = reference(), {}
     for dtype in ("fp32", "bf16"):
         for stage in (1, 2, 3):

@@ -18,6 +18,7 @@ import torch.distributed as dist  # noqa: E402
 
 from ds_llm.config import run as configuration  # noqa: E402
 from ds_llm.engine import engine as engines  # noqa: E402
+from ds_llm.engine import processes  # noqa: E402
 from ds_llm.models.decoder import DecoderConfig, DecoderForCausalLM  # noqa: E402
 from ds_llm.models.head import attach_loss_head, lm_loss  # noqa: E402
 from ds_llm.pretrained.loading import load_model  # noqa: E402
@@ -83,7 +84,7 @@ def train(engine, data) -> list[list[float]]:
         engine.begin_micro_step(last=True)
         found = engine.forward(**{n: t[rank * rows : (rank + 1) * rows] for n, t in batch.items()})
         engine.backward(found.loss_sum / (BATCH * LENGTH) + found.aux_loss / dist.get_world_size())
-        (loss,) = engines.all_reduce([found.loss_sum.item() / (BATCH * LENGTH)])
+        (loss,) = processes.all_reduce([found.loss_sum.item() / (BATCH * LENGTH)])
         seen.append([loss, engine.step(LR).grad_norm])
     return seen
 
@@ -122,7 +123,7 @@ def case(settings: list[str], data, plain, scratch: Path) -> dict:
     ends = [e.gather(m) for e, m in zip(engine_of, models, strict=True)]
     masters, states = (sum(t.numel() for t in group) for group in (engine._masters.weights(), engine.average.tensors))
     moments = [t.numel() for s in engine._optimizer.state.values() for t in s.values() if torch.is_tensor(t)]
-    held = engines.all_reduce([masters, states, sum(n for n in moments if n > 1)])
+    held = processes.all_reduce([masters, states, sum(n for n in moments if n > 1)])
     found = {}
     if dist.get_rank() == 0:
         expected, average, losses, norms, kept = plain
@@ -145,7 +146,7 @@ def case(settings: list[str], data, plain, scratch: Path) -> dict:
 
 
 def main(results: Path, scratch: Path, files: list[str]) -> None:
-    engines.init_distributed()
+    processes.init_distributed()
     data = batches()
     plain = reference(data)
     found = {}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ds_llm.compat.peft import without_wrapper
 from ds_llm.data.batches import count_processed
 from ds_llm.data.corrupt import document_numbers
-from ds_llm.engine import engine as processes
+from ds_llm.engine import processes
 from ds_llm.errors import UserError
 from ds_llm.models import quality_loss
 from ds_llm.models.head import IGNORE_INDEX, head_loss, run_backbone

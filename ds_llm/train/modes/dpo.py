@@ -17,7 +17,8 @@ from ds_llm.config.run import Config
 from ds_llm.data.corpora import cache_folder
 from ds_llm.data.order import SampleOrder
 from ds_llm.data.pairs import Pairs, prepare_pairs
-from ds_llm.engine import engine as processes
+from ds_llm.engine import processes
+from ds_llm.engine.inference import inference
 from ds_llm.errors import ConfigError, UserError
 from ds_llm.pretrained import lora as adapters
 from ds_llm.pretrained.fingerprint import identity, model_fingerprint
@@ -258,7 +259,7 @@ def _reference(config: Config, data: Data, engine, model: nn.Module, start: str 
         accelerate(reference)
     attach_loss_head(reference)
     fingerprint = model_fingerprint(reference)
-    with processes.inference(PreferenceObjective(reference, None), config) as forward:
+    with inference(PreferenceObjective(reference, None), config) as forward:
         yield lambda batch: forward(**batch, log_probs=True), fingerprint
 
 

@@ -21,7 +21,7 @@ from ds_llm.config.run import Config
 from ds_llm.data.batches import Samples
 from ds_llm.data.corrupt import CORRUPTIONS, CorruptedPairs
 from ds_llm.data.order import SampleOrder
-from ds_llm.engine import engine as processes
+from ds_llm.engine import processes
 from ds_llm.errors import ConfigError
 from ds_llm.models import quality_loss
 from ds_llm.pretrained import partial

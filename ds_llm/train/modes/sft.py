@@ -12,7 +12,7 @@ from torch import nn
 from ds_llm.config.run import Config
 from ds_llm.data.corpora import cache_folder
 from ds_llm.data.packing import GroupedSamples, PackedSamples
-from ds_llm.engine import engine as processes
+from ds_llm.engine import processes
 from ds_llm.errors import ConfigError, UserError
 from ds_llm.pretrained import lora as adapters
 from ds_llm.pretrained.lengths import lengths

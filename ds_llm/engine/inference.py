@@ -1,0 +1,50 @@
+"""Forward passes of a frozen model, sharded under ZeRO-3."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ds_llm.config.deepspeed import build as build_deepspeed_config
+from ds_llm.config.run import Config
+from ds_llm.engine.moe_blocks import keep_experts_whole
+from ds_llm.engine.processes import device
+from ds_llm.models.parameters import exact_buffers, restore_buffers
+
+
+@contextlib.contextmanager
+def inference(module: nn.Module, config: Config) -> Iterator[Callable]:
+    """The forward pass of a frozen module in `train.dtype`, without gradients, while the block runs.
+
+    Under ZeRO-3 the weights are sharded over the ranks, which must then all call it equally often; else every rank
+    holds all of them. The module is of no use afterwards.
+    """
+    module.requires_grad_(False).eval()
+    settings = build_deepspeed_config(config, dist.get_world_size())
+    if settings["zero_optimization"]["stage"] < 3:
+        module.to(device())
+        run, release = module, lambda: None
+    else:
+        keep_experts_whole(module)
+        exact = exact_buffers(module)
+        zero = {k: v for k, v in settings["zero_optimization"].items() if k != "offload_optimizer"}
+        names = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "bf16", "fp16", "steps_per_print")
+        chosen = {name: settings[name] for name in names if name in settings}
+        run, *_ = deepspeed.initialize(model=module, config=chosen | {"zero_optimization": zero})
+        restore_buffers(module, exact, device())
+        run.eval()
+        release = run.destroy
+
+    @torch.no_grad()
+    def forward(**batch):
+        return run(**{k: v.to(device()) if torch.is_tensor(v) else v for k, v in batch.items()})
+
+    try:
+        yield forward
+    finally:
+        release()
