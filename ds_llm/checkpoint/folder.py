@@ -23,8 +23,8 @@ from pathlib import Path
 import torch.distributed as dist
 from safetensors import SafetensorError
 
-from ds_llm.distributed import shared_folder as places
-from ds_llm.distributed import watchdog
+from ds_llm.distributed import shared_folder, watchdog
+from ds_llm.distributed.collectives import check_all, gather
 from ds_llm.errors import UserError
 from ds_llm.progress import console
 
@@ -55,8 +55,8 @@ def save(output: Path, step: int, state: dict, write: Callable[[Path], None], ne
 def _save(output: Path, step: int, state: dict, write: Callable[[Path], None], needed_bytes: int) -> Path:
     target = folder(output, step)
     partial = target.with_name(f".{target.name}.partial")
-    world, place, lack = dist.get_world_size(), places.of(output), None
-    sizes = places.gather(needed_bytes)
+    world, place, lack = dist.get_world_size(), shared_folder.of(output), None
+    sizes = gather(needed_bytes)
     needed, free = sum(sizes[rank] for rank in place.ranks), _free_bytes(output)
     if needed > free:
         where = "" if place.alone else f" on {place.hosts[place.ranks[0]]}"
@@ -64,7 +64,7 @@ def _save(output: Path, step: int, state: dict, write: Callable[[Path], None], n
             f"{target}: not saved: it needs about {_size(needed)}, the disk{where} has {_size(free)}; "
             f"{_newest(output)}. Free some space and continue with resume=auto"
         )
-    places.check_all(lack)
+    check_all(lack)
     try:
         if place.keeps:
             shutil.rmtree(partial, ignore_errors=True)
@@ -74,9 +74,9 @@ def _save(output: Path, step: int, state: dict, write: Callable[[Path], None], n
         if place.keeps:
             _write_json(partial / "trainer.json", state)
         dist.barrier()
-        places.complete(place, partial, _files)
+        shared_folder.complete(place, partial, _files)
         mine = {name: _checksum(partial / name) for name in sorted(_files(partial))[place.index :: len(place.ranks)]}
-        parts = places.gather(mine)
+        parts = gather(mine)
         if place.keeps:
             files = {name: entry for rank in place.ranks for name, entry in parts[rank].items()}
             manifest = {"step": step, "world_size": world, "ranks": place.ranks, "files": files}
@@ -101,7 +101,7 @@ def newest_whole(output: Path) -> Path | None:
 
     Every rank calls it; each checks its share of the files.
     """
-    for step in places.common_steps(places.of(output), steps(output)):
+    for step in shared_folder.common_steps(shared_folder.of(output), steps(output)):
         reason = damage(folder(output, step))
         if reason is None:
             return folder(output, step)
@@ -130,14 +130,14 @@ def damage(path: Path) -> str | None:
             break
     if mine and not place.alone:
         mine += f", on {place.hosts[dist.get_rank()]}"
-    reasons = [r for r in places.gather(mine) if r]
+    reasons = [r for r in gather(mine) if r]
     return reasons[0] if reasons else None
 
 
-def place_of(path: Path) -> places.Place:
+def place_of(path: Path) -> shared_folder.Place:
     """Who shares the folder of a checkpoint; collective."""
     inside = NAME.fullmatch(path.name) is not None
-    return places.of(path.absolute().parent.parent if inside else path, writable=False)
+    return shared_folder.of(path.absolute().parent.parent if inside else path, writable=False)
 
 
 def _listed(path: Path) -> list[tuple[str, dict]]:

@@ -11,6 +11,7 @@ from ds_llm.checkpoint import folder as checkpoint
 from ds_llm.config.options import flatten, to_dict
 from ds_llm.config.run import Config
 from ds_llm.distributed import shared_folder
+from ds_llm.distributed.collectives import check_all, gather
 from ds_llm.distributed.environment import world_size
 from ds_llm.errors import UserError
 from ds_llm.files import lock
@@ -57,7 +58,7 @@ def resume_point(config: Config, output: Path) -> tuple[Path, dict] | None:
     place = shared_folder.of(output)
     if place.keeps and place.ranks[0]:  # a folder beside that of rank 0, which has locked its own
         _kept.enter_context(lock(output))
-    held = sorted(set().union(*shared_folder.gather(checkpoint.steps(output))), reverse=True)
+    held = sorted(set().union(*gather(checkpoint.steps(output))), reverse=True)
     if config.resume == "never":
         if held:
             raise UserError(f"output: {output} holds the checkpoints of a run; use resume=auto or another folder")
@@ -75,7 +76,7 @@ def resume_point(config: Config, output: Path) -> tuple[Path, dict] | None:
         found = Path(config.resume)
         missing = f"resume: {found}: no such checkpoint folder"
         where = "" if place.alone else f" on {place.hosts[place.ranks[0]]}"
-        shared_folder.check_all(None if found.is_dir() else missing + where)
+        check_all(None if found.is_dir() else missing + where)
         if checkpoint.steps(found):
             newest = checkpoint.folder(found, checkpoint.steps(found)[0])
             raise UserError(f"resume: {found} is a run, not a checkpoint; name one, for example {newest}")

@@ -1,13 +1,12 @@
-"""How the processes of a job know of each other without a collective: each keeps a connection to rank 0.
+"""Heartbeats of all ranks to rank 0 over TCP.
 
 Every other rank tells rank 0 once per `BEAT_SECONDS` what it is doing and hears in return what rank 0 does and whether
 the job must end. A rank whose connection breaks, that says that it has failed, or that is silent for too long ends the
 job for all: rank 0 finds it and tells the others; each of those finds the same of rank 0. No folder needs to be shared
 for it, and a main thread that is stuck in a collective does not stop it.
 
-On the wire a message is a length, a JSON object, a length, bytes. Rank 0 listens on a port of its own choice; port and
-a secret reach the others through the store of torch.distributed at MASTER_ADDR:MASTER_PORT. Who does not know the
-secret is not answered.
+Messages are those of `ds_llm.distributed.messages`. Rank 0 listens on a port of its own choice; port and a secret reach
+the others through the store of torch.distributed at MASTER_ADDR:MASTER_PORT. Rank 0 does not answer without the secret.
 """
 
 from __future__ import annotations
@@ -15,29 +14,24 @@ from __future__ import annotations
 import contextlib
 import hmac
 import itertools
-import json
 import os
 import secrets
 import socket
-import socketserver
-import struct
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 
+from ds_llm.distributed.messages import Silence, listen, receive, send
 from ds_llm.errors import UserError
 
 BEAT_SECONDS = 1.0
 START_SECONDS = 300.0  # for all ranks of a launch to appear
 LATE_SECONDS = 10.0  # that rank 0, when it has failed, stays for those that are still starting
 HELLO_SECONDS = 10.0  # for a new connection to say who it is
-SEND_SECONDS = 60.0  # for a message to leave; small ones do at once
-LONGEST_OBJECT, LONGEST_BYTES = 1 << 24, 1 << 31
 LONGEST_HELLO = 1 << 16  # from whoever connects
 FAILED = "failed: "  # what rank 0 leaves in the place of its endpoint
-LENGTHS = struct.Struct("<IQ")
 _meetings = itertools.count()  # of this process, in which jobs can follow each other
 
 
@@ -50,10 +44,6 @@ class Verdict:
     rank: int
     text: str
     own: bool = True
-
-
-class Silence(Exception):
-    """Nothing was received for too long."""
 
 
 class Peers:
@@ -92,7 +82,7 @@ class Peers:
         """Open the connections. `UserError` where rank 0 cannot be reached or its port is taken."""
         if self.rank == 0:
             self._token = secrets.token_hex(16)
-            self._server = _server(self._serve)
+            self._server = listen(self._serve)
             threading.Thread(target=self._server.serve_forever, args=(0.1,), daemon=True).start()
             self._meet(f"{self._server.server_address[1]} {self._token}")
             self._thread = threading.Thread(target=self._await_all, daemon=True)
@@ -158,8 +148,8 @@ class Peers:
             try:
                 if self._asking is None:
                     self._asking = self._connect("ask")
-                _send(self._asking, {"service": service, **what}, data)
-                answer, found = _receive(self._asking, self.lost_seconds)
+                send(self._asking, {"service": service, **what}, data)
+                answer, found = receive(self._asking, self.lost_seconds)
             except (OSError, Silence) as error:
                 raise UserError(f"{self.name(0)} does not answer ({error})", any_rank=True) from None
         if "error" in answer:
@@ -220,7 +210,7 @@ class Peers:
                 any_rank=True,
             ) from None
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        _send(connection, {"token": self._token, "rank": self.rank, "kind": kind, "state": dict(self.own)})
+        send(connection, {"token": self._token, "rank": self.rank, "kind": kind, "state": dict(self.own)})
         return connection
 
     # -- rank 0 -------------------------------------------------------------------------------------------------------
@@ -241,7 +231,7 @@ class Peers:
 
     def _serve(self, connection: socket.socket) -> None:
         try:
-            hello, _ = _receive(connection, HELLO_SECONDS, LONGEST_HELLO)
+            hello, _ = receive(connection, HELLO_SECONDS, LONGEST_HELLO)
             if not hmac.compare_digest(str(hello.get("token")), self._token):
                 return
             rank = int(hello["rank"])
@@ -255,17 +245,17 @@ class Peers:
         self.states[rank], self._heard[rank] = hello["state"], time.monotonic()
         try:
             while True:
-                found, _ = _receive(connection, self.lost_seconds)
+                found, _ = receive(connection, self.lost_seconds)
                 self._heard[rank] = time.monotonic()
                 if "bye" in found:
                     self._left.add(rank)
                     if found["bye"]["failed"] is not None:
                         self._judge("failed", rank, f"{self.name(rank)} failed: {found['bye']['failed']}")
-                    _send(connection, {})
+                    send(connection, {})
                     return
                 self.states[rank] = found["state"]
                 verdict = self.verdict
-                _send(connection, {"state": dict(self.own), "verdict": asdict(verdict) if verdict else None})
+                send(connection, {"state": dict(self.own), "verdict": asdict(verdict) if verdict else None})
                 if verdict:
                     self._told.add(rank)
         except (OSError, Silence, ValueError) as error:
@@ -276,14 +266,14 @@ class Peers:
 
     def _answer(self, rank: int, connection: socket.socket) -> None:
         while True:
-            what, data = _receive(connection, None)
+            what, data = receive(connection, None)
             try:
                 answer, found = self.services[what.pop("service")](rank, what, data)
             except KeyError:
                 answer, found = {"error": "not ready"}, b""
             except (UserError, OSError) as error:
                 answer, found = {"error": str(error)}, b""
-            _send(connection, answer, found)
+            send(connection, answer, found)
 
     # -- the other ranks ----------------------------------------------------------------------------------------------
 
@@ -292,8 +282,8 @@ class Peers:
         try:
             while True:
                 bye = self._bye
-                _send(connection, {"bye": bye} if bye else {"state": dict(self.own)})
-                told, _ = _receive(connection, self.lost_seconds)
+                send(connection, {"bye": bye} if bye else {"state": dict(self.own)})
+                told, _ = receive(connection, self.lost_seconds)
                 if bye:
                     return
                 self.states[0], self._heard[0] = told["state"], time.monotonic()
@@ -342,63 +332,3 @@ def port_in_use() -> UserError:
         "deepspeed --master_port 29600 ... (torchrun: --master-port)",
         any_rank=True,
     )
-
-
-def _server(serve: Callable[[socket.socket], None]) -> socketserver.ThreadingTCPServer:
-    class Handler(socketserver.BaseRequestHandler):
-        def handle(self):
-            serve(self.request)
-
-    class Server(socketserver.ThreadingTCPServer):
-        daemon_threads, block_on_close, request_queue_size = True, False, 1024
-        address_family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
-
-        def server_bind(self):
-            if self.address_family == socket.AF_INET6:  # IPv4 too
-                self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-            super().server_bind()
-
-        def handle_error(self, request, address):
-            """Whatever a connection sends must not disturb the job's output."""
-
-    return Server(("", 0), Handler)
-
-
-def _send(connection: socket.socket, what: dict, data: bytes = b"") -> None:
-    text = json.dumps(what).encode()
-    connection.settimeout(SEND_SECONDS)
-    connection.sendall(LENGTHS.pack(len(text), len(data)) + text + data)
-
-
-def _receive(connection: socket.socket, patience: float | None, longest: int | None = None) -> tuple[dict, bytes]:
-    """The next message, of up to `longest` bytes.
-
-    `Silence` after `patience` seconds of this process's running time: while the whole job is suspended, nobody is late.
-    """
-    lengths = _read(connection, LENGTHS.size, patience)
-    text, data = LENGTHS.unpack(lengths)
-    if text > LONGEST_OBJECT or data > LONGEST_BYTES or (longest is not None and text + data > longest):
-        raise ConnectionError("no message of this job")
-    found = json.loads(_read(connection, text, patience))
-    if not isinstance(found, dict):
-        raise ValueError("no object")
-    return found, bytes(_read(connection, data, patience))
-
-
-def _read(connection: socket.socket, size: int, patience: float | None) -> bytearray:
-    slice_seconds = 1.0 if patience is None else min(1.0, patience / 10)
-    found, waited = bytearray(), 0.0
-    connection.settimeout(slice_seconds)
-    while len(found) < size:
-        try:
-            piece = connection.recv(min(size - len(found), 1 << 20))
-        except TimeoutError:
-            waited += slice_seconds
-            if patience is not None and waited >= patience:
-                raise Silence(f"no sign of life for {patience:g} s") from None
-            continue
-        if not piece:
-            raise ConnectionError("connection closed")
-        found += piece
-        waited = 0.0
-    return found

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from ds_llm.distributed import watchdog
+from ds_llm.distributed.collectives import check_all, gather
 from ds_llm.errors import UserError
 
 # the number of a rank in names of DeepSpeed's files (zero_pp_rank_1_...) and of ours (ema_rank00001.pt)
@@ -86,20 +87,6 @@ def _find(folder: Path, writable: bool) -> Place:
         dist.barrier()
         mark.unlink(missing_ok=True)
     return Place(seen, hosts)
-
-
-def gather(value) -> list:
-    """The values of all ranks."""
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def check_all(trouble: str | None) -> None:
-    """`UserError` on every rank with what the first rank that has trouble says."""
-    for found in gather(trouble):
-        if found:
-            raise UserError(found)
 
 
 def common_steps(place: Place, own: list[int]) -> list[int]:

@@ -24,6 +24,7 @@ from torch import nn
 
 from ds_llm.compat import deepspeed_optimizers as masters
 from ds_llm.compat.deepspeed import SCALER, TRUSTED, loss_scaler, unpartitioned_numel
+from ds_llm.distributed.collectives import gather
 from ds_llm.engine.ema import MovingAverage
 from ds_llm.errors import UserError
 from ds_llm.progress import progress
@@ -170,8 +171,7 @@ class States:
         """
         path, mine = folder / f"parts_rank{self._rank:05d}.json", self.description()
         alike = json.loads(path.read_text()) == mine and not mine["swapped"] if path.exists() else None
-        answers = [None] * dist.get_world_size()
-        dist.all_gather_object(answers, alike)
+        answers = gather(alike)
         return all(answers) or all(answer is None for answer in answers)
 
     def load_average(self, folder: Path) -> None:

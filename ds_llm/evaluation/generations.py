@@ -14,6 +14,7 @@ import torch.distributed as dist
 from ds_llm.compat.peft import without_wrapper
 from ds_llm.config.run import Config
 from ds_llm.config.text_metrics import LABELS, check_metrics
+from ds_llm.distributed.collectives import gather
 from ds_llm.distributed.environment import rank
 from ds_llm.errors import ConfigError, UserError
 from ds_llm.evaluation.measure import circumstances, process_group
@@ -53,9 +54,7 @@ def generate(generator: Generator, prompts: Sequence[list[int]], max_new_tokens:
                     found.update(zip(rows, texts, strict=True))
             task.advance(sum(map(len, batches[first : first + world])))
     if together and world > 1:
-        parts: list[dict] = [{}] * world
-        dist.all_gather_object(parts, found)
-        found = {i: text for part in parts for i, text in part.items()}
+        found = {i: text for part in gather(found) for i, text in part.items()}
     return [found[i] for i in range(len(prompts))]
 
 

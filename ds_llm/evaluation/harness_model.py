@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ds_llm.compat.lm_eval import HFLM, get_rolling_token_windows, make_disjoint_window
+from ds_llm.distributed.collectives import gather
 from ds_llm.models.head import attach_loss_head, backbone
 from ds_llm.progress import progress
 
@@ -126,6 +127,5 @@ class HarnessModel(HFLM):
                 task.advance(len(mine[first : first + step]))
         if world == 1:
             return texts
-        shares: list = [None] * world
-        dist.all_gather_object(shares, texts)
+        shares = gather(texts)
         return [shares[number % world][number // world] for number in range(len(requests))]

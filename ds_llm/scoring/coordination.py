@@ -16,8 +16,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from ds_llm.distributed import shared_folder as places
-from ds_llm.distributed import watchdog
+from ds_llm.distributed import shared_folder, watchdog
 from ds_llm.distributed.heartbeat import Peers
 from ds_llm.distributed.interrupt import EXIT_CODE
 from ds_llm.errors import UserError
@@ -53,7 +52,7 @@ class Ranks:
         peers.own |= {"stage": STAGES[0], "content": {}, "progress": self.progress}
         if self.rank == 0:
             (folder / MARK).write_text(self._mark)
-            places.serve(folder)
+            shared_folder.serve(folder)
             peers.services["append"] = self._append
 
     def close(self) -> None:
@@ -122,7 +121,7 @@ class Ranks:
                 if not self._has(whole):
                     watchdog.doing("fetching from rank 0")
                     for name in names:
-                        places.fetch(name, folder / name)
+                        shared_folder.fetch(name, folder / name)
                     whole.write_text(self._mark)
         except OSError as error:
             raise UserError(f"{folder}: cannot be written ({error.strerror})", any_rank=True) from None

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ds_llm.distributed.collectives import gather
 from ds_llm.errors import UserError
 from ds_llm.progress import Task, progress
 from ds_llm.selection.features import Features, own_blocks
@@ -179,8 +180,4 @@ class _State:
 
     def _gather(self, value) -> list:
         """The value of every process."""
-        if not self.together:
-            return [value]
-        found = [None] * dist.get_world_size()
-        dist.all_gather_object(found, value)
-        return found
+        return gather(value) if self.together else [value]

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from ds_llm.checkpoint import folder as checkpoint
 from ds_llm.compat.deepspeed import own_part
 from ds_llm.config.sections import StabilityConfig
+from ds_llm.distributed.collectives import gather
 from ds_llm.errors import UserError
 
 SHOWN = 8  # samples that are named
@@ -61,7 +61,7 @@ def blame(picks: Sequence[Sequence[int]], losses: Sequence[torch.Tensor]) -> str
     picks: of each micro-batch of this rank the numbers of its samples; losses: its summed loss.
     """
     mine = [int(i) for pick, loss in zip(picks, losses, strict=True) if not torch.isfinite(loss).all() for i in pick]
-    found = sorted(set().union(*_gather(mine)))
+    found = sorted(set().union(*gather(mine)))
     more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
     return f" in samples {', '.join(map(str, found[:SHOWN]))}{more}" if found else ""
 
@@ -76,7 +76,7 @@ def check_weights(model: nn.Module, output: Path, step: int, source: str | None)
         if held.is_floating_point() and not torch.isfinite(held).all():
             bad = name
             break
-    name = next(filter(None, _gather(bad)), None)
+    name = next(filter(None, gather(bad)), None)
     if name is None:
         return
     if step:
@@ -87,9 +87,3 @@ def check_weights(model: nn.Module, output: Path, step: int, source: str | None)
 def _good(output: Path) -> str:
     done = checkpoint.steps(output)
     return f"the last good checkpoint is {checkpoint.folder(output, done[0])}" if done else "none was saved"
-
-
-def _gather(value) -> list:
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values

@@ -14,6 +14,7 @@ import pytest
 from jobs import PATIENCE
 
 from ds_llm.distributed import heartbeat as module
+from ds_llm.distributed import messages
 from ds_llm.distributed.heartbeat import Peers
 from ds_llm.errors import UserError
 
@@ -154,14 +155,14 @@ def test_strangers_get_no_answer_and_disturb_nobody(job):
     zero, one = job(2)
     port = int(zero.endpoint.split()[0])
     hello = json.dumps({"token": "guess", "rank": 1, "kind": "beat", "state": {"host": "x", "pid": 1}}).encode()
-    for data in (module.LENGTHS.pack(len(hello), 0) + hello, b"GET / HTTP/1.1\r\n\r\n", b"\xff" * 100, b""):
+    for data in (messages.LENGTHS.pack(len(hello), 0) + hello, b"GET / HTTP/1.1\r\n\r\n", b"\xff" * 100, b""):
         with socket.create_connection(("127.0.0.1", port)) as stranger:
             stranger.sendall(data)
             stranger.shutdown(socket.SHUT_WR)
             stranger.settimeout(PATIENCE)
             assert stranger.recv(100) == b""
     with socket.create_connection(("127.0.0.1", port)) as stranger:  # who announces a long message is not listened to
-        stranger.sendall(module.LENGTHS.pack(10, module.LONGEST_HELLO))
+        stranger.sendall(messages.LENGTHS.pack(10, module.LONGEST_HELLO))
         stranger.settimeout(module.HELLO_SECONDS / 2)
         assert stranger.recv(100) == b""
     zero.own["now"] = 1
