@@ -37,6 +37,8 @@ def test_modules_and_their_members_exist():
 
 
 def test_paths_named_in_the_pages_exist():
-    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+    for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
+        if page.name == "extending.md":  # names files that it makes, see test_extending.py
+            continue
         for path in re.findall(r"`((?:ds_llm|launch|tests|benchmarks|ds_configs|kernels)/[\w./-]+)`", page.read_text()):
             assert (ROOT / path).exists(), f"{page.name}: {path}"

@@ -15,8 +15,8 @@ class LoraConfig:
     dropout: float = key(0.0, "Dropout probability on the adapters' input", at_least=0, below=1)
     targets: list[str] = key(
         ["all-linear"],
-        "Layers that get an adapter: all-linear (all but the output head and expert stacks), or the ends of their "
-        "names, as [q_proj, v_proj]; experts.gate_up_proj names a fused expert tensor",
+        "Layers that get an adapter: all-linear (not the output head, not expert stacks) or ends of names, as [q_proj, "
+        "v_proj]; experts.gate_up_proj names an expert stack",
     )
     dora: bool = key(False, "DoRA: learn the norms of the weights' rows besides")
     rslora: bool = key(False, "rsLoRA: scale by alpha / sqrt(r)")
@@ -70,8 +70,8 @@ class SparseConfig:
     )
     samples: int | None = key(
         None,
-        "Samples of an epoch, drawn once from data.train (more than it has: some come again), so that its steps are "
-        "samples / global batch; none: all of data.train",
+        "Samples of an epoch, drawn once from data.train, some of them again where it has fewer; none: all of "
+        "data.train",
         at_least=1,
     )
     scale_lr: bool = key(False, "Multiply optim.lr by the square root of the global batch")
@@ -82,8 +82,8 @@ class RouterConfig:
     train_routers: bool = key(False, "Train the routers too, not only the gates; lora.enabled: by low-rank adapters")
     quality_loss: str = key(
         "sigmoid",
-        "Loss on the gates: sigmoid, mse, beta_moment_matching, mean_variance_regularization; contrastive and ranking "
-        "tell samples from corrupted copies; loss_aware follows the model's own loss on a sample; or a registered one",
+        "Loss on the gates: sigmoid, mse, beta_moment_matching, mean_variance_regularization, contrastive, ranking, "
+        "loss_aware (see docs/select_moe.md), or a registered one",
     )
     quality_weight: float = key(0.01, "Weight of the quality loss", at_least=0)
     balance_weight: float | None = key(None, "Weight of the load-balancing loss; none: the model's own", at_least=0)

@@ -59,8 +59,8 @@ class ModelConfig:
 class DataConfig:
     train: list[str] = key(
         [],
-        "What to train on. pretrain: token files (.bin). sft: JSONL, JSON or Parquet files, folders or patterns, or "
-        "the hub name of a data set; dpo: such files with preference pairs; sparse, router: as pretrain or as sft",
+        "pretrain: token files (.bin). sft, dpo: JSONL, JSON or Parquet files, folders, patterns or hub names, for dpo "
+        "with pairs. sparse, router: either kind",
     )
     val: list[str] = key(
         [],
@@ -198,8 +198,8 @@ class StabilityConfig:
     spike_window: int = key(50, "Steps the recent median is taken over", at_least=2)
     hang_timeout: float = key(
         1800.0,
-        "Seconds in which a step, or a batch of an evaluation, must end; else the run is ended with what every process "
-        "was doing and its stack; 0: no limit",
+        "Seconds within which a step or an evaluation's batch must end, else the run ends with the stacks of all "
+        "processes; 0: no limit",
         at_least=0,
     )
     lost_timeout: float = key(

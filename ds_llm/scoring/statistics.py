@@ -26,16 +26,17 @@ def describe_rows(index: Index) -> None:
         raise UserError("the data holds no row")
     if bad == c["rows"]:
         raise UserError(f"none of the {bad:,} rows can be scored ({reasons}); the first: {c['example']}")
-    console.print(f"{c['rows']:,} rows, {c['tokens']:,} tokens, of which {c['scored_tokens']:,} count")
+    console.print(f"{c['rows']:,} rows, {c['tokens']:,} tokens, of which {c['scored_tokens']:,} count", markup=False)
     if bad:
-        console.print(f"  {bad:,} rows cannot be scored: {reasons}; the first: {c['example']}")
+        console.print(f"  {bad:,} rows cannot be scored: {reasons}; the first: {c['example']}", markup=False)
     if c["truncated"]:
         console.print(
             f"  {c['truncated']:,} rows are longer than max_length and cut; {c['lost_tokens']:,} tokens that would "
-            "count are lost"
+            "count are lost",
+            markup=False,
         )
     if c["without_answer"]:
-        console.print(f"  {c['without_answer']:,} rows have no token that counts")
+        console.print(f"  {c['without_answer']:,} rows have no token that counts", markup=False)
 
 
 def collect(output: Output, index: Index, plan: Plan, errors: Counter, more: dict) -> dict:
