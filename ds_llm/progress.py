@@ -15,7 +15,8 @@ from ds_llm.distributed.environment import rank
 
 PLAIN_SECONDS = 5.0  # between lines when the output is not a terminal
 
-console = Console(highlight=False, soft_wrap=True, quiet=rank() != 0)
+# without markup: brackets in paths and texts are no styles
+console = Console(highlight=False, soft_wrap=True, markup=False, quiet=rank() != 0)
 
 
 class Task:
@@ -34,7 +35,7 @@ class Task:
             self._bar.update(self._id, advance=amount, rate=rate)
         elif time.monotonic() - self._shown >= PLAIN_SECONDS:
             self._shown = time.monotonic()
-            console.print(f"{self.title}: {self._counts()}, {rate}{self._eta()}", markup=False)
+            console.print(f"{self.title}: {self._counts()}, {rate}{self._eta()}")
 
     def rate(self) -> float:
         """Units per second since the start."""
@@ -87,7 +88,7 @@ def waiting(text: Callable[[float], str]):
         with console.status("") if live else nullcontext() as status:
             while True:
                 line = text(time.monotonic() - start)
-                status.update(line) if live else console.print(line, markup=False)
+                status.update(line) if live else console.print(line)
                 if over.wait(1 if live else 2 * PLAIN_SECONDS):
                     return
 

@@ -89,18 +89,18 @@ class Recipe:
             if stage.name in self.config.skip:
                 if stage.name not in OPTIONAL and not stage.product.exists():
                     raise UserError(f"skip: {stage.name} leaves {stage.product}, which is not there; put it there")
-                console.print(f"{title}: left out", markup=False)
+                console.print(f"{title}: left out")
                 continue
             if stamp.is_file():
                 self._check_same(stage, json.loads(stamp.read_text()), wanted)
-                console.print(f"{title}: finished before", markup=False)
+                console.print(f"{title}: finished before")
                 continue
-            console.print(f"{title}", style="bold", markup=False)
+            console.print(f"{title}", style="bold")
             start = time.monotonic()
             stage.run()
             seconds = time.monotonic() - start
             write_atomically(stamp, dump({"settings": wanted, "seconds": seconds}))
-            console.print(f"{title}: done in {duration(seconds)}", markup=False)
+            console.print(f"{title}: done in {duration(seconds)}")
         report = self.output / "report.json"
         return json.loads(report.read_text()) if "compare" not in self.config.skip and report.is_file() else None
 
@@ -170,11 +170,11 @@ class Recipe:
         def fuse() -> None:
             models = [c.base, out / strong]
             found = convert.boost(models, out / "vote", fusion_lambda=c.fusion_lambda, connection=connection)
-            console.print(f"fused against the vote: largest difference of the logits {found.made:.3g}", markup=False)
+            console.print(f"fused against the vote: largest difference of the logits {found.made:.3g}")
 
         def extract() -> None:
             found = convert.extract(out / "fused", -1, out / "extracted", drop_connection=connection is not None)
-            console.print(f"by itself against in the ensemble: largest difference {found.made:.3g}", markup=False)
+            console.print(f"by itself against in the ensemble: largest difference {found.made:.3g}")
 
         how = {"fusion_lambda": c.fusion_lambda, "connection": c.connection}
         drawn = [str(out / "resample.jsonl")]
@@ -249,7 +249,7 @@ class Recipe:
 
         def run() -> None:
             for name, model in models.items():
-                console.print(f"held-out loss of {name}", markup=False)
+                console.print(f"held-out loss of {name}")
                 self._measure(model, c.val, "logprob", "logprob", out / "compare" / f"{name}.jsonl")
             report = boosting_report.build(out, list(models), list(self.stages))
             write_atomically(out / "report.json", dump(report))
@@ -275,7 +275,7 @@ class Recipe:
         if words[0] == "deepspeed" and not any("master_port" in word for word in words):
             words += ["--master_port", str(_free_port())]
         command = [program, *words[1:], str(self.launch / script), *arguments]
-        console.print(f"$ {shlex.join(command)}", style="dim", markup=False)
+        console.print(f"$ {shlex.join(command)}", style="dim")
         child = subprocess.Popen(command)
         before = {n: signal.signal(n, lambda n, _: child.send_signal(n)) for n in (signal.SIGTERM, signal.SIGINT)}
         try:

@@ -60,14 +60,14 @@ def show(report: dict) -> None:
     title = f"{report['rows']:,} held-out rows, {report['tokens']:,} tokens that count"
     if report["rows_left_out"]:
         title += f"; {report['rows_left_out']:,} rows left out"
-    console.print(title, markup=False)
+    console.print(title)
     table = Table("model", "steps", "loss", "perplexity", f"loss - {report['against']}", "standard error", box=None)
     for row in report["models"]:
         figures = (f"{row['loss']:.4f}", f"{row['perplexity']:.3f}", f"{row['difference']:+.4f}")
         table.add_row(row["model"], str(row["steps"]), *figures, f"{row['standard_error']:.4f}")
     console.print(table)
     took = ", ".join(f"{name} {duration(value)}" for name, value in report["seconds"].items())
-    console.print(f"stages took: {took}", markup=False)
+    console.print(f"stages took: {took}")
 
 
 def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:

@@ -286,7 +286,7 @@ def show(report: Report) -> None:
     line = f"{report.method}: {report.drawn:,} draws from {report.rows:,} rows, {report.distinct:,} of them drawn"
     if report.missing:
         line += f"; {report.missing:,} rows without all scores left out"
-    console.print(f"{line}; as uneven as drawing from {report.effective:,.0f} equal rows", markup=False)
+    console.print(f"{line}; as uneven as drawing from {report.effective:,.0f} equal rows")
     table = Table("times drawn", *(str(n) for n in sorted(report.distribution)), box=None)
     table.add_row("rows", *(f"{report.distribution[n]:,}" for n in sorted(report.distribution)))
     console.print(table)

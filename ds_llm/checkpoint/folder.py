@@ -105,7 +105,7 @@ def newest_whole(output: Path) -> Path | None:
         reason = damage(folder(output, step))
         if reason is None:
             return folder(output, step)
-        console.print(f"warning: {folder(output, step)} is damaged ({reason}); looking for an older one", markup=False)
+        console.print(f"warning: {folder(output, step)} is damaged ({reason}); looking for an older one")
     return None
 
 

@@ -138,7 +138,7 @@ def run_tokenizer(arguments: argparse.Namespace) -> None:
     statistics.show(str(out), result, beside(out, ".rejects.jsonl"))
     size = result["vocab_size"]
     note = "" if size >= arguments.vocab_size else f" (the text holds no more than that of {arguments.vocab_size:,})"
-    console.print(f"Vocabulary: {size:,} tokens{note}; {result['bytes_per_token']:.2f} bytes per token", markup=False)
+    console.print(f"Vocabulary: {size:,} tokens{note}; {result['bytes_per_token']:.2f} bytes per token")
 
 
 def run_tokens(arguments: argparse.Namespace) -> None:
@@ -161,9 +161,7 @@ def run_tokens(arguments: argparse.Namespace) -> None:
     statistics.show_lengths(result["lengths"], "tokens")
     if arguments.validation:
         held_out = result["validation_lengths"]
-        console.print(
-            f"{validation_path(out)}: {held_out['count']:,} documents, {held_out['total']:,} tokens", markup=False
-        )
+        console.print(f"{validation_path(out)}: {held_out['count']:,} documents, {held_out['total']:,} tokens")
 
 
 def run_show(arguments: argparse.Namespace) -> None:

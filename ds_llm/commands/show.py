@@ -32,7 +32,7 @@ def show_run(config, count: int) -> None:
     if isinstance(samples.report, dict):
         show_counts(samples.report)
     else:
-        console.print(samples.report, markup=False)
+        console.print(samples.report)
 
 
 def _spread(size: int, count: int) -> list[int]:
@@ -50,7 +50,7 @@ def show_sample(title: str, ids: np.ndarray, labels: np.ndarray, tokenizer) -> N
         piece = tokenizer.decode(ids[part].tolist(), clean_up_tokenization_spaces=False)
         bracketed = trained[part[0]] and not console.color_system
         text.append(piece.join(BRACKETS) if bracketed else piece, STYLES[bool(trained[part[0]])])
-    console.print(f"── {title}: {len(ids):,} tokens, {trained.sum():,} trained", style="bold", markup=False)
+    console.print(f"── {title}: {len(ids):,} tokens, {trained.sum():,} trained", style="bold")
     console.print(text)
 
 
@@ -80,10 +80,9 @@ def show_counts(report: dict) -> None:
         for reason, count in sorted(report["dropped"].items(), key=lambda item: -item[1]):
             reasons.add_row(reason, f"{count:,}", REASONS[reason])
         console.print(reasons)
-        console.print(f"Dropped rows with file and line: {report['rejects']}", markup=False)
+        console.print(f"Dropped rows with file and line: {report['rejects']}")
     lengths = report["lengths"]
     console.print(
         f"Sample length in tokens: mean {lengths['mean']:,.0f}, median {lengths['median']:,}, 95% {lengths['p95']:,}, "
-        f"longest {lengths['max']:,}; {report['supervised_tokens']:,} of {report['tokens']:,} tokens are trained",
-        markup=False,
+        f"longest {lengths['max']:,}; {report['supervised_tokens']:,} of {report['tokens']:,} tokens are trained"
     )

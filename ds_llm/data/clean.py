@@ -83,7 +83,7 @@ def clean(
     }
     with resumable(out, settings, overwrite) as run:
         if run.finished:
-            console.print(f"{out}: finished before from the same input and settings; nothing to do", markup=False)
+            console.print(f"{out}: finished before from the same input and settings; nothing to do")
             return run.statistics
         state = run.state or {"records": 0, "dropped": {}, "lines": 0, "rejects": 0, "seen": 0}
         lines, dropped = AppendFile(out, state["lines"]), AppendFile(rejects, state["rejects"])

@@ -73,7 +73,7 @@ def fetch(archive: Archive) -> Path:
     with FileLock(folder / f"{archive.file}.lock"):
         if target.is_file():
             return target
-        console.print(f"Fetching {archive.requirement}", markup=False)
+        console.print(f"Fetching {archive.requirement}")
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             pinned = Path(scratch) / "requirements.txt"
             pinned.write_text(f"{archive.requirement} --hash=sha256:{archive.sha256}\n")

@@ -131,7 +131,7 @@ def encode(
     targets = [out, validation_path(out)] if validation else [out]
     with resumable(out, settings, overwrite) as run:
         if run.finished:
-            console.print(f"{out}: finished before from the same input and settings; nothing to do", markup=False)
+            console.print(f"{out}: finished before from the same input and settings; nothing to do")
             return run.statistics
         if targets[-1].exists() and not overwrite and not run.state:
             raise UserError(f"{targets[-1]}: is there already; use --overwrite or choose another --out")

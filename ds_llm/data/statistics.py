@@ -99,13 +99,12 @@ def show(title: str, statistics: dict, rejects: Path) -> None:
     table.add_row("kept", f"{kept:,}", f"{kept / max(read, 1):.2%}", "")
     console.print(table)
     if dropped:
-        console.print(f"Dropped rows with file and line: {rejects}", markup=False)
+        console.print(f"Dropped rows with file and line: {rejects}")
 
 
 def show_lengths(lengths: dict, unit: str) -> None:
     """Print one line on document lengths, from what `summary` returned."""
     console.print(
         f"Document length in {unit}: mean {lengths['mean']:,.0f}, median {lengths['median']:,}, "
-        f"95% {lengths['p95']:,}, longest {lengths['max']:,}; {lengths['total']:,} in all",
-        markup=False,
+        f"95% {lengths['p95']:,}, longest {lengths['max']:,}; {lengths['total']:,} in all"
     )

@@ -75,7 +75,7 @@ def train_tokenizer(inputs, out, *, vocab_size: int = 6400, field: str = "text",
         raise UserError(f"{out}: is a file; name a folder for the tokenizer")
     with resumable(out, settings, overwrite) as run:
         if run.finished:
-            console.print(f"{out}: finished before from the same input and settings; nothing to do", markup=False)
+            console.print(f"{out}: finished before from the same input and settings; nothing to do")
             return run.statistics
         scratch, old = partial(out), beside(out, ".old")
         shutil.rmtree(scratch, ignore_errors=True)

@@ -236,7 +236,7 @@ class TokenFile:
         """Raise `UserError` when the tokens were written to after their index and are no more what it says; a file
         that is older than its index is taken to be whole."""
         if self.path.stat().st_mtime_ns > index_path(self.path).stat().st_mtime_ns:
-            console.print(f"{self.path}: is newer than its index; comparing its checksum", markup=False)
+            console.print(f"{self.path}: is newer than its index; comparing its checksum")
             self.verify()
 
     def check_ids(self, tokens: np.ndarray, start: int) -> None:

@@ -83,7 +83,7 @@ def prepare(config: Config, tokenizer) -> Callable[[Job], None]:
         where="eval.generation_data" if options.generation_data else KEY,
     )
     _check_words(references, options.generation_metrics, options.generation_tokenizer, "eval.generation_tokenizer")
-    console.print(f"{KEY}: {references.describe()}", markup=False)
+    console.print(f"{KEY}: {references.describe()}")
 
     def add(job: Job) -> None:
         evaluate = job.evaluate
@@ -136,7 +136,7 @@ def measure_generations(
     tokenizer = load_tokenizer(tokenizer_path or model_path)
     references = read_references(data, tokenizer, max_new_tokens=max_new_tokens, positions=positions, rows=rows)
     _check_words(references, metrics, word_tokenizer, "words")
-    console.print(references.describe(), markup=False)
+    console.print(references.describe())
     if out and rank() == 0:
         _write(out, [])  # whether it can be written is told before the work
     start = time.perf_counter()

@@ -74,7 +74,7 @@ def harness(
     with process_group() as device:
         for name, path in models.items():
             if len(models) > 1:
-                console.print(f"{name}: {path}", markup=False)
+                console.print(f"{name}: {path}")
             options = (device, limit, batch_size, dtype, chat_template)
             found[name], about[name] = _evaluate(path, tokenizers[name], loaded, *options)
     return {
@@ -110,8 +110,7 @@ def _evaluate(path, tokenizer, loaded, device, limit, batch_size, dtype, chat_te
     if wrapped.truncated:
         console.print(
             f"warning: {path}: {wrapped.truncated:,} prompts were longer than the model's {wrapped.max_length:,} "
-            "positions and lost their beginning",
-            markup=False,
+            "positions and lost their beginning"
         )
     about = {
         "path": str(path),
@@ -134,7 +133,7 @@ def load_tasks(specs: Sequence[str]) -> dict:
     folders = [str(path) for path in paths.values() if path.is_dir()]
     by_name = [spec for spec, path in paths.items() if not path.is_dir() and path.suffix not in TASK_FILES]
     if by_name:
-        console.print("reading lm-eval's list of tasks", markup=False)
+        console.print("reading lm-eval's list of tasks")
     manager = TaskManager(include_path=folders or None, include_defaults=bool(by_name))
     built = {"tasks": {}, "groups": {}, "group_map": {}}
     for spec, path in paths.items():

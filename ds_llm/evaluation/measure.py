@@ -111,7 +111,7 @@ def measure(
     tokenizer = load_tokenizer(tokenizer_path or model_path)
     streams = open_streams(data, tokenizer, text_field)
     if streams.rejected:
-        console.print(f"warning: {len(streams.rejected):,} rows left out: {_counts(streams.rejected)}", markup=False)
+        console.print(f"warning: {len(streams.rejected):,} rows left out: {_counts(streams.rejected)}")
     if window > (longest := max(map(len, streams.tokens))):
         raise UserError(f"{', '.join(map(str, data))}: {longest:,} tokens, less than one window of {window:,}")
     with process_group() as device:

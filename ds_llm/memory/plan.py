@@ -236,7 +236,7 @@ def show(config: Config, world: int, card_size: str | None) -> None:
         raise ConfigError(f"--world: {world} must be at least 1")
     card = card_bytes(card_size) if card_size is not None else None
     for note in adopt(config, world):
-        console.print(note, markup=False)
+        console.print(note)
     combinations.check(config, world)
     division.check(config)
     touched = card is None and not torch.cuda.is_available()
@@ -248,8 +248,7 @@ def show(config: Config, world: int, card_size: str | None) -> None:
         share = f", {o.trained / 1e6:,.1f}M of them in a process's part"
     console.print(
         f"{o.parameters / 1e6:,.1f}M parameters{share}; {config.train.dtype}, {world} "
-        f"{'process' if world == 1 else 'processes'}, micro-batch of {rows} x {length} tokens",
-        markup=False,
+        f"{'process' if world == 1 else 'processes'}, micro-batch of {rows} x {length} tokens"
     )
     columns = {"weights": "weights", "optimizer": "optim.", "average": "EMA", "gradients": "grads",
                "activations": "activ.", "backward": "pass", "step": "step", "total": "total"}  # fmt: skip
@@ -269,8 +268,7 @@ def show(config: Config, world: int, card_size: str | None) -> None:
         "total = weights, optimizer, EMA, and pass or step, whichever is more\n"
         "pass: activations, logits, gradients and DeepSpeed's buffers at the worst moment of a micro-batch\n"
         "recomp.: the total with train.activation_checkpointing=true; * as configured"
-        + ("; ! does not fit" if card else ""),
-        markup=False,
+        + ("; ! does not fit" if card else "")
     )
     if card is not None:
         found = choose(planner, card)
@@ -280,7 +278,7 @@ def show(config: Config, world: int, card_size: str | None) -> None:
         else:
             setting, chosen = found
             total = _gb(chosen.estimate(setting).total)
-            console.print(f"for {size}: {overrides(setting, chosen.config)}  ({total} GB)", markup=False)
+            console.print(f"for {size}: {overrides(setting, chosen.config)}  ({total} GB)")
 
 
 def _offloads(planner: Planner) -> bool:

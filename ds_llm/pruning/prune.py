@@ -167,8 +167,7 @@ def _calibration(source: str | os.PathLike, tokenizer, options: Options) -> tupl
     if windows.rejected:
         file, row, reason = windows.rejected[0]
         console.print(
-            f"warning: {len(windows.rejected):,} rows left out, first {file} row {row}: {reason}; all are in {REPORT}",
-            markup=False,
+            f"warning: {len(windows.rejected):,} rows left out, first {file} row {row}: {reason}; all are in {REPORT}"
         )
     return windows, how
 
@@ -222,15 +221,13 @@ def _warn(done: Mapping[str, Pruned]) -> None:
     if unseen:
         console.print(
             f"warning: {unseen} matrices were given no calibration token and were pruned by magnitude; more "
-            "calibration text reaches more experts",
-            markup=False,
+            "calibration text reaches more experts"
         )
     weak = [name for name, one in done.items() if any(0 < count < one.mask.shape[-1] for count in one.tokens)]
     if weak:
         console.print(
             f"warning: {len(weak)} weights saw fewer calibration tokens than they have inputs, first {weak[0]}; more "
-            "calibration text makes a better choice",
-            markup=False,
+            "calibration text makes a better choice"
         )
 
 

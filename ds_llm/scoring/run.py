@@ -221,8 +221,7 @@ def _describe(batches: plan.Plan, worker: Worker, budget: int) -> None:
     kept = f", {done:,} of them done before" if done else ""
     console.print(
         f"{len(batches):,} batches of up to {budget:,} tokens{kept}; padding {batches.padding:.2%}; "
-        f"most loaded of {len(worker.shares)} ranks {worker.imbalance:+.2%} over the mean",
-        markup=False,
+        f"most loaded of {len(worker.shares)} ranks {worker.imbalance:+.2%} over the mean"
     )
 
 
@@ -249,9 +248,9 @@ def _output(job: Job, scorer: Scorer) -> Output:
 def _finish(job: Job, ranks: Ranks, what: str) -> dict:
     """Clear away what only an unfinished run needs, and let the other ranks go."""
     jobs.remove(job.folder, jobs.WORK)
-    console.print(f"{job.out}: {what}", markup=False)
+    console.print(f"{job.out}: {what}")
     if (report := job.folder / "report.html").is_file():
-        console.print(f"report: {report}", markup=False)
+        console.print(f"report: {report}")
     result = jobs.read_json(job.folder / "statistics.json")
     ranks.announce("finished", statistics=result)
     return result

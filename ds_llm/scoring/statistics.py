@@ -26,17 +26,16 @@ def describe_rows(index: Index) -> None:
         raise UserError("the data holds no row")
     if bad == c["rows"]:
         raise UserError(f"none of the {bad:,} rows can be scored ({reasons}); the first: {c['example']}")
-    console.print(f"{c['rows']:,} rows, {c['tokens']:,} tokens, of which {c['scored_tokens']:,} count", markup=False)
+    console.print(f"{c['rows']:,} rows, {c['tokens']:,} tokens, of which {c['scored_tokens']:,} count")
     if bad:
-        console.print(f"  {bad:,} rows cannot be scored: {reasons}; the first: {c['example']}", markup=False)
+        console.print(f"  {bad:,} rows cannot be scored: {reasons}; the first: {c['example']}")
     if c["truncated"]:
         console.print(
             f"  {c['truncated']:,} rows are longer than max_length and cut; {c['lost_tokens']:,} tokens that would "
-            "count are lost",
-            markup=False,
+            "count are lost"
         )
     if c["without_answer"]:
-        console.print(f"  {c['without_answer']:,} rows have no token that counts", markup=False)
+        console.print(f"  {c['without_answer']:,} rows have no token that counts")
 
 
 def collect(output: Output, index: Index, plan: Plan, errors: Counter, more: dict) -> dict:

@@ -44,9 +44,7 @@ def cluster(features: Features, config: ClusterConfig) -> Clustering:
     labels = METHODS[config.method](features, config, chosen, facts)
     if (labels == NOISE).any():
         facts["noise"] = int((labels == NOISE).sum())
-        console.print(
-            f"{facts['noise']:,} of {len(labels):,} rows are in no cluster: {WHERE[config.noise]}", markup=False
-        )
+        console.print(f"{facts['noise']:,} of {len(labels):,} rows are in no cluster: {WHERE[config.noise]}")
         labels = _place_noise(features, labels, config.noise)
     labels = _by_size(labels)
     return Clustering(labels, facts)

@@ -135,7 +135,7 @@ def spectral(features: Features, config: ClusterConfig, backend: str, facts: dic
     sample = features.sample(SAMPLE_ROWS[backend], config.seed)
     k = facts["k"] = min(config.k or elbow(features, config, facts), len(sample) - 1)
     facts["sample"] = len(sample)
-    console.print(f"spectral clustering of {len(sample):,} rows", markup=False)
+    console.print(f"spectral clustering of {len(sample):,} rows")
     # the nearest neighbours of unit vectors by distance are those by cosine
     model = SpectralClustering(
         k, affinity="nearest_neighbors", n_neighbors=min(10, len(sample) - 1), assign_labels="cluster_qr",
@@ -156,7 +156,7 @@ def elbow(features: Features, config: ClusterConfig, facts: dict, team: bool = F
         values.append(found.inertia / len(sample))
     chosen = candidates[bend(np.array(candidates), np.array(values))]
     facts["curve"] = {"name": "mean distance to the centroid", "k": candidates, "value": values, "chosen": chosen}
-    console.print(f"elbow at k={chosen} of {candidates[0]} to {candidates[-1]}", markup=False)
+    console.print(f"elbow at k={chosen} of {candidates[0]} to {candidates[-1]}")
     return chosen
 
 

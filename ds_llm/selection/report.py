@@ -136,13 +136,12 @@ def show(out: Path, result: dict) -> None:
     console.print(
         f"{out}: {result['picked']:,} of {result['usable']:,} rows from {result['clusters_picked']:,} of "
         f"{result['clusters']:,} clusters; mean {result['settings']['quality']} {means['picked']:.4g}, of all rows "
-        f"{means['all']:.4g}, of a random pick {means['random']:.4g}, with which it shares {chance['share']:.1%}",
-        markup=False,
+        f"{means['all']:.4g}, of a random pick {means['random']:.4g}, with which it shares {chance['share']:.1%}"
     )
     if bad := sum(result["unusable"].values()):
         reasons = ", ".join(f"{reason} {count:,}" for reason, count in result["unusable"].items())
-        console.print(f"  {bad:,} of {result['rows']:,} rows cannot be picked: {reasons}", markup=False)
-    console.print(f"report: {out.with_name('report.html')}", markup=False)
+        console.print(f"  {bad:,} of {result['rows']:,} rows cannot be picked: {reasons}")
+    console.print(f"report: {out.with_name('report.html')}")
 
 
 def _map(rows: Rows, facts: dict) -> tuple[str, str, str]:

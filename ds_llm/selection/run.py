@@ -69,7 +69,7 @@ def select(config: SelectionConfig, interrupt: Interrupt | None = None, overwrit
         settings = {"version": VERSION, "scores": _hash(manifest["settings"]), **dataclasses.asdict(config.cluster)}
         stamp = jobs.read_json(output / "clusters.json")
         if stamp.get("settings") == settings and (output / "clusters.npy").exists():
-            console.print("clusters: made before from the same scores and options", markup=False)
+            console.print("clusters: made before from the same scores and options")
         else:
             stamp = {"settings": settings, "facts": _cluster(config, job, output, together)}
         if rank():
@@ -109,7 +109,7 @@ def _cluster(config: SelectionConfig, job: Job, output: Path, together: bool) ->
         with open(beside(output / "clusters.npy", ".tmp"), "wb") as file:
             np.save(file, labels)
         os.replace(beside(output / "clusters.npy", ".tmp"), output / "clusters.npy")
-        console.print(f"{len(usable):,} rows in {found.count:,} clusters", markup=False)
+        console.print(f"{len(usable):,} rows in {found.count:,} clusters")
     return found.facts
 
 
@@ -119,7 +119,7 @@ def _pick(config: SelectionConfig, job: Job, output: Path, stamp: dict) -> dict:
     out = output / "selected_data.jsonl"
     before = jobs.read_json(output / "report.json")
     if before.get("settings") == settings and out.exists() and out.stat().st_size == before["bytes"]:
-        console.print(f"{out}: finished before from the same scores, clusters and options", markup=False)
+        console.print(f"{out}: finished before from the same scores, clusters and options")
         return before
     labels = np.load(output / "clusters.npy")
     quality = _column(job, config.select.quality)

@@ -80,7 +80,7 @@ def _identity(file: SweepFile, output: Path, project: str, entity: str | None) -
     saved = output / "wandb_sweep"
     if saved.is_file():
         identity = saved.read_text(encoding="utf-8").strip()
-        console.print(f"joining the W&B sweep {identity}", markup=False)
+        console.print(f"joining the W&B sweep {identity}")
         return identity
     import wandb
 

@@ -103,7 +103,7 @@ class Sweep:
         self.study.set_user_attr("settings", settings)
         done = sum(t.state.is_finished() for t in self.study.trials)
         text = f"{self.file.method} search for {self.count} trials by {self.file.metric.name}, in {self.output}"
-        console.print(text + (f"; {done} are finished" if done else ""), markup=False)
+        console.print(text + (f"; {done} are finished" if done else ""))
 
     def _wanted(self) -> bool:
         """Whether another trial is to be begun."""
@@ -161,7 +161,7 @@ class Sweep:
         gpus = self.slots[slot]
         place = f" on GPU {gpus}" if gpus is not None else ""
         again = "continues" if number is not None else "starts"
-        console.print(f"trial {trial.number} {again}{place}: {shown}", markup=False)
+        console.print(f"trial {trial.number} {again}{place}: {shown}")
         process = TrialProcess(trial.number, folder, words, self.file.metric, gpus, len(self.slots))
         trial.set_user_attr("process", process.identity)
         trial.set_user_attr("gpus", gpus)
@@ -171,7 +171,7 @@ class Sweep:
     def _end_orphan(self, number: int) -> None:
         identity = self.study.trials[number].user_attrs.get("process")
         if identity:
-            console.print(f"trial {number} was left by a sweep that is gone; it is asked to save", markup=False)
+            console.print(f"trial {number} was left by a sweep that is gone; it is asked to save")
             end_orphan(identity)
 
     def folder(self, number: int) -> Path:
@@ -199,12 +199,12 @@ class Sweep:
         if metric.kind == "eval":
             best = self.best()
             text = f"trial {process.number} step {follower.step}  {metric.name} {follower.values[new[-1]]:.6g}"
-            console.print(text + (f"  (best: {best.value:.6g}, trial {best.number})" if best else ""), markup=False)
+            console.print(text + (f"  (best: {best.value:.6g}, trial {best.number})" if best else ""))
         if self.file.early and process.ending is None:
             others = [t.intermediate_values for t in self.study.trials if t.number != process.number]
             reason = self.file.early.verdict(follower.values, others, metric.minimize)
             if reason is not None:
-                console.print(f"trial {process.number} is ended early: {reason}", markup=False)
+                console.print(f"trial {process.number} is ended early: {reason}")
                 process.end(reason)
 
     def _judge(self, process: TrialProcess, code: int) -> None:
@@ -233,7 +233,7 @@ class Sweep:
             process.trial.set_user_attr("reason", reason)
         complete = state == self.states.COMPLETE
         self.study.tell(number, value if complete else None, state=state)
-        console.print(f"trial {number} {text}", markup=False)
+        console.print(f"trial {number} {text}")
         self.done_here, self.failed_here = self.done_here + complete, self.failed_here + (state == self.states.FAIL)
         self.report()
         if self.failed_here >= FAILURES and not self.done_here and self.best() is None:
@@ -252,13 +252,13 @@ class Sweep:
         for process in self.running.values():
             process.end("the sweep was interrupted")
         if self.running:
-            console.print(f"stopped by {reason}: waiting for {len(self.running)} trials to save", markup=False)
+            console.print(f"stopped by {reason}: waiting for {len(self.running)} trials to save")
         for process in self.running.values():
             process.process.wait()
             spent = self.study.trials[process.number].user_attrs.get("seconds", 0.0)
             process.trial.set_user_attr("seconds", spent + time.monotonic() - process.began)
         self.report()
-        console.print("the same command continues", markup=False)
+        console.print("the same command continues")
         return EXIT_CODE
 
     def _finish(self) -> int:
@@ -267,15 +267,14 @@ class Sweep:
         counts = {s.name: sum(t.state == s for t in self.study.trials) for s in self.states}
         console.print(
             f"trials: {counts['COMPLETE']} finished, {counts['PRUNED']} ended early, {counts['FAIL']} failed; report: "
-            f"{page}",
-            markup=False,
+            f"{page}"
         )
         if best is None:
             raise UserError(f"no trial has finished; {self.output}/trials/*/log.txt says why")
         values = best.user_attrs["values"]
-        console.print(f"best: trial {best.number}, {self.file.metric.name} {best.value:.6g}", markup=False)
+        console.print(f"best: trial {best.number}, {self.file.metric.name} {best.value:.6g}")
         for parameter in self.file.varying:
-            console.print(f"  {parameter.name}={values[parameter.name]}", markup=False)
+            console.print(f"  {parameter.name}={values[parameter.name]}")
         console.print(
             f"its model: {self.folder(best.number) / 'model'}; its configuration: {self.output / 'best.yaml'}"
         )

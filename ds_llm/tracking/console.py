@@ -52,7 +52,7 @@ class Console:
         elif step % self._every == 0 or step in (1, self._total):
             left = [f"{duration(r['eta'])} left"] if r.get("eta") is not None else []
             head = [f"step {step}/{self._total}", f"epoch {r.get('epoch', 0):.2f}"]
-            console.print("  ".join(head + figures(r) + left), markup=False)
+            console.print("  ".join(head + figures(r) + left))
 
     def eval(self, r: dict) -> None:
         goal = r.get("goal", "perplexity")
@@ -71,15 +71,15 @@ class Console:
         if r["step"] and r.get(f"best_{goal}") is not None:
             best = r[goal] is not None and r[goal] <= r[f"best_{goal}"]
             parts.append("best so far" if best else f"best {_number(r[f'best_{goal}'])}")
-        console.print("  ".join(parts), style="bold", markup=False)
+        console.print("  ".join(parts), style="bold")
         for sample in r.get("samples") or []:
             text = " ".join(sample["text"].split()) or "(no text)"
             text = text if len(text) <= SHOWN_SAMPLE else text[:SHOWN_SAMPLE] + " …"
-            console.print(f"  {sample['prompt']!r} → {text}", markup=False)
+            console.print(f"  {sample['prompt']!r} → {text}")
 
     def event(self, r: dict) -> None:
         if r.get("message"):
-            console.print(f"{r['event']}: {r['message']}", markup=False)
+            console.print(f"{r['event']}: {r['message']}")
 
     def summary(self, r: dict) -> None:
         self.stop()

@@ -43,7 +43,7 @@ def preflight(config: Config) -> Checked:
     Takes into `config` what its DeepSpeed JSON says. Raises `ConfigError` or `UserError`.
     """
     for note in adopt(config, world_size()):
-        console.print(note, markup=False)
+        console.print(note)
     compatibility.check(config, world_size())
     startup.check_dtype(config.train.dtype, dtype_key(config))
     mode = module(config.mode)

@@ -32,13 +32,11 @@ def describe(config: Config, job: Job, world: int, device: str, global_batch: in
     batches = global_batch // (t.batch_size * t.accumulation_steps)  # at a time: processes that share one count once
     console.print(
         f"{type(job.model).__name__}, {parameters / 1e6:.1f}M parameters{share}, {t.dtype}, ZeRO-{config.zero}, "
-        f"{world} {'process' if world == 1 else 'processes'} on {device}",
-        markup=False,
+        f"{world} {'process' if world == 1 else 'processes'} on {device}"
     )
     console.print(
         f"{len(job.samples):,} samples of {job.seq_len} tokens; global batch {global_batch} = "
-        f"{t.batch_size} x {t.accumulation_steps} x {batches}; {steps:,} steps",
-        markup=False,
+        f"{t.batch_size} x {t.accumulation_steps} x {batches}; {steps:,} steps"
     )
     return {
         "parameters": parameters,

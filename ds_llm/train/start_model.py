@@ -29,7 +29,7 @@ def start_model(config: Config, tokenizer, dtype: str | None = None) -> nn.Modul
     )
     match_tokenizer(model, tokenizer)
     if config.train.kernels:
-        console.print(str(accelerate(model)), markup=False)
+        console.print(str(accelerate(model)))
     attach_loss_head(model)
     if config.train.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

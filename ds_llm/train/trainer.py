@@ -80,7 +80,7 @@ class Trainer:
             stability.check_weights(self.job.model, self.output, 0, self.config.model.path)
         if self.job.prepare is not None and not self.job.prepare(self.engine, self._asked_to_stop):
             reason = self.interrupt.reason or "another process was asked to stop"
-            console.print(f"stopped by {reason} before the first step; the same command continues", markup=False)
+            console.print(f"stopped by {reason} before the first step; the same command continues")
             return EXIT_CODE
         if resume:
             self._restore(*resume)

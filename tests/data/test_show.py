@@ -15,7 +15,7 @@ from ds_llm.errors import UserError
 def printed(monkeypatch, colours: bool) -> io.StringIO:
     out = io.StringIO()
     options = {"force_terminal": True, "color_system": "standard"} if colours else {}
-    monkeypatch.setattr(show, "console", Console(file=out, soft_wrap=True, highlight=False, **options))
+    monkeypatch.setattr(show, "console", Console(file=out, soft_wrap=True, highlight=False, markup=False, **options))
     return out
 
 
