@@ -16,7 +16,7 @@ from ds_llm.compat import versions
 from ds_llm.distributed import interrupt, launchers
 from ds_llm.distributed.environment import rank, world_size
 from ds_llm.distributed.watchdog import LOST_PEER
-from ds_llm.errors import UserError, say
+from ds_llm.errors import UserError, first_line, say
 
 # In which rank 0 says what is wrong for all: a launcher ends it as soon as another rank has ended. After that this rank
 # alone has the error, or the launcher leaves ranks alone.
@@ -63,7 +63,7 @@ def import_extensions() -> None:
             sys.modules[spec.name] = module
             spec.loader.exec_module(module)
         except Exception as error:  # whatever the file raises
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            reason = first_line(error)
             raise UserError(f"DS_LLM_EXTENSIONS: {name} cannot be run: {reason}") from error
 
 

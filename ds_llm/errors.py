@@ -24,6 +24,11 @@ class ConfigError(UserError):
         super().__init__(message, exit_code=2)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or the name of its class where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def say(error: UserError) -> None:
     """Print the line of an error that nobody has said yet."""
     if not error.said:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from ds_llm.errors import UserError
+from ds_llm.errors import UserError, first_line
 
 
 def free_folder(out: str | os.PathLike) -> Path:
@@ -74,7 +74,7 @@ def writing(out: Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror or error})") from None
     except SafetensorError as error:
-        raise UserError(f"{out}: cannot be written ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{out}: cannot be written ({first_line(error)})") from None
 
 
 @contextmanager

@@ -51,6 +51,8 @@ class Job:
     def __init__(self, processes: int, arguments: list[str], env: dict[str, str]):
         self.args = arguments
         self._folder = Path(tempfile.mkdtemp(prefix="forked-"))
+        for name in ("out", "err"):  # there also when the job is ended before it opens them
+            (self._folder / name).touch()
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(list(PRELOADED))
         with mock.patch.dict(os.environ, env, clear=True), warnings.catch_warnings():

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 
 from ds_llm.distributed import shared_folder, watchdog
 from ds_llm.distributed.collectives import check_all, gather
-from ds_llm.errors import UserError
+from ds_llm.errors import UserError, first_line
 from ds_llm.progress import console
 
 NAME = re.compile(r"step-(\d{8})")
@@ -249,7 +249,7 @@ def _is_disk_error(error: Exception) -> bool:
 def _reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return f"a write failed, as on a full disk ({str(error).strip().splitlines()[0]})"
+    return f"a write failed, as on a full disk ({first_line(error)})"
 
 
 def _newest(output: Path) -> str:

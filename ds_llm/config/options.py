@@ -23,7 +23,7 @@ import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ds_llm.errors import ConfigError
+from ds_llm.errors import ConfigError, first_line
 
 MOST_LEVELS, MOST_VALUES = 50, 100_000  # of a configuration file
 RESOLVER = re.compile(r"\$\{(?![\w.\[\]]*\})")  # an interpolation that is more than the name of a key
@@ -65,7 +65,7 @@ def load(cls, path: str | None = None, overrides: list[str] = ()):
     try:
         found = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{error.full_key or 'configuration'}: {_first_line(error)}") from None
+        raise ConfigError(f"{error.full_key or 'configuration'}: {first_line(error)}") from None
     check(found)
     return found
 
@@ -160,7 +160,7 @@ def load_yaml(path: str) -> DictConfig | ListConfig:
         return OmegaConf.load(path)
     except Exception as error:  # the YAML and OmegaConf errors share no base class
         mark = getattr(error, "problem_mark", None)
-        reason = f"line {mark.line + 1}: {error.problem}" if mark else _first_line(error)
+        reason = f"line {mark.line + 1}: {error.problem}" if mark else first_line(error)
         raise ConfigError(f"{path}: not a readable YAML file ({reason})") from None
 
 
@@ -196,7 +196,7 @@ def _read_override(text: str) -> DictConfig:
     try:
         return OmegaConf.from_dotlist([text])
     except Exception as error:  # YAML errors of the value have no common base class
-        raise ConfigError(f"{name}: cannot read the value {value!r} ({_first_line(error)})") from None
+        raise ConfigError(f"{name}: cannot read the value {value!r} ({first_line(error)})") from None
 
 
 def _merge(cls, base: DictConfig, updates: list[DictConfig], where: str) -> DictConfig:
@@ -217,7 +217,7 @@ def _merge(cls, base: DictConfig, updates: list[DictConfig], where: str) -> Dict
         return OmegaConf.merge(base, *updates)
     except OmegaConfBaseException as error:
         name = error.full_key or ""
-        raise ConfigError(f"{where}: {name}: {_first_line(error)}") from None
+        raise ConfigError(f"{where}: {name}: {first_line(error)}") from None
 
 
 def _first_key(section: str, known) -> str:
@@ -231,7 +231,3 @@ def _nearest(name: str, known) -> str:
     if not close:
         close = [k for k in known if difflib.get_close_matches(last, [k.rsplit(".", 1)[-1]], cutoff=0.7)]
     return f"; did you mean '{close[0]}'?" if close else "; --print-config lists all keys"
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]

@@ -16,11 +16,12 @@ from torch import nn
 from ds_llm.compat.transformers import choose_attention, chosen_attention
 from ds_llm.convert.export import TOLERANCE, difference, logits, output_dtype, probe_tokens, write
 from ds_llm.data.tokens import tokenizer_hash
-from ds_llm.errors import UserError
+from ds_llm.errors import UserError, first_line
 from ds_llm.files import free_folder
 from ds_llm.models import predecessor
 from ds_llm.models.boost import QwenBoostForCausalLM
 from ds_llm.models.head import logit_transform
+from ds_llm.pretrained.lengths import max_positions
 from ds_llm.pretrained.loading import load_model, load_tokenizer, match_tokenizer
 
 
@@ -75,7 +76,9 @@ def boost(
     try:
         fused = QwenBoostForCausalLM.from_sub_models(loaded, fusion_lambda, connection)
     except ValueError as error:
-        raise UserError(f"{', '.join(map(str, models))}: do not fit together: {_first_line(error)}") from None
+        raise UserError(
+            f"{', '.join(map(str, models))}: do not fit together: {first_line(error.__cause__ or error)}"
+        ) from None
     return _finish(fused, tokenizer, out, dtype, probe, expected, "the fused model's logits are not the vote")
 
 
@@ -154,9 +157,4 @@ def _finish(model, tokenizer, out: Path, dtype: str, probe, expected, failure: s
 
 
 def _positions(model: nn.Module) -> int:
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
-
-
-def _first_line(error: Exception) -> str:
-    cause = error.__cause__ or error
-    return (str(cause).strip() or type(cause).__name__).splitlines()[0]
+    return max_positions(model.config) or 1 << 30

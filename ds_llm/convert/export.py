@@ -14,6 +14,7 @@ from ds_llm.data.tokenizer import save_tokenizer
 from ds_llm.errors import UserError
 from ds_llm.files import free_folder, new_folder, writing
 from ds_llm.kernels.packed_mask import PackedMask
+from ds_llm.pretrained.lengths import max_positions
 from ds_llm.pretrained.loading import TORCH_DTYPES, Source, load_model, load_model_config, load_tokenizer, locate
 from ds_llm.sparsity import compact_checkpoint
 from ds_llm.sparsity.masks import save_masks
@@ -104,7 +105,7 @@ def output_dtype(source, dtype: str) -> str:
 
 def probe_tokens(model: nn.Module, tokenizer) -> torch.Tensor:
     """Random tokens to compare models on, always the same for a vocabulary: int64 [2, 48], or as many as fit."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or PROBE[1]
+    limit = max_positions(model.config) or PROBE[1]
     size = (PROBE[0], min(PROBE[1], limit))
     return torch.randint(len(tokenizer), size, generator=torch.Generator().manual_seed(0))
 

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ds_llm.convert.export import difference, probe_tokens
-from ds_llm.errors import UserError
+from ds_llm.errors import UserError, first_line
 from ds_llm.files import free_folder, new_folder, writing
 from ds_llm.models.quality_gate import QualityGate, gates, open_gates
 from ds_llm.models.select_moe import SelectMoeConfig, SelectMoeForCausalLM
@@ -108,7 +108,7 @@ def _folder(model: str | os.PathLike) -> Path:
         try:
             folder = Path(snapshot_download(source.name, allow_patterns=["*.safetensors*", "*.json", *KEPT]))
         except (OSError, ValueError) as error:
-            raise UserError(f"{model}: cannot be fetched ({str(error).splitlines()[0]})") from None
+            raise UserError(f"{model}: cannot be fetched ({first_line(error)})") from None
     if compact_checkpoint.is_compact(str(folder)):
         raise UserError(f"{model}: is a sparse model; write it dense first (launch/export.py)")
     return folder
@@ -188,7 +188,7 @@ def _rewrite(shard: Path, target: Path) -> None:
     try:
         tensors = torch.load(shard, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # from pickle errors to those of the zip reader
-        raise UserError(f"{shard}: cannot be read ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{shard}: cannot be read ({first_line(error)})") from None
     save_file({name: tensor.clone() for name, tensor in tensors.items()}, target, metadata={"format": "pt"})
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from ds_llm.data import files, rows, statistics
 from ds_llm.data.resumable import AppendFile, beside, dump, partial, resumable, statistics_path, write_atomically
 from ds_llm.data.workers import process
-from ds_llm.errors import UserError
+from ds_llm.errors import UserError, first_line
 from ds_llm.progress import console
 
 PAD, BOS, EOS = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -36,7 +36,7 @@ def load_tokenizer(path: str | os.PathLike):
     try:
         return AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
     except Exception as error:  # of json, tokenizers (a bare Exception) and transformers: all are about these files
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         if "custom code" in reason:
             reason = "it is code that comes with the files, which is never run"
         raise UserError(f"{path}: no tokenizer could be loaded from here ({reason})") from None

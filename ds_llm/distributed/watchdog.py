@@ -26,7 +26,7 @@ from collections.abc import Iterator
 
 from ds_llm.distributed.environment import rank, world_size
 from ds_llm.distributed.heartbeat import BEAT_SECONDS, Peers, Verdict
-from ds_llm.errors import UserError, say
+from ds_llm.errors import UserError, first_line, say
 
 # what gloo and NCCL say in a process whose peer has ended
 LOST_PEER = ("onnection closed by peer", "onnection reset by peer", "roken pipe", "remote process exited")
@@ -210,7 +210,7 @@ def guard(hang_seconds: float, lost_seconds: float, section: str) -> Iterator[Pe
             say(error)  # before the others know: the first that ends has the launcher end this one
         raise
     except RuntimeError as error:
-        failed = (str(error).strip() or type(error).__name__).splitlines()[0]
+        failed = first_line(error)
         if peers is None or not any(words in str(error) for words in LOST_PEER):
             raise
         verdict = _verdict(peers)

@@ -33,7 +33,7 @@ from ds_llm.engine import resharding as reshard
 from ds_llm.engine.ema import MovingAverage
 from ds_llm.engine.moe_blocks import keep_experts_whole
 from ds_llm.engine.processes import all_reduce, device
-from ds_llm.errors import UserError
+from ds_llm.errors import UserError, first_line
 from ds_llm.models.parameters import decay_groups, exact_buffers, leave_out, restore_buffers
 from ds_llm.parallel.parallelize import Division
 from ds_llm.parallel.tensor import note_whole_shapes
@@ -87,8 +87,7 @@ class Engine:
                 model=module, model_parameters=groups, config=self.settings
             )
         except (ValueError, AssertionError, ImportError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UserError(f"DeepSpeed cannot use this configuration: {reason}") from error
+            raise UserError(f"DeepSpeed cannot use this configuration: {first_line(error)}") from error
         restore_buffers(module, exact, device())
         note_whole_shapes(module)
         kind = next(kind for kind in MASTERS if isinstance(self._optimizer, kind))

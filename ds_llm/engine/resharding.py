@@ -26,7 +26,7 @@ from ds_llm.compat import deepspeed_optimizers as masters
 from ds_llm.compat.deepspeed import SCALER, TRUSTED, loss_scaler, unpartitioned_numel
 from ds_llm.distributed.collectives import gather
 from ds_llm.engine.ema import MovingAverage
-from ds_llm.errors import UserError
+from ds_llm.errors import UserError, first_line
 from ds_llm.progress import progress
 
 
@@ -39,8 +39,7 @@ def read_file(path: str | Path, map_location="cpu", mmap: bool = False) -> dict:
     except FileNotFoundError:
         raise UserError(f"{path}: missing; delete the checkpoint to go on from an older one", any_rank=True) from None
     except Exception as error:  # unpickling raises what it likes
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path}: cannot be read ({reason})", any_rank=True) from error
+        raise UserError(f"{path}: cannot be read ({first_line(error)})", any_rank=True) from error
 
 
 def _swapped(rank: int, tensor: int) -> str:

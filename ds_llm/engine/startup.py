@@ -14,7 +14,7 @@ from ds_llm.config.deepspeed import build as build_deepspeed_config
 from ds_llm.config.run import Config
 from ds_llm.engine import nvme
 from ds_llm.engine.processes import device
-from ds_llm.errors import ConfigError
+from ds_llm.errors import ConfigError, first_line
 
 
 def check_dtype(dtype: str, key: str) -> None:
@@ -37,7 +37,7 @@ def check_settings(config: Config) -> None:
         place = ".".join(str(part) for part in first["loc"])
         raise ConfigError(f"deepspeed: {error.title}: {place}: {first['msg']}") from None
     except (DeepSpeedConfigError, ValueError, AssertionError, TypeError, AttributeError) as error:
-        raise ConfigError(f"deepspeed: {(str(error).strip() or type(error).__name__).splitlines()[0]}") from None
+        raise ConfigError(f"deepspeed: {first_line(error)}") from None
     for name in settings:
         if name not in settings.asked:
             near = difflib.get_close_matches(name, settings.asked, n=1)

@@ -22,6 +22,7 @@ from ds_llm.evaluation.references import References, read_references
 from ds_llm.evaluation.text_metrics import compare, signatures
 from ds_llm.generation.generator import Generator
 from ds_llm.generation.sampling import SamplingParams
+from ds_llm.pretrained.lengths import max_positions
 from ds_llm.pretrained.loading import load_model, load_model_config, load_tokenizer
 from ds_llm.progress import console, progress
 
@@ -169,7 +170,7 @@ def describe(figures: dict, about: dict) -> str:
 
 
 def _positions(path: str) -> int | None:
-    return getattr(load_model_config(path).get_text_config(), "max_position_embeddings", None)
+    return max_positions(load_model_config(path))
 
 
 def _check_words(references: References, metrics: Sequence[str], tokenizer: str, option: str) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from ds_llm.compat.lm_eval import HFLM, get_rolling_token_windows, make_disjoint_window
 from ds_llm.distributed.collectives import gather
 from ds_llm.models.head import attach_loss_head, backbone
+from ds_llm.pretrained.lengths import max_positions
 from ds_llm.progress import progress
 
 GENERATION_BATCHES = 4  # sorted by length together, which saves padding
@@ -29,7 +30,7 @@ class HarnessModel(HFLM):
     """
 
     def __init__(self, model: torch.nn.Module, tokenizer, batch_size: int):
-        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        positions = max_positions(model.config)
         super().__init__(
             pretrained=attach_loss_head(model),
             backend="causal",

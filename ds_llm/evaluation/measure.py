@@ -21,6 +21,7 @@ from ds_llm.distributed.environment import world_size
 from ds_llm.errors import UserError
 from ds_llm.evaluation.perplexity import Perplexity, check_windows, model_loss, perplexity_of_tokens
 from ds_llm.models.head import attach_loss_head
+from ds_llm.pretrained.lengths import max_positions
 from ds_llm.pretrained.loading import load_model, load_model_config, load_tokenizer, match_tokenizer
 from ds_llm.progress import console
 
@@ -102,7 +103,7 @@ def measure(
     In a process group of several ranks (those of `deepspeed` or `torchrun`) each takes its share of the windows. All
     mistakes are raised as `UserError`, those that need no weights before any are loaded.
     """
-    positions = getattr(load_model_config(model_path).get_text_config(), "max_position_embeddings", None)
+    positions = max_positions(load_model_config(model_path))
     window = min(WINDOW, positions or WINDOW) if window is None else window
     stride = window if stride is None else stride
     check_windows(window, stride, batch_size, max_windows)

@@ -17,6 +17,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from ds_llm.compat.transformers import NoRepeatNGramLogitsProcessor, RepetitionPenaltyLogitsProcessor
 from ds_llm.errors import UserError
 from ds_llm.generation.sampling import SamplingParams, one_answer
+from ds_llm.pretrained.lengths import max_positions
 from ds_llm.pretrained.loading import ensure_padding, load_model, load_model_config, load_tokenizer, match_tokenizer
 
 __all__ = ["Completion", "Generator", "SamplingParams"]
@@ -70,7 +71,7 @@ class Generator:
             tokenizer = load_tokenizer(tokenizer)
         self.model, self.tokenizer = model, ensure_padding(tokenizer)
         match_tokenizer(self.model, self.tokenizer)
-        self.max_positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self.max_positions = max_positions(model.config)
         self.synced = synced
         self._ends = self._end_tokens()
 

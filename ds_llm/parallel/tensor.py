@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ds_llm.compat.deepspeed import DS_AUTOTP_UC_META, groups
-from ds_llm.errors import UserError
+from ds_llm.errors import UserError, first_line
 from ds_llm.models.parameters import exact_buffers, restore_buffers
 
 # How a transformers model's plan splits a layer, and DeepSpeed's name for it. What normalises the heads of a rank is
@@ -92,8 +92,8 @@ def split_layers(module: nn.Module, ranks: int, device: torch.device) -> dist.Pr
         try:
             deepspeed.init_inference(module, tensor_parallel=parallel, dtype=next(module.parameters()).dtype)
         except (AssertionError, ValueError, RuntimeError, AttributeError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UserError(f"DeepSpeed cannot split a '{module.config.model_type}' model: {reason}") from None
+            kind = module.config.model_type
+            raise UserError(f"DeepSpeed cannot split a '{kind}' model: {first_line(error)}") from None
     restore_buffers(module, exact, device)
     if sum(p.numel() for p in module.parameters()) == before:
         raise UserError(f"DeepSpeed knows no layers of a '{module.config.model_type}' model that it can split")

@@ -1,22 +1,28 @@
-"""How long training samples are, and how long the model lets them be."""
+"""How long training samples are, and how long sequences of a model may be."""
 
 from __future__ import annotations
 
+from transformers import PreTrainedConfig
+
 from ds_llm.config.run import Config
 from ds_llm.errors import UserError
+from ds_llm.pretrained.loading import load_model_config
+
+
+def max_positions(config: PreTrainedConfig) -> int | None:
+    """The longest sequence in tokens that a model with this configuration takes; None: no limit is given."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def lengths(config: Config) -> tuple[int, int | None]:
-    """Tokens of a training sample, and the positions that the model has (None: as many as one likes).
+    """Tokens of a training sample, and the longest sequence that the model takes (None: no limit is given).
 
-    Raises `UserError` where the first are more than the second.
+    Raises `UserError` where the sample is longer.
     """
-    from ds_llm.pretrained.loading import load_model_config
-
     if config.model.path is None:
         limit = config.model.max_seq_len
     else:
-        limit = getattr(load_model_config(config.model.path).get_text_config(), "max_position_embeddings", None)
+        limit = max_positions(load_model_config(config.model.path))
     seq_len = config.data.seq_len or min(limit or config.model.max_seq_len, config.model.max_seq_len)
     if limit and seq_len > limit:
         raise UserError(f"data.seq_len: {seq_len} tokens are more than the model's {limit} positions")

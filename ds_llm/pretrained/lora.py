@@ -17,7 +17,7 @@ from ds_llm.compat.peft import name_base
 from ds_llm.config.mode_sections import LoraConfig
 from ds_llm.config.modes import MODES
 from ds_llm.config.run import Config
-from ds_llm.errors import ConfigError, UserError
+from ds_llm.errors import ConfigError, UserError, first_line
 from ds_llm.pretrained.fingerprint import identity
 from ds_llm.pretrained.source import base_name
 from ds_llm.pretrained.trained import trained_names
@@ -149,7 +149,7 @@ def add_adapter(model: nn.Module, lora: LoraConfig, base: str, freeze: list[str]
     try:
         wrapped = peft.get_peft_model(model, settings, autocast_adapter_dtype=False)
     except ValueError as error:
-        raise UserError(f"lora: peft cannot adapt this model: {str(error).splitlines()[0]}") from None
+        raise UserError(f"lora: peft cannot adapt this model: {first_line(error)}") from None
     name_base(wrapped, base_name(base))
     return wrapped
 

@@ -19,6 +19,7 @@ from ds_llm.data.tokenizer import save_tokenizer
 from ds_llm.distributed.environment import world_size
 from ds_llm.errors import ConfigError, UserError
 from ds_llm.files import free_folder, new_folder, writing
+from ds_llm.pretrained.lengths import max_positions
 from ds_llm.pretrained.loading import load_model, load_model_config, load_tokenizer
 from ds_llm.pretrained.source import detect_model_type
 from ds_llm.progress import console
@@ -152,7 +153,7 @@ def _calibration(source: str | os.PathLike, tokenizer, options: Options) -> tupl
     """The calibration sequences, and how they were drawn, for the report; warns of rows without a usable text."""
     if options.method not in CALIBRATED:
         return None, None
-    positions = getattr(load_model_config(source).get_text_config(), "max_position_embeddings", None)
+    positions = max_positions(load_model_config(source))
     how = {
         "sequences": 128 if options.sequences is None else options.sequences,
         "length": min(2048, positions or 2048) if options.length is None else options.length,

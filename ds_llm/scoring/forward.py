@@ -29,6 +29,7 @@ from ds_llm.errors import UserError
 from ds_llm.hardware import share_cores
 from ds_llm.models.head import attach_loss_head, backbone, document_lengths
 from ds_llm.pretrained.fingerprint import model_fingerprint
+from ds_llm.pretrained.lengths import max_positions
 from ds_llm.pretrained.loading import TORCH_DTYPES, load_model, load_tokenizer, match_tokenizer
 from ds_llm.scoring.attention import attend_by_document
 from ds_llm.scoring.metrics import Batch, Sample, create, without_prompt
@@ -91,11 +92,10 @@ class Scorer:
         self.tokenizer = load_tokenizer(model_path)
         model = load_model(model_path, dtype)
         match_tokenizer(model, self.tokenizer)
-        config = model.config.get_text_config()
         self.metrics = create(metrics, model.config)
         self.per_token = per_token
         self.columns = self._columns()
-        self.max_length = getattr(config, "max_position_embeddings", None)
+        self.max_length = max_positions(model.config)
         self.fingerprint = _fingerprint(model)
         self.collective = tensor_parallel > 1 or (zero3 and world_size() > 1)
         self._options = {name: value for metric in self.metrics for name, value in metric.options.items()}

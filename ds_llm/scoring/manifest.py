@@ -20,6 +20,7 @@ from ds_llm.data.supervised import find_format
 from ds_llm.data.tokens import tokenizer_hash
 from ds_llm.distributed.environment import rank
 from ds_llm.errors import ConfigError, UserError
+from ds_llm.pretrained.lengths import max_positions
 from ds_llm.pretrained.loading import load_model_config, load_tokenizer, locate
 from ds_llm.scoring import options
 from ds_llm.scoring.metrics import create
@@ -81,7 +82,7 @@ def prepare(config: ScoreConfig) -> Job:
     metrics = create(config.metric, model_config)
     columns = [name for metric in metrics for name in metric.columns()]
     arrays = [name for metric in metrics for name in metric.arrays]
-    positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    positions = max_positions(model_config)
     if positions and config.max_length and config.max_length > positions:
         raise ConfigError(f"score.max_length: {config.max_length:,}, but {config.model} has {positions:,} positions")
     tokenizer = load_tokenizer(config.model)

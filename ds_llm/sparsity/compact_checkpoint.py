@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ds_llm.errors import UserError
+from ds_llm.errors import UserError, first_line
 from ds_llm.kernels.sparse_update import PackedMask, expand
 from ds_llm.sparsity import masks as mask_files
 from ds_llm.sparsity.linear import merged
@@ -120,4 +120,4 @@ def _opened(folder: str | os.PathLike) -> Iterator[tuple[object, dict[str, list[
                 raise UserError(f"{path}: not a sparse model of version {VERSION}")
             yield file, about["shapes"]
     except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise UserError(f"{path}: damaged or incomplete ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{path}: damaged or incomplete ({first_line(error)})") from None

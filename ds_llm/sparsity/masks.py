@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from ds_llm.errors import UserError
+from ds_llm.errors import UserError, first_line
 from ds_llm.kernels.packed_mask import UNPACK, PackedMask
 from ds_llm.sparsity.targets import prunable
 
@@ -77,7 +77,7 @@ def load_masks(source: str | os.PathLike) -> dict[str, PackedMask]:
             shapes = json.loads(meta["shapes"])
             return {name: from_bits(file.get_tensor(name), shapes[name]) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise UserError(f"{path}: damaged or incomplete ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{path}: damaged or incomplete ({first_line(error)})") from None
 
 
 def read_meta(source: str | os.PathLike) -> dict[str, str]:

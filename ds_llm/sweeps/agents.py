@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ds_llm.distributed.interrupt import EXIT_CODE, Interrupt
-from ds_llm.errors import ConfigError, UserError
+from ds_llm.errors import ConfigError, UserError, first_line
 from ds_llm.files import lock
 from ds_llm.progress import console
 from ds_llm.sweeps.file import SweepFile
@@ -87,7 +87,7 @@ def _identity(file: SweepFile, output: Path, project: str, entity: str | None) -
     try:
         identity = wandb.sweep(definition(file, output), entity=entity, project=project)
     except wandb.errors.Error as error:
-        reason = str(error).strip().split("\n")[0].rstrip(".")
+        reason = first_line(error).rstrip(".")
         raise UserError(
             f"--wandb: W&B cannot create the sweep ({reason}); without --wandb the sweep runs on this machine alone"
         ) from None

@@ -10,7 +10,7 @@ import numpy as np
 
 from ds_llm.config.options import to_dict, to_yaml
 from ds_llm.config.run import Config
-from ds_llm.errors import UserError
+from ds_llm.errors import UserError, first_line
 from ds_llm.tracking.scalars import scalars
 
 
@@ -55,9 +55,8 @@ class Wandb:
                 settings=wandb.Settings(console="off"),  # the progress display is not a log
             )
         except wandb.errors.Error as error:
-            reason = str(error).strip().split("\n")[0]
             raise UserError(
-                f"Weights & Biases could not start ({reason}); "
+                f"Weights & Biases could not start ({first_line(error)}); "
                 "log in with `wandb login` or set tracking.wandb.mode=offline"
             ) from None
         id_file.write_text(self._run.id + "\n", encoding="utf-8")
