@@ -142,6 +142,7 @@ def command(*parts: str) -> str:
 ASKED: set[str] = set()
 
 
+@pytest.mark.slow
 def test_kernel_and_family(copy):
     checks = [command("test_squared_relu"), command("test_accelerate")]
     # one process for both: most of its time is what it imports
