@@ -14,8 +14,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import operator
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import field
 from pathlib import Path
 
@@ -76,28 +77,40 @@ def check(found) -> None:
         value = found
         for part in name.split("."):
             value = getattr(value, part)
-        meta = f.metadata
-        for one in value if isinstance(value, list) else [value]:
-            if isinstance(one, str) and "\0" in one:
-                raise ConfigError(f"{name}: {one!r} holds a NUL character")
-            if meta["choices"] and one not in meta["choices"]:
-                text = ", ".join(str(c) for c in meta["choices"])
-                near = difflib.get_close_matches(str(one), [str(c) for c in meta["choices"]], n=1)
-                raise ConfigError(
-                    f"{name}: {one!r} is not one of {text}" + (f"; did you mean '{near[0]}'?" if near else "")
-                )
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            if not math.isfinite(value):
-                raise ConfigError(f"{name}: {value} is not a finite number")
-            for bound, fails, text in (
-                ("at_least", lambda v, b: v < b, "at least"),
-                ("above", lambda v, b: v <= b, "greater than"),
-                ("at_most", lambda v, b: v > b, "at most"),
-                ("below", lambda v, b: v >= b, "less than"),
-            ):
-                limit = meta.get(bound)
-                if limit is not None and fails(value, limit):
-                    raise ConfigError(f"{name}: {value} must be {text} {limit:g}")
+        check_value(name, value, f)
+
+
+def check_value(name: str, value, declared: dataclasses.Field) -> None:
+    """Raise `ConfigError` that begins with `name` for a value that the declared field does not allow."""
+    meta = declared.metadata
+    for one in value if isinstance(value, list) else [value]:
+        if isinstance(one, str) and "\0" in one:
+            raise ConfigError(f"{name}: {one!r} holds a NUL character")
+        if meta["choices"] and one not in meta["choices"]:
+            text = ", ".join(str(c) for c in meta["choices"])
+            near = difflib.get_close_matches(str(one), [str(c) for c in meta["choices"]], n=1)
+            raise ConfigError(
+                f"{name}: {one!r} is not one of {text}" + (f"; did you mean '{near[0]}'?" if near else "")
+            )
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        _check_number(name, value, meta)
+
+
+def _check_number(name: str, value: float, bounds: Mapping) -> None:
+    if not math.isfinite(value):
+        raise ConfigError(f"{name}: {value} is not a finite number")
+    low, high = bounds.get("at_least"), bounds.get("at_most")
+    if low is not None and high is not None and not low <= value <= high:
+        raise ConfigError(f"{name}: {value} must be between {low:g} and {high:g}")
+    for bound, holds, text in (
+        ("at_least", operator.ge, "at least"),
+        ("above", operator.gt, "greater than"),
+        ("at_most", operator.le, "at most"),
+        ("below", operator.lt, "less than"),
+    ):
+        limit = bounds.get(bound)
+        if limit is not None and not holds(value, limit):
+            raise ConfigError(f"{name}: {value} must be {text} {limit:g}")
 
 
 def to_dict(found) -> dict:

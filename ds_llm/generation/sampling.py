@@ -7,12 +7,8 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
+from ds_llm.config.options import check_value, key
 from ds_llm.errors import ConfigError
-
-
-def option(default, help: str, low: float | None = None, high: float | None = None):
-    """A documented field; numbers lie in [low, high]."""
-    return dataclasses.field(default=default, metadata={"help": help, "low": low, "high": high})
 
 
 @dataclass(frozen=True)
@@ -22,26 +18,28 @@ class SamplingParams:
     Raises `ConfigError` for a value out of bounds, or options that contradict each other.
     """
 
-    max_new_tokens: int = option(128, "longest answer in tokens", 1)
-    min_new_tokens: int = option(0, "the end-of-text token is not chosen before so many tokens", 0)
-    temperature: float = option(0.8, "divides the logits; 0 is greedy: always the likeliest token", 0)
-    top_k: int = option(0, "choose among so many likeliest tokens; 0: all", 0)
-    top_p: float = option(0.95, "choose among the likeliest tokens that together have this probability", 1e-6, 1)
-    min_p: float = option(0.0, "drop tokens less likely than this share of the likeliest one", 0, 1)
-    repetition_penalty: float = option(1.0, "makes tokens that occurred less likely when above 1 (CTRL)", 1e-3)
-    no_repeat_ngram_size: int = option(0, "no sequence of so many tokens occurs twice; 0: off", 0)
-    stop: tuple[str, ...] = option((), "end before this text; may be given several times")
-    num_beams: int = option(1, "beam search with so many beams", 1)
-    num_return_sequences: int = option(1, "answers per prompt", 1)
-    use_cache: bool = option(True, "keep the keys and values of past tokens")
-    seed: int | None = option(None, "makes sampling reproducible on one machine and batch size", 0)
+    max_new_tokens: int = key(128, "longest answer in tokens", at_least=1)
+    min_new_tokens: int = key(0, "the end-of-text token is not chosen before so many tokens", at_least=0)
+    temperature: float = key(0.8, "divides the logits; 0 is greedy: always the likeliest token", at_least=0)
+    top_k: int = key(0, "choose among so many likeliest tokens; 0: all", at_least=0)
+    top_p: float = key(
+        0.95, "choose among the likeliest tokens that together have this probability", at_least=1e-6, at_most=1
+    )
+    min_p: float = key(0.0, "drop tokens less likely than this share of the likeliest one", at_least=0, at_most=1)
+    repetition_penalty: float = key(1.0, "makes tokens that occurred less likely when above 1 (CTRL)", at_least=1e-3)
+    no_repeat_ngram_size: int = key(0, "no sequence of so many tokens occurs twice; 0: off", at_least=0)
+    stop: tuple[str, ...] = key((), "end before this text; may be given several times")
+    num_beams: int = key(1, "beam search with so many beams", at_least=1)
+    num_return_sequences: int = key(1, "answers per prompt", at_least=1)
+    use_cache: bool = key(True, "keep the keys and values of past tokens")
+    seed: int | None = key(None, "makes sampling reproducible on one machine and batch size", at_least=0)
 
     def __post_init__(self):
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
         object.__setattr__(self, "stop", tuple(self.stop))
         for field in dataclasses.fields(self):
-            if field.metadata["low"] is not None:
+            if field.metadata["at_least"] is not None:
                 self._check_number(field, getattr(self, field.name))
         if not all(isinstance(text, str) and text for text in self.stop):
             raise ConfigError("stop: must be text that is not empty")
@@ -59,13 +57,10 @@ class SamplingParams:
     def _check_number(self, field: dataclasses.Field, value) -> None:
         if value is None and field.default is None:
             return
-        name, low, high = field.name, field.metadata["low"], field.metadata["high"]
-        kind = float if isinstance(field.default, float) else int
+        name, kind = field.name, float if isinstance(field.default, float) else int
         if isinstance(value, bool) or not isinstance(value, (int, kind)) or not math.isfinite(value):
             raise ConfigError(f"{name}: {value!r} is not {'a number' if kind is float else 'a whole number'}")
-        if value < low or (high is not None and value > high):
-            limits = f"at least {low:g}" if high is None else f"between {low:g} and {high:g}"
-            raise ConfigError(f"{name}: {value} must be {limits}")
+        check_value(name, value, field)
         object.__setattr__(self, name, kind(value))  # transformers refuses a whole number where a fraction could be
 
 
