@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import KeysView
 from pathlib import Path
 
 from ds_llm.config.run import Config, check
@@ -36,8 +37,8 @@ class AskedKeys(dict):
         self.asked.add(name)
         return super().get(name, default)
 
-    def keys(self):
-        return self  # DeepSpeed asks `name in values.keys()`
+    def keys(self) -> KeysView:
+        return KeysView(self)  # asks this mapping in `name in settings.keys()`, as DeepSpeed writes
 
 
 def generated(config: Config) -> dict:

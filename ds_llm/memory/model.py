@@ -6,7 +6,6 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from unittest import mock
 
 import torch
 from torch import nn
@@ -113,9 +112,7 @@ def _architecture(config: Config) -> tuple[object, Callable]:
                 accelerate(model)
         attach_loss_head(model)
         if lora is not None:
-            # peft moves new adapters to their layers' device, where they are already: fake tensors refuse to be moved
-            with mock.patch.object(nn.Module, "to", lambda module, *_, **__: module):
-                return adapters.add_adapter(model, lora, config.model.path, config.model.freeze)
+            return adapters.add_adapter(model, lora, config.model.path, config.model.freeze)
         for name, parameter in model.named_parameters(remove_duplicate=False):
             if any(name == start or name.startswith(f"{start}.") for start in config.model.freeze):
                 parameter.requires_grad_(False)

@@ -95,9 +95,25 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
+def _fill(model: nn.Module) -> None:
+    """Replace parameters and buffers on the meta device by tensors on the CPU; tied ones stay tied."""
+    made: dict[int, Tensor] = {}
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, old in tensors.items():
+                if old is None:
+                    continue
+                if id(old) not in made:
+                    new = torch.empty_strided(old.shape, old.stride(), dtype=old.dtype)
+                    made[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+                tensors[name] = made[id(old)]
+
+
 def _measure(make, config, objective, batch, dtype, checkpointing: bool, keep_gradients: bool) -> int:
+    with torch.device("meta"), _default_dtype(dtype):
+        model = make(config)  # not of fake tensors: peft moves adapters to their layers' device, which these refuse
     with FakeTensorMode(), _default_dtype(dtype):
-        model = make(config)
+        _fill(model)
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         module = objective(model).train()
