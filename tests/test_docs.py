@@ -152,3 +152,22 @@ def test_recipes_and_keys_of_training_commands_exist():
         assert settings.mode, page
         checked += 1
     assert checked > 25
+
+
+def test_pages_that_the_code_names_exist():
+    files = [file for room in ("ds_llm", "launch", "benchmarks", "ds_configs") for file in (ROOT / room).rglob("*")]
+    named = {
+        (file, path)
+        for file in files
+        if file.suffix in (".py", ".yaml", ".sh")
+        for path in re.findall(r"docs/[\w/]+\.md", file.read_text())
+    }
+    assert len(named) > 20
+    for file, path in named:
+        assert (ROOT / path).exists(), f"{file}: {path}"
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if "```python" in page.read_text()], ids=name)
+def test_examples_are_python(page):
+    for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S):
+        compile(block, name(page), "exec")
