@@ -23,7 +23,7 @@ from ds_llm.errors import ConfigError, UserError
 from ds_llm.pretrained import lora as adapters
 from ds_llm.pretrained.fingerprint import identity, model_fingerprint
 from ds_llm.pretrained.lengths import lengths
-from ds_llm.progress import progress
+from ds_llm.train.evaluation import measure
 from ds_llm.train.job import Figures, Job, Shown
 from ds_llm.train.losses.preference import METRICS, Preference
 from ds_llm.train.reference import reference_log_probs
@@ -276,17 +276,14 @@ def _evaluation(config: Config, data: Data):
 
     @torch.no_grad()
     def evaluate(engine) -> dict:
-        """Mean loss and figures of the held-out pairs. Every process runs equally many batches."""
+        """Mean loss and figures of the held-out pairs."""
         start = time.perf_counter()
-        table = np.zeros((len(batches), 1 + len(METRICS)))
-        with progress("evaluating", total=count, unit="pairs") as task:
-            for first in range(0, len(batches), engine.world_size):
-                mine = first + engine.rank
-                found = engine.forward(**val.batch(batches[min(mine, len(batches) - 1)]))
-                if mine < len(batches):
-                    table[mine] = [float(found.loss_sum), *found.figures.double().tolist()]
-                task.advance(sum(map(len, batches[first : first + engine.world_size])))
-        table = np.array(processes.all_reduce(table.ravel().tolist())).reshape(table.shape)
+
+        def sums(pairs) -> list[float]:
+            found = engine.forward(**val.batch(pairs))
+            return [float(found.loss_sum), *found.figures.double().tolist()]
+
+        table = measure(engine, batches, sums, 1 + len(METRICS))
         means = [math.fsum(column) / count for column in table.T]
         return {
             **dict(zip(("loss", *METRICS), means, strict=True)),

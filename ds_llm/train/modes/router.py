@@ -27,7 +27,8 @@ from ds_llm.models import quality_loss
 from ds_llm.pretrained import partial
 from ds_llm.pretrained.fingerprint import identity
 from ds_llm.pretrained.source import base_name
-from ds_llm.progress import console, progress
+from ds_llm.progress import console
+from ds_llm.train.evaluation import deal, measure
 from ds_llm.train.job import Figures, Job
 from ds_llm.train.losses.router import RouterLoss, moments, supervised_documents
 from ds_llm.train.modes import pretrain, sft
@@ -194,21 +195,14 @@ def _add_adapters(model: nn.Module, config: Config) -> nn.Module:
 def _pair_evaluation(pairs: CorruptedPairs, batches: list, inner: Callable | None, loss: str) -> Callable:
     @torch.no_grad()
     def evaluate(engine) -> dict:
-        """How well gates tell held-out samples from their copies, beside the figures of `inner`; `loss` names the loss.
-
-        Batches do not depend on the number of processes; every process runs equally many, so none waits for another.
-        """
+        """How well gates tell held-out samples from their copies, beside the figures of `inner`; `loss` names it."""
         start = time.perf_counter()
-        sums = [0.0] * 5 * len(batches)
-        with progress("evaluating pairs", total=len(batches), unit="batches") as task:
-            for first in range(0, len(batches), engine.world_size):
-                mine = first + engine.rank
-                batch = pairs.batch(batches[min(mine, len(batches) - 1)])
-                found = engine.forward(**batch)
-                if mine < len(batches):
-                    sums[5 * mine : 5 * mine + 5] = [int(batch["documents"].max()) + 1, *found.tolist()]
-                task.advance(min(engine.world_size, len(batches) - first))
-        count, *found = torch.tensor(processes.all_reduce(sums)).view(-1, 5).sum(0).tolist()
+
+        def sums(rows) -> list[float]:
+            batch = pairs.batch(rows)
+            return [int(batch["documents"].max()) + 1, *engine.forward(**batch).tolist()]
+
+        count, *found = measure(engine, batches, sums, 5, "evaluating pairs").sum(0).tolist()
         names = (loss, "gate_mean", "gate_mean_corrupted", "pair_accuracy")
         figures = dict(zip(names, (value / max(count, 1) for value in found), strict=True))
         return {**(inner(engine) if inner is not None else {}), **figures, "seconds": time.perf_counter() - start}
@@ -221,14 +215,11 @@ def _loss_evaluation(function: Callable, samples: Samples, batches: list, inner:
     def evaluate(engine) -> dict:
         """How the scores of held-out documents follow the model's own losses on them, beside the figures of `inner`."""
         start, mine = time.perf_counter(), [torch.empty(2, 0, dtype=torch.float64)]
-        with progress("evaluating scores", total=len(batches), unit="batches") as task:
-            for first in range(0, len(batches), engine.world_size):
-                place = first + engine.rank
-                batch = samples.batch(batches[min(place, len(batches) - 1)])
-                found = engine.forward(own_losses=True, documents=supervised_documents(batch), **batch)
-                if place < len(batches):
-                    mine.append(found.double().cpu())
-                task.advance(min(engine.world_size, len(batches) - first))
+        for number, counts in deal(engine, len(batches), "evaluating scores"):
+            batch = samples.batch(batches[number])
+            found = engine.forward(own_losses=True, documents=supervised_documents(batch), **batch)
+            if counts:
+                mine.append(found.double().cpu())
         scores, losses = torch.cat(mine, 1)
         count, mean, deviation = moments([losses])
         _, middle, spread = moments([scores])

@@ -10,13 +10,14 @@ import torch
 from torch import nn
 
 from ds_llm.config.run import Config
+from ds_llm.data.batches import count_tokens
 from ds_llm.data.corpora import cache_folder
 from ds_llm.data.packing import GroupedSamples, PackedSamples
-from ds_llm.engine import processes
 from ds_llm.errors import ConfigError, UserError
 from ds_llm.pretrained import lora as adapters
 from ds_llm.pretrained.lengths import lengths
-from ds_llm.progress import console, progress
+from ds_llm.progress import console
+from ds_llm.train.evaluation import measure
 from ds_llm.train.job import Job, Shown
 from ds_llm.train.start_model import start_model
 from ds_llm.train.step import MicroStep
@@ -153,25 +154,18 @@ def _evaluation(config: Config, val: PackedSamples):
 
     @torch.no_grad()
     def evaluate(engine) -> dict:
-        """Loss per supervised token of the held-out samples, with the masks of training.
-
-        Batches do not depend on the number of processes; every process runs equally many, so none waits for another.
-        """
+        """Loss per supervised token of the held-out samples, with the masks of training."""
         start = time.perf_counter()
-        sums = [0.0] * len(batches)
-        tokens = 0
-        with progress("evaluating", total=len(batches), unit="batches") as task:
-            for first in range(0, len(batches), engine.layout.replicas):
-                mine = first + engine.layout.replica
-                batch = val.batch(batches[min(mine, len(batches) - 1)])
-                loss = float(engine.forward(**batch).loss_sum)
-                if mine < len(batches) and engine.layout.counts:
-                    sums[mine], tokens = loss, tokens + int((batch["labels"] != -100).sum())
-                task.advance(min(engine.layout.replicas, len(batches) - first))
-        *sums, tokens = processes.all_reduce([*sums, tokens])
+
+        def loss_and_tokens(rows) -> tuple[float, int]:
+            batch = val.batch(rows)
+            return float(engine.forward(**batch).loss_sum), count_tokens(batch)
+
+        losses, counts = measure(engine, batches, loss_and_tokens, 2).T
+        tokens = counts.sum()
         if not tokens:
             raise UserError("data.val: no supervised token in the samples evaluated")
-        loss = math.fsum(sums) / tokens
+        loss = math.fsum(losses) / tokens
         return {
             "perplexity": math.exp(loss) if loss < 700 else math.inf,
             "loss": loss,
