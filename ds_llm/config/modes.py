@@ -6,7 +6,8 @@ file imports nothing, so that a process that only reads a configuration stays li
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,8 @@ class Mode:
     measured on data.val beside the figures that the module's `figures(config)` names, which it has where own_figures.
     holds_out: evaluates on samples that it holds out of data.train, so without data.val too. subset: takes
     `data.subset_ratio`. freezes: takes `model.freeze`. shown: whether `prepare.py show` prints its samples, as the
-    module's `shown(data)` gives them.
+    module's `shown(data)` gives them. refuses: features of `ds_llm.parallel.compatibility` that it does not go with,
+    each with the reason.
 
     For the planner: rows that a sample takes; positions: whether a batch has `position_ids`; groups: whether
     data.packing=false makes batches of similar length; compact: whether pruned weights are not held.
@@ -35,16 +37,50 @@ class Mode:
     positions: bool = True
     groups: bool = False
     compact: bool = False
+    refuses: Mapping[str, str] = field(default_factory=dict)
 
+
+OF_WHOLE_ANSWERS = {
+    "tensor": "its reference scores rows on every rank for itself",
+    "sequence": "its losses are of whole answers, not of tokens",
+}
 
 MODES = {
     mode.name: mode
     for mode in (
         Mode("pretrain"),
         Mode("sft", shown=True, groups=True),
-        Mode("dpo", goal="loss", evaluated=(), own_figures=True, shown=True, rows_per_sample=2, positions=False),
-        Mode("sparse", freezes=False, compact=True),
-        Mode("router", own_figures=True, holds_out=True, subset=True, positions=False),
+        Mode(
+            "dpo",
+            goal="loss",
+            evaluated=(),
+            own_figures=True,
+            shown=True,
+            rows_per_sample=2,
+            positions=False,
+            refuses=OF_WHOLE_ANSWERS,
+        ),
+        Mode(
+            "sparse",
+            freezes=False,
+            compact=True,
+            refuses={
+                "tensor": "compact weights have no rows and columns to slice",
+                "expert": "compact experts have no rows to hand out",
+            },
+        ),
+        Mode(
+            "router",
+            own_figures=True,
+            holds_out=True,
+            subset=True,
+            positions=False,
+            refuses={
+                "tensor": "its models have experts; use zero=3",
+                "expert": "its experts are frozen, and DeepSpeed shares only trained ones; use zero=3",
+                "sequence": "its losses are of whole rows, not of tokens",
+            },
+        ),
     )
 }
 

@@ -6,6 +6,7 @@ Whatever pair is not in it is trained by `tests/distributed/test_parallel.py`.
 from __future__ import annotations
 
 from ds_llm.config import deepspeed as deepspeed_config
+from ds_llm.config.modes import MODES
 from ds_llm.config.run import Config
 from ds_llm.errors import ConfigError
 
@@ -19,9 +20,7 @@ KEYS = {
     "zero2": "zero=2",
     "zero3": "zero=3",
     "fp16": "train.dtype=fp16",
-    "dpo": "mode=dpo",
-    "router": "mode=router",
-    "sparse": "mode=sparse",
+    **{name: f"mode={name}" for name, mode in MODES.items() if mode.refuses},
     "experts": "model.use_moe=true",
     "lora": "lora.enabled=true",
     "nf4": "lora.quantize=nf4",
@@ -42,20 +41,14 @@ REFUSED = (
     ("tensor", "experts", "DeepSpeed cannot split fused experts; use parallel.expert"),
     ("tensor", "lora", "DeepSpeed does not find the layers inside adapters"),
     ("tensor", "freeze", "the trained part alone is saved, and not put together from slices"),
-    ("tensor", "dpo", "its reference scores rows on every rank for itself"),
-    ("tensor", "router", "its models have experts; use zero=3"),
-    ("tensor", "sparse", "compact weights have no rows and columns to slice"),
     ("tensor", "generation", "answers are generated on every rank for itself"),
     ("expert", "lora", "adapters leave the experts frozen, and DeepSpeed shares only trained ones; use zero=3"),
     ("expert", "freeze", "DeepSpeed shares only trained experts; use zero=3"),
-    ("expert", "router", "its experts are frozen, and DeepSpeed shares only trained ones; use zero=3"),
-    ("expert", "sparse", "compact experts have no rows to hand out"),
     ("expert", "hpz", "DeepSpeed has no secondary copies of experts"),
     ("expert", "quantized_gradients", "DeepSpeed does not quantise gradients of experts"),
-    ("sequence", "dpo", "its losses are of whole answers, not of tokens"),
-    ("sequence", "router", "its losses are of whole rows, not of tokens"),
     ("ema", "nvme", "the average is taken of weights in memory; use CPU offload"),
     ("nf4", "zero3", "4-bit weights cannot be sharded; use zero=2"),
+    *((feature, name, reason) for name, mode in MODES.items() for feature, reason in mode.refuses.items()),
 )
 
 

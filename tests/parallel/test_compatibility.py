@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from ds_llm.config.deepspeed import adopt, build
+from ds_llm.config.modes import MODES
 from ds_llm.config.run import load
 from ds_llm.errors import ConfigError, UserError
 from ds_llm.parallel import compatibility as combinations
@@ -28,7 +29,7 @@ ASKED = {
     "hpz": ["zero=3", "deepspeed.zero_optimization.zero_hpz_partition_size=2"],
     "quantized_gradients": ["zero=3", "deepspeed.zero_optimization.zero_quantized_gradients=true"],
     **{f"zero{stage}": [f"zero={stage}"] for stage in range(4)},
-    **{mode: [f"mode={mode}"] for mode in ("dpo", "router", "sparse")},
+    **{name: [f"mode={name}"] for name, mode in MODES.items() if mode.refuses},
     "fp16": ["train.dtype=fp16"],
 }
 
