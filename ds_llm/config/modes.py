@@ -8,6 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
+
+
+class Figure(NamedTuple):
+    """A figure of steps that the console shows: its name in the records, what it is called there, its format."""
+
+    name: str
+    label: str
+    format: str
+
+
+class Curves(NamedTuple):
+    """A plot of the report: title, unit, its lines as {figure: label}; of the evaluations instead of the steps."""
+
+    title: str
+    unit: str
+    lines: Mapping[str, str]
+    evaluations: bool = False
 
 
 @dataclass(frozen=True)
@@ -19,7 +37,7 @@ class Mode:
     holds_out: evaluates on samples that it holds out of data.train, so without data.val too. subset: takes
     `data.subset_ratio`. freezes: takes `model.freeze`. shown: whether `prepare.py show` prints its samples, as the
     module's `shown(data)` gives them. refuses: features of `ds_llm.parallel.compatibility` that it does not go with,
-    each with the reason.
+    each with the reason. console and curves: which figures of its own are shown, and how.
 
     For the planner: rows that a sample takes; positions: whether a batch has `position_ids`; groups: whether
     data.packing=false makes batches of similar length; compact: whether pruned weights are not held.
@@ -38,12 +56,29 @@ class Mode:
     groups: bool = False
     compact: bool = False
     refuses: Mapping[str, str] = field(default_factory=dict)
+    console: tuple[Figure, ...] = ()
+    curves: tuple[Curves, ...] = ()
 
 
 OF_WHOLE_ANSWERS = {
     "tensor": "its reference scores rows on every rank for itself",
     "sequence": "its losses are of whole answers, not of tokens",
 }
+PREFERRED = (Figure("margin", "margin", "+.3f"), Figure("accuracy", "acc", ".1%"))
+
+
+def accuracy(unit: str) -> tuple[Curves, Curves]:
+    """Plots of how often the preferred is preferred."""
+    return (
+        Curves("Preference accuracy on the evaluation set", unit, {"accuracy": "accuracy"}, evaluations=True),
+        Curves("Preference accuracy of the batch", unit, {"accuracy": "accuracy"}),
+    )
+
+
+def rewards(sides: Mapping[str, str]) -> Curves:
+    """Plot of the rewards of both sides and of what lies between them."""
+    return Curves("Rewards and their margin", "reward", {**sides, "margin": "margin"})
+
 
 MODES = {
     mode.name: mode
@@ -59,6 +94,11 @@ MODES = {
             rows_per_sample=2,
             positions=False,
             refuses=OF_WHOLE_ANSWERS,
+            console=PREFERRED,
+            curves=(
+                *accuracy("share of the pairs"),
+                rewards({"reward_chosen": "chosen", "reward_rejected": "rejected"}),
+            ),
         ),
         Mode(
             "sparse",
@@ -80,9 +120,15 @@ MODES = {
                 "expert": "its experts are frozen, and DeepSpeed shares only trained ones; use zero=3",
                 "sequence": "its losses are of whole rows, not of tokens",
             },
+            console=(Figure("quality_loss", "quality", ".4f"),),
         ),
     )
 }
+
+
+def console_figures() -> list[Figure]:
+    """The figures of all modes that the console shows where a record has them, each once."""
+    return list(dict.fromkeys(figure for mode in MODES.values() for figure in mode.console))
 
 
 def names(feature: str) -> str:

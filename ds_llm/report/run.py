@@ -9,11 +9,13 @@ import argparse
 import json
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import yaml
 
+from ds_llm.config.modes import MODES, Curves
 from ds_llm.config.options import flatten, to_dict
 from ds_llm.config.run import Config
 from ds_llm.config.text_metrics import LABELS
@@ -80,7 +82,7 @@ def build(records: list[dict], output: Path) -> str:
 def plots(steps: list[dict], evals: list[dict], start: dict | None = None) -> list[Plot | HeatMap]:
     """The figures for which these step and evaluation records have values, in the order of the page.
 
-    start: the record of the run's start, whose `loss_unit` labels the loss.
+    start: the record of the run's start, whose `loss_unit` labels the loss and whose `mode` has plots of its own.
     """
     skipped = [r["step"] for r in steps if r.get("skipped")]
     unit = (start or {}).get("loss_unit", "nats per token")
@@ -92,17 +94,11 @@ def plots(steps: list[dict], evals: list[dict], start: dict | None = None) -> li
         title = f"{goal.capitalize()} on the evaluation set"
         unit = unit if goal == "loss" else goal
         found.append(_curve(evals, goal, title, unit, dots=True, level=level, log=True))
-        title = "Preference accuracy on the evaluation set"
-        found.append(_curve(evals, "accuracy", title, "share of the pairs", dots=True))
         found.append(_curves(evals, LABELS, "Generated answers against the references", "0 to 100", dots=True))
+    for curves in _own_curves((start or {}).get("mode")):
+        records = evals if curves.evaluations else steps
+        found.append(_curves(records, curves.lines, curves.title, curves.unit, dots=curves.evaluations))
     found += [
-        _curves(
-            steps,
-            {"reward_chosen": "chosen", "reward_rejected": "rejected", "margin": "margin"},
-            "Rewards and their margin",
-            "reward",
-        ),
-        _curve(steps, "accuracy", "Preference accuracy of the batch", "share of the pairs"),
         _curve(steps, "lr", "Learning rate", "learning rate", zero=True),
         _curve(steps, "grad_norm", "Gradient norm", "global L2 norm", log=True, marks=skipped),
         _curve(steps, "tokens_per_s", "Throughput", "tokens/s, all ranks", zero=True),
@@ -127,6 +123,15 @@ def plots(steps: list[dict], evals: list[dict], start: dict | None = None) -> li
     return [plot for plot in found if plot is not None]
 
 
+def _own_curves(mode: str | None) -> list[Curves]:
+    """The plots of a mode; of all modes, each title once, where the record does not say the mode."""
+    asked = [MODES[mode]] if mode in MODES else MODES.values()
+    found: dict[str, Curves] = {}
+    for curves in (curves for each in asked for curves in each.curves):
+        found.setdefault(curves.title, curves)
+    return list(found.values())
+
+
 def _goal(evals: list[dict]) -> str:
     """Name of the figure by which the evaluations are compared."""
     return evals[-1].get("goal", "perplexity") if evals else "perplexity"
@@ -138,7 +143,7 @@ def _curve(records: list[dict], name: str, title: str, unit: str, dots: bool = F
 
 
 def _curves(
-    records: list[dict], names: dict[str, str], title: str, unit: str, dots: bool = False, **style
+    records: list[dict], names: Mapping[str, str], title: str, unit: str, dots: bool = False, **style
 ) -> Plot | None:
     """The plot of the fields (name: label) in which any record has a number, or None without one."""
     lines = [Line(label, *_series(records, name), dots) for name, label in names.items()]

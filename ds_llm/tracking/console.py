@@ -8,6 +8,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
+from ds_llm.config.modes import console_figures
 from ds_llm.config.text_metrics import LABELS
 from ds_llm.progress import console, duration
 
@@ -106,10 +107,8 @@ def figures(r: dict) -> list[str]:
     for name, label, form in (
         ("loss", "loss", lambda v: f"{v:.4f}"),
         ("ppl", "ppl", _number),
-        ("margin", "margin", lambda v: f"{v:+.3f}"),
-        ("accuracy", "acc", lambda v: f"{v:.1%}"),
+        *((name, label, f"{{:{form}}}".format) for name, label, form in console_figures()),
         ("aux_loss", "aux", lambda v: f"{v:.4f}"),
-        ("quality_loss", "quality", lambda v: f"{v:.4f}"),
         ("lr", "lr", lambda v: f"{v:.2e}"),
         ("grad_norm", "grad", lambda v: f"{v:.3f}"),
         ("tokens_per_s", "", lambda v: f"{v:,.0f} tok/s"),

@@ -39,6 +39,7 @@ def describe(config: Config, job: Job, world: int, device: str, global_batch: in
         f"{t.batch_size} x {t.accumulation_steps} x {batches}; {steps:,} steps"
     )
     return {
+        "mode": config.mode,
         "parameters": parameters,
         "trained_parameters": trained,
         "world_size": world,
