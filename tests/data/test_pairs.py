@@ -104,7 +104,7 @@ def test_counts_what_is_dropped_with_its_line(tokenizer, tmp_path, capsys):
     source = write(tmp_path / "pairs.jsonl", rows)
     pairs = prepare_pairs(source, tokenizer, max_length=50, cache=tmp_path / "cache")
     report = pairs.report
-    assert (report.rows, report.pairs, report.truncated) == (9, 3, 1)
+    assert (report.rows, len(pairs), report.truncated) == (9, 3, 1)
     expected = {}
     for line, reason, _ in BAD:
         entry = expected.setdefault(reason, [0, []])
@@ -153,7 +153,7 @@ def test_batches_hold_the_stored_pairs(tokenizer, tmp_path):
 def test_is_built_once_and_again_when_anything_changes(tokenizer, tmp_path, monkeypatch):
     source, cache = write(tmp_path / "pairs.jsonl", ROWS), tmp_path / "cache"
     first = prepare_pairs(source, tokenizer, max_length=64, cache=cache)
-    monkeypatch.setattr("ds_llm.data.pairs._build", lambda *_: pytest.fail("built again"))
+    monkeypatch.setattr("ds_llm.data.answers._build", lambda *_: pytest.fail("built again"))
     again = prepare_pairs(source, tokenizer, max_length=64, cache=cache)
     assert again.fingerprint == first.fingerprint and np.array_equal(again.lengths, first.lengths)
     monkeypatch.undo()
@@ -168,8 +168,8 @@ def test_several_workers_give_the_same(tokenizer, tmp_path, monkeypatch):
     rows = [{"prompt": f"question {i}", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(300)]
     source = write(tmp_path / "pairs.jsonl", rows)
     one = prepare_pairs(source, tokenizer, max_length=64, cache=tmp_path / "one")
-    monkeypatch.setattr("ds_llm.data.pairs.BYTES_PER_WORKER", 1)
+    monkeypatch.setattr("ds_llm.data.answers.BYTES_PER_WORKER", 1)
     monkeypatch.setattr("ds_llm.data.files.read.__defaults__", (2000,))
-    monkeypatch.setattr("ds_llm.data.pairs.available_cpus", lambda: 2)
+    monkeypatch.setattr("ds_llm.data.answers.available_cpus", lambda: 2)
     two = prepare_pairs(source, tokenizer, max_length=64, cache=tmp_path / "two")
     assert len(one) == 300 and one.fingerprint == two.fingerprint

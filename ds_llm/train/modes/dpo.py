@@ -144,7 +144,7 @@ def shown(data: Data) -> Shown:
     def parts(i: int) -> list:
         return [(f"pair {i}, {name}", *sequence) for name, sequence in pairs.pair(i)._asdict().items()]
 
-    return Shown(len(pairs), parts, pairs.report.describe())
+    return Shown(len(pairs), parts, pairs.describe())
 
 
 def build(config: Config, data: Data) -> Job:
