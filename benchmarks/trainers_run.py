@@ -40,8 +40,7 @@ class Clock:
 
 def ours(job: dict, work: Path) -> dict:
     from ds_llm.config import run as config
-    from ds_llm.train import trainer
-    from ds_llm.train.modes import dpo
+    from ds_llm.train import alignment, trainer
 
     clock, losses = Clock(), []
 
@@ -52,7 +51,7 @@ def ours(job: dict, work: Path) -> dict:
             super().step(metrics)
 
     trainer.Tracker = Tracker
-    dpo.reference_log_probs = clock.timed(dpo.reference_log_probs)
+    alignment.reference_log_probs = clock.timed(alignment.reference_log_probs)
     trainer.train(config.load(None, [*job["overrides"], f"zero={job['stage']}", f"output={work / 'run'}"]))
     return clock.result(losses)
 

@@ -1,8 +1,8 @@
-"""Log-probabilities of preference pairs under the reference model: computed once, by all ranks, kept on disk.
+"""Log-probabilities of answers under the reference model: computed once, by all ranks, kept on disk.
 
 CACHE/reference-<key>/
     key.json         what the key is the hash of: model, data, numbers of the forward pass
-    log_probs.npy    float32 [pairs, 2]: chosen, rejected; -inf for pairs that no run has needed yet
+    log_probs.npy    float32 [samples, columns], as the mode defines them; -inf for samples that no run has needed yet
     part-00001.npy   what a rank knows while the pass is under way, the unknown -inf
 """
 
@@ -33,7 +33,7 @@ UNKNOWN = -math.inf
 
 def reference_log_probs(
     forward: Callable[[dict[str, Tensor]], Tensor],
-    pairs,
+    samples,
     *,
     seed: int,
     batch_size: int,
@@ -43,13 +43,14 @@ def reference_log_probs(
     stop: Callable[[], bool] = lambda: False,
     title: str = "reference log-probabilities",
 ) -> np.ndarray | None:
-    """Log-probabilities in nats, summed over each answer's tokens: float32 [pairs, 2], -inf where not needed.
+    """Log-probabilities in nats, summed over each answer's tokens: float32 [samples, columns], -inf where not needed.
 
-    forward: a micro-batch of `pairs.batch` -> [2, P] of chosen and rejected; under ZeRO-3 it is a collective, so every
-        rank calls it equally often.
+    forward: a batch of `samples.scored` -> [B] of its rows; under ZeRO-3 it is a collective, so every rank calls it
+        equally often.
+    samples: see `ds_llm.train.alignment.Scored`.
     seed, batch_size: those of the training. The first epoch's micro-batches are scored as they will be trained on, so
         a policy that starts as the reference computes the same numbers.
-    needed: only the pairs at so many positions of the first epoch, for a run that ends before it; None: all.
+    needed: only the samples at so many positions of the first epoch, for a run that ends before it; None: all.
     stop: a collective that says whether any rank was asked to stop; then what is known is kept and None returned.
     key: what the numbers depend on, as JSON: the model's fingerprint, that of the data, the type computed in.
 
@@ -58,26 +59,27 @@ def reference_log_probs(
     """
     text = json.dumps(key, indent=1, sort_keys=True)
     folder = Path(cache) / f"reference-{hashlib.sha256(text.encode()).hexdigest()[:32]}"
-    values = _exchange(_read(folder, len(pairs)))
-    order = SampleOrder(len(pairs), seed).permutation(0)
+    shape = (len(samples), samples.columns)
+    values = _exchange(_read(folder, shape))
+    order = SampleOrder(len(samples), seed).permutation(0)
     last = len(order) if needed is None else min(needed, len(order))
     chunks = [order[i : i + batch_size] for i in range(0, last, batch_size)]
     missing = [chunk for chunk in chunks if not _known(values[chunk]).all()]
     _prepare_folder(folder, text)
     part = folder / f"part-{rank():05d}.npy"
     if missing:
-        if not _pass(forward, pairs, values, missing, part, stop, title):
+        if not _pass(forward, samples, values, missing, part, stop, title):
             return None
         values = _exchange(values)
     else:
-        console.print(f"{title}: all {sum(map(len, chunks)):,} pairs found in {folder}", markup=False)
+        console.print(f"{title}: all {sum(map(len, chunks)):,} samples found in {folder}", markup=False)
     if unknown := int((~_known(values[np.concatenate(chunks)])).any(1).sum()):
         raise UserError(
-            f"the reference model gives no finite log-probability for {unknown:,} of {len(pairs):,} pairs; is it "
+            f"the reference model gives no finite log-probability for {unknown:,} of {len(samples):,} samples; is it "
             "sound, and train.dtype not too narrow for it?"
         )
     # one rank of a node, as nodes need not share a file system
-    if os.environ.get("LOCAL_RANK", "0") == "0" and not np.array_equal(_load(folder / FILE, len(pairs)), values):
+    if os.environ.get("LOCAL_RANK", "0") == "0" and not np.array_equal(_load(folder / FILE, shape), values):
         _write(folder / FILE, values)
     if dist.is_initialized():
         dist.barrier()
@@ -87,15 +89,18 @@ def reference_log_probs(
     return values
 
 
-def _pass(forward: Callable, pairs, values: np.ndarray, missing: list, part: Path, stop: Callable, title: str) -> bool:
+def _pass(
+    forward: Callable, samples, values: np.ndarray, missing: list, part: Path, stop: Callable, title: str
+) -> bool:
     """Fill in this rank's share of the missing chunks, keep the values in `part`; False when it was stopped."""
     continued = f"{title} (continued)" if _known(values).any() else title
     saved, stopped = time.monotonic(), False
-    with progress(continued, total=sum(map(len, missing)), unit="pairs") as task:
+    with progress(continued, total=sum(map(len, missing)), unit="samples") as task:
         for start in range(0, len(missing), world_size()):
             turn = missing[start : start + world_size()]
             mine = turn[rank()] if rank() < len(turn) else turn[-1]  # a rank left over repeats one: equal calls
-            found = forward(pairs.batch(mine)).detach().float().T.cpu().numpy()
+            parts = [forward(batch).detach().float() for batch in samples.scored(mine)]
+            found = torch.cat(parts).view(samples.columns, -1).T.cpu().numpy()
             if rank() < len(turn):
                 values[mine] = np.where(np.isfinite(found), found, UNKNOWN)
             task.advance(sum(map(len, turn)))
@@ -112,17 +117,17 @@ def _known(values: np.ndarray) -> np.ndarray:
     return values != UNKNOWN
 
 
-def _read(folder: Path, pairs: int) -> np.ndarray:
+def _read(folder: Path, shape: tuple[int, int]) -> np.ndarray:
     """All that the files of a folder know."""
-    values = _load(folder / FILE, pairs)
+    values = _load(folder / FILE, shape)
     for path in sorted(folder.glob("part-*.npy")):
-        values = np.maximum(values, _load(path, pairs))
+        values = np.maximum(values, _load(path, shape))
     return values
 
 
-def _load(path: Path, pairs: int) -> np.ndarray:
+def _load(path: Path, shape: tuple[int, int]) -> np.ndarray:
     """The values in a file; unknown where it is not there or not whole."""
-    unknown = np.full((pairs, 2), UNKNOWN, np.float32)
+    unknown = np.full(shape, UNKNOWN, np.float32)
     try:
         found = np.load(path)
     except (OSError, ValueError, EOFError):

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks import trainers, trainers_run
-from ds_llm.train import trainer
+from ds_llm.train import alignment, trainer
 from ds_llm.train.modes import dpo
 
 ARGUMENTS = {"seq_len": 96, "batch_size": 2, "accumulation_steps": 2, "steps": 2, "dtype": "fp32", "zero": [0, 2]}
@@ -20,7 +20,7 @@ def job(chats, tmp_path, monkeypatch):
     """Makes the job of a mode on conversations, or on pairs of the right and a wrong answer."""
     monkeypatch.setenv("DS_LLM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(trainer, "Tracker", trainer.Tracker)  # what a contestant replaces comes back
-    monkeypatch.setattr(dpo, "reference_log_probs", dpo.reference_log_probs)
+    monkeypatch.setattr(alignment, "reference_log_probs", alignment.reference_log_probs)
 
     def make(mode: str) -> tuple[dict, list[dict]]:
         rows = (chats / "train.jsonl").read_text().splitlines(keepends=True)

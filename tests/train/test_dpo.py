@@ -225,7 +225,7 @@ def test_resumes_bitwise_without_scoring_again(overrides, tmp_path, capsys):
     capsys.readouterr()
     run(*arguments, "train.max_steps=8")
     out = capsys.readouterr().out
-    assert "all 32 pairs found" in out and "all 40 pairs found" in out and "continuing from" in out
+    assert "all 32 samples found" in out and "all 40 samples found" in out and "continuing from" in out
     one, other = (metrics.deterministic(metrics.read(tmp_path / n / "metrics.jsonl")) for n in ("whole", "run"))
     assert [r for r in one if r["kind"] in ("step", "eval")] == [r for r in other if r["kind"] in ("step", "eval")]
     files = [tmp_path / n / "model" / "model.safetensors" for n in ("whole", "run")]
@@ -245,7 +245,7 @@ def test_refuses_what_cannot_work(overrides, world, tmp_path):
     for wrong, message, kind in (
         ("dpo.reference=nowhere/at/all", "nowhere/at/all: no such file", UserError),
         ("model.path=null", "model.path: dpo aligns a model", ConfigError),
-        ("data.train=[]", "data.train: name the pairs", ConfigError),
+        ("data.train=[]", "data.train: name the data", ConfigError),
         ("data.format=alpaca", "data.format: is for sft", ConfigError),
         ("eval.stride=4", "eval.stride: is for pretrain", ConfigError),
         ("dpo.label_smoothing=0.6", "must be less than 0.5", ConfigError),

@@ -16,7 +16,9 @@ from ds_llm.train.reference import FILE, reference_log_probs
 
 
 class Numbers:
-    """Pairs whose log-probabilities are known: -i for chosen, -i - 1/2 for rejected."""
+    """Samples whose log-probabilities are known: -i in the first column, -i - 1/2 in the second."""
+
+    columns = 2
 
     def __init__(self, count: int):
         self.count = count
@@ -24,12 +26,12 @@ class Numbers:
     def __len__(self) -> int:
         return self.count
 
-    def batch(self, indices) -> dict:
-        return {"index": torch.as_tensor(indices)}
+    def scored(self, indices) -> list[dict]:
+        return [{"index": torch.as_tensor(indices)}]
 
 
 def by_number(batch: dict) -> torch.Tensor:
-    return torch.stack([-batch["index"].float(), -batch["index"].float() - 0.5])
+    return torch.cat([-batch["index"].float(), -batch["index"].float() - 0.5])
 
 
 def expected(count: int) -> np.ndarray:
@@ -118,9 +120,9 @@ def test_stops_when_asked(tmp_path):
 def test_refuses_a_reference_that_gives_no_number(tmp_path):
     def broken(batch):
         found = by_number(batch)
-        return found.masked_fill(batch["index"] == 5, torch.nan)
+        return found.masked_fill((batch["index"] == 5).repeat(2), torch.nan)
 
-    with pytest.raises(UserError, match="no finite log-probability for 1 of 23 pairs"):
+    with pytest.raises(UserError, match="no finite log-probability for 1 of 23 samples"):
         run(tmp_path, broken)
     assert np.array_equal(run(tmp_path), expected(23))
 

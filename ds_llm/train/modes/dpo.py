@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from dataclasses import dataclass
@@ -11,22 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ds_llm.compat.peft import is_adapter
 from ds_llm.config.modes import MODES
 from ds_llm.config.run import Config
-from ds_llm.data.corpora import cache_folder
-from ds_llm.data.order import SampleOrder
 from ds_llm.data.pairs import Pairs, prepare_pairs
-from ds_llm.engine import processes
-from ds_llm.engine.inference import inference
-from ds_llm.errors import ConfigError, UserError
+from ds_llm.errors import ConfigError
 from ds_llm.pretrained import lora as adapters
-from ds_llm.pretrained.fingerprint import identity, model_fingerprint
 from ds_llm.pretrained.lengths import lengths
+from ds_llm.train import alignment
 from ds_llm.train.evaluation import measure
 from ds_llm.train.job import Figures, Job, Shown
 from ds_llm.train.losses.preference import METRICS, Preference
-from ds_llm.train.reference import reference_log_probs
 from ds_llm.train.start_model import start_model
 from ds_llm.train.step import MicroStep
 
@@ -47,11 +40,14 @@ class Samples:
     """Preference pairs with their log-probabilities under the reference model, once those are known.
 
     `reference` is float32 [pairs, 2] in nats, chosen and rejected, of the pairs that the run uses, or None for losses
-    without a reference.
+    without a reference; see `ds_llm.train.alignment.Scored`.
     """
+
+    columns = 2
 
     def __init__(self, pairs: Pairs):
         self.pairs, self.reference = pairs, None
+        self.fingerprint = {"pairs": pairs.fingerprint}
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -63,27 +59,21 @@ class Samples:
             batch["reference"] = torch.from_numpy(np.ascontiguousarray(self.reference[np.asarray(indices)].T))
         return batch
 
+    def scored(self, indices) -> list[dict[str, Tensor]]:
+        """Both answers of each pair in one batch, the chosen ones first."""
+        return [self.pairs.batch(indices)]
+
 
 def check(config: Config) -> Data:
     """Tokenise the pairs (once: they are cached) and check the loss; finds every mistake before a model is built.
 
-    Pairs and reference log-probabilities are stored in the folder `pairs` of the cache, see
-    `ds_llm.data.corpora.cache_folder`.
+    Pairs and reference log-probabilities are stored in `alignment.cache()`.
     """
     from ds_llm.evaluation.samples import check_prompts
     from ds_llm.pretrained.loading import load_tokenizer
 
     data, options = config.data, config.dpo
-    if config.model.path is None:
-        raise ConfigError("model.path: dpo aligns a model; name it, for example model.path=runs/sft")
-    if not data.train:
-        raise ConfigError("data.train: name the pairs to train on, for example data.train=data/pairs.jsonl")
-    for name, default in (("format", "auto"), ("train_on", "all"), ("weights", []), ("tokens_per_batch", None)):
-        if getattr(data, name) != default:
-            raise ConfigError(f"data.{name}: is for sft; leave it out")
-    for name in ("token_length", "stride"):
-        if getattr(config.eval, name) is not None:
-            raise ConfigError(f"eval.{name}: is for pretrain; dpo evaluates whole pairs")
+    alignment.check_keys(config, "data/pairs.jsonl")
     loss = Preference(
         options.loss,
         options.beta,
@@ -97,8 +87,8 @@ def check(config: Config) -> Data:
     seq_len, limit = lengths(config)
     start = adapters.check(config)
     tokenizer = load_tokenizer(data.tokenizer or config.model.path)
-    if options.reference:
-        _check_reference(options.reference, tokenizer, seq_len)
+    if loss.needs_reference:
+        start["reference"] = alignment.check_reference(config, options.reference, tokenizer, seq_len)
     check_prompts(config, tokenizer, limit, chat=True)
     train, val = (
         Samples(
@@ -107,7 +97,7 @@ def check(config: Config) -> Data:
                 tokenizer,
                 max_length=seq_len,
                 truncate=data.truncate,
-                cache=cache_folder() / "pairs",
+                cache=alignment.cache(),
                 name=name,
             )
         )
@@ -116,20 +106,7 @@ def check(config: Config) -> Data:
         for name, sources in (("train", data.train), ("val", data.val))
     )
     fingerprint = {"pairs": train.pairs.fingerprint, "seq_len": seq_len, **start}
-    if loss.needs_reference:
-        fingerprint["reference"] = identity(options.reference or config.model.path)
     return Data(loss, train, val, tokenizer, seq_len, fingerprint)
-
-
-def _check_reference(path: str, tokenizer, seq_len: int) -> None:
-    from ds_llm.data.tokens import tokenizer_hash
-    from ds_llm.pretrained.loading import load_model_config, load_tokenizer
-
-    limit = getattr(load_model_config(path).get_text_config(), "max_position_embeddings", None)
-    if limit and seq_len > limit:
-        raise UserError(f"data.seq_len: {seq_len} tokens are more than the {limit} positions of dpo.reference={path}")
-    if tokenizer_hash(load_tokenizer(path)) != tokenizer_hash(tokenizer):
-        raise UserError(f"dpo.reference: {path} has another tokenizer than the model, so their tokens do not compare")
 
 
 def figures(config: Config) -> Figures:
@@ -154,39 +131,15 @@ def build(config: Config, data: Data) -> Job:
     model = start_model(config, data.tokenizer)
     prepare = None
     if data.loss.needs_reference:
-        # hashed here, where the weights are whole
-        start = model_fingerprint(model) if config.dpo.reference is None else None
-
-        def prepare(engine, stop) -> bool:
-            with _reference(config, data, engine, model, start) as (forward, fingerprint):
-                t = config.train
-                batch = t.batch_size * t.accumulation_steps * engine.world_size
-                steps = t.max_steps or math.ceil(t.epochs * len(data.train) / batch)
-                for name, samples, batch_size, needed in (
-                    ("train", data.train, t.batch_size, steps * batch),
-                    ("val", data.val, _eval_batch(config), config.eval.max_windows or None),
-                ):
-                    if samples is not None:
-                        samples.reference = reference_log_probs(
-                            forward,
-                            samples.pairs,
-                            seed=t.seed,
-                            batch_size=batch_size,
-                            needed=needed,
-                            stop=stop,
-                            cache=cache_folder() / "pairs",
-                            key={
-                                "model": fingerprint,
-                                "pairs": samples.pairs.fingerprint,
-                                "dtype": t.dtype,
-                                "attention": config.model.attention,
-                                "kernels": t.kernels,
-                            },
-                            title=f"reference log-probabilities of {name}",
-                        )
-                        if samples.reference is None:
-                            return False
-            return True
+        prepare = alignment.reference_pass(
+            config,
+            config.dpo.reference,
+            model,
+            data.tokenizer,
+            lambda reference: PreferenceObjective(reference, None),
+            data.train,
+            data.val,
+        )
 
     return Job(
         model,
@@ -194,7 +147,7 @@ def build(config: Config, data: Data) -> Job:
         data.tokenizer,
         data.train,
         data.seq_len,
-        _evaluation(config, data) if data.val is not None else None,
+        _evaluation(config, data.val) if data.val is not None else None,
         sampling(config, data.tokenizer, model, chat=True),
         prepare=prepare,
         count=lambda batch: len(batch["index"]),
@@ -221,7 +174,7 @@ class PreferenceObjective(nn.Module):
         log_probs: bool = False,
     ) -> MicroStep | Tensor:
         """The loss of a micro-batch and sums of METRICS, see `Preference` and `ds_llm.models.head.LMLoss`; with
-        `log_probs` only the summed log-probabilities of the answers [2, P].
+        `log_probs` only the summed log-probabilities of the answers [2P].
 
         input_ids, labels (already shifted, -100 outside the answers), attention_mask: [2P, S]; index [P]; reference
         [2, P]. Both answers of a pair go through the model in one forward pass.
@@ -229,50 +182,17 @@ class PreferenceObjective(nn.Module):
         from ds_llm.models.head import lm_loss
 
         found = lm_loss(self.model, input_ids, labels, attention_mask=attention_mask, per_row=True)
-        policy = -found.loss_sum.view(2, -1)
         if log_probs:
-            return policy
+            return -found.loss_sum
+        policy = -found.loss_sum.view(2, -1)
         lengths = (labels != -100).sum(-1).view(2, -1)
         loss_sum, sums = self.loss(policy, reference, lengths)
         return MicroStep(loss_sum, found.aux_loss, found.aux_report, found.expert_counts, sums)
 
 
-@contextlib.contextmanager
-def _reference(config: Config, data: Data, engine, model: nn.Module, start: str | None):
-    """(micro-batch -> log-probabilities [2, P] under the reference, its fingerprint) while the block runs."""
-    if config.dpo.reference is None:
-        adapter_off = model.disable_adapter() if is_adapter(model) else contextlib.nullcontext()
-        engine.train(False)
-        try:
-            with torch.no_grad(), adapter_off:
-                yield lambda batch: engine.forward(**batch, log_probs=True), start
-        finally:
-            engine.train()
-        return
-    from ds_llm.models import accelerate
-    from ds_llm.models.head import attach_loss_head
-    from ds_llm.pretrained.loading import load_model, match_tokenizer
-
-    reference = load_model(config.dpo.reference, config.train.dtype, config.model.attention)
-    match_tokenizer(reference, data.tokenizer)
-    if config.train.kernels:
-        accelerate(reference)
-    attach_loss_head(reference)
-    fingerprint = model_fingerprint(reference)
-    with inference(PreferenceObjective(reference, None), config) as forward:
-        yield lambda batch: forward(**batch, log_probs=True), fingerprint
-
-
-def _eval_batch(config: Config) -> int:
-    return config.eval.batch_size or config.train.batch_size
-
-
-def _evaluation(config: Config, data: Data):
-    val, size = data.val, _eval_batch(config)
-    count = min(len(val), config.eval.max_windows or len(val))
-    # the batches that the reference was given, so that a policy equal to it gets equal numbers
-    order = SampleOrder(len(val), config.train.seed).permutation(0)
-    batches = [order[first : min(first + size, count)] for first in range(0, count, size)]
+def _evaluation(config: Config, val: Samples):
+    batches = alignment.eval_batches(config, val)
+    count = sum(map(len, batches))
 
     @torch.no_grad()
     def evaluate(engine) -> dict:
