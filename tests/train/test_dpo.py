@@ -1,90 +1,50 @@
 """The dpo mode: where it starts, what it learns, what it refuses, and plain torch against it on two processes."""
 
-import json
 import math
-import random
 
 import pytest
 import torch
 from jobs import PATIENCE, start
+from preferences import (
+    BATCH,
+    STEPS,
+    adamw,
+    answer_log_probs,
+    in_float64,
+    make_models,
+    of_kind,
+    pair,
+    read,
+    run,
+    same,
+    steps,
+    update,
+    usual,
+    write,
+)
 
 from ds_llm.config import run as config
 from ds_llm.data.order import SampleOrder
-from ds_llm.data.tokenizer import train_tokenizer
 from ds_llm.errors import ConfigError, UserError
-from ds_llm.models.decoder import DecoderConfig, DecoderForCausalLM
 from ds_llm.tracking import metrics_file as metrics
 from ds_llm.train import trainer
-
-COLOURS = ["red", "green", "blue", "black", "white", "brown"]
-
-
-def pair(number: int) -> dict:
-    draw = random.Random(number)
-    right, wrong = draw.sample(COLOURS, 2)
-    prompt = f"{draw.choice(['say', 'name', 'give'])} {right}{draw.choice([' please', '', ' now'])}"
-    return {"prompt": prompt, "chosen": f"{right} it is", "rejected": wrong}
-
-
-def decoder(folder, tokenizer, seed: int, **overrides):
-    torch.manual_seed(seed)
-    sizes = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "max_seq_len": 64} | overrides
-    c = config.load(None, [f"model.{k}={v}" for k, v in sizes.items()])
-    ids = {f"{n}_token_id": getattr(tokenizer, f"{n}_token_id") for n in ("pad", "bos", "eos")}
-    model = DecoderForCausalLM(DecoderConfig.from_model_config(c.model, len(tokenizer), **ids))
-    with torch.no_grad():  # weights of a trained model's size, so that its answers differ in probability
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(4)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """Folder with pairs to train and evaluate on, a start model, another one and a mixture of experts."""
-    from transformers import AutoTokenizer
-
     folder = tmp_path_factory.mktemp("dpo")
     rows = [pair(i) for i in range(240)]
-    for name, part in (("train", rows[:200]), ("val", rows[200:])):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in part))
-    (folder / "text.jsonl").write_text("".join(json.dumps({"text": " ".join(r.values())}) + "\n" for r in rows))
-    train_tokenizer([folder / "text.jsonl"], folder / "tokenizer", vocab_size=320)
-    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
-    decoder(folder / "model", tokenizer, 0)
-    decoder(folder / "other", tokenizer, 1)
-    decoder(folder / "moe", tokenizer, 2, use_moe="true", n_routed_experts=4)
+    write(folder / "train.jsonl", rows[:200])
+    write(folder / "val.jsonl", rows[200:])
+    make_models(folder, rows)
     return folder
 
 
 @pytest.fixture
 def overrides(world, tmp_path, monkeypatch) -> list[str]:
     monkeypatch.setenv("DS_LLM_CACHE", str(tmp_path / "cache"))
-    return [
-        "mode=dpo",
-        f"model.path={world / 'model'}",
-        f"data.train={world / 'train.jsonl'}",
-        f"data.val={world / 'val.jsonl'}",
-        f"output={tmp_path / 'run'}",
-        "train.batch_size=4",
-        "train.dtype=fp32",
-        "optim.lr=1e-3",
-        "zero=0",
-        "tracking.report=false",
-        "tracking.tensorboard=false",
-    ]
-
-
-def run(*arguments) -> list[dict]:
-    c = config.load(None, list(arguments))
-    assert trainer.train(c) == 0
-    return metrics.read(f"{c.output}/metrics.jsonl")
-
-
-def of_kind(records, kind: str) -> list[dict]:
-    return [r for r in records if r["kind"] == kind]
+    return usual(world, tmp_path / "run", "dpo")
 
 
 @pytest.mark.parametrize("model, more", [("model", []), ("moe", ["zero=2"]), ("model", ["lora.enabled=true"])])
@@ -109,36 +69,17 @@ def test_begins_at_the_reference_and_learns_the_preference(overrides, world, tmp
     assert of_kind(records, "summary")[0]["best_loss"] == last["loss"]
 
 
-def answer_log_probs(model, tokenizer, row: dict, side: str) -> tuple[torch.Tensor, int]:
-    """Summed log-probability of an answer from whole logits, one sequence at a time."""
-    prompt = [{"role": "user", "content": row["prompt"]}]
-    head = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
-    text = tokenizer.apply_chat_template([*prompt, {"role": "assistant", "content": row[side]}], tokenize=False)
-    ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
-    begin = len(tokenizer(head, add_special_tokens=False)["input_ids"])
-    end = next(i for i in range(begin, len(ids)) if ids[i] == tokenizer.eos_token_id) + 1
-    logits = model(ids[None]).logits[0].log_softmax(-1)
-    found = logits[torch.arange(begin - 1, end - 1), ids[begin:end]]
-    return found.sum(), end - begin
-
-
-def by_hand(world, loss: str, reference: str | None, steps: int, batch: int, lr: float):
-    """Losses, margins and gradient norms of plain torch in float64 on the whole global batch, one pair at a time."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def by_hand(world, loss: str, reference: str | None):
+    """Figures of plain torch in float64 on the whole global batch, one pair at a time, and the weights at the end."""
+    from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(world / "tokenizer")
-    model = AutoModelForCausalLM.from_pretrained(world / "model", dtype=torch.float64)
-    frozen = AutoModelForCausalLM.from_pretrained(world / (reference or "model"), dtype=torch.float64)
-    rows = [json.loads(line) for line in (world / "train.jsonl").read_text().splitlines()]
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}], lr=lr, betas=(0.9, 0.95)
-    )
+    model, frozen = in_float64(world, "model"), in_float64(world, reference or "model")
+    rows, optimizer = read(world / "train.jsonl"), adamw(model)
     order, found = SampleOrder(len(rows), 0), []
-    for step in range(steps):
+    for step in range(STEPS):
         total, margins = 0.0, 0.0
-        for i in order.take(step * batch, batch):
+        for i in order.take(step * BATCH, BATCH):
             (c, n_c), (r, n_r) = (answer_log_probs(model, tokenizer, rows[i], s) for s in ("chosen", "rejected"))
             with torch.no_grad():
                 (ref_c, _), (ref_r, _) = (
@@ -152,32 +93,11 @@ def by_hand(world, loss: str, reference: str | None, steps: int, batch: int, lr:
                 odds = mean_c - torch.log(1 - mean_c.exp()) - mean_r + torch.log(1 - mean_r.exp())
                 margin = 0.1 * (mean_c - mean_r)
                 part = -mean_c - 0.1 * torch.nn.functional.logsigmoid(odds)
-            (part / batch).backward()
+            (part / BATCH).backward()
             total, margins = total + part.item(), margins + margin.item()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        found.append((total / batch, margins / batch, norm.item()))
+        norm = update(model, optimizer)
+        found.append({"loss": total / BATCH, "margin": margins / BATCH, "grad_norm": norm})
     return found, model.state_dict()
-
-
-def same(output, expected, weights) -> None:
-    """The steps and the exported model of a run are those worked out by hand."""
-    from safetensors.torch import load_file
-
-    found = of_kind(metrics.read(output / "metrics.jsonl"), "step")
-    for record, (value, margin, norm) in zip(found, expected, strict=True):
-        assert record["loss"] == pytest.approx(value, rel=1e-5)
-        assert record["margin"] == pytest.approx(margin, abs=1e-5)
-        assert record["grad_norm"] == pytest.approx(norm, rel=2e-3)
-    for name, tensor in load_file(output / "model" / "model.safetensors").items():
-        assert torch.allclose(tensor.double(), weights[name], atol=2e-4), name
-
-
-def steps(overrides, output, **options) -> list[str]:
-    """Arguments of 3 steps on 16 pairs each."""
-    options = {"train.max_steps": 3, "optim.schedule": "constant", "optim.warmup_steps": 0, "output": output} | options
-    return [*overrides, *(f"{k}={v}" for k, v in options.items())]
 
 
 def test_two_processes_equal_plain_torch(overrides, world, tmp_path):
@@ -191,7 +111,7 @@ def test_two_processes_equal_plain_torch(overrides, world, tmp_path):
         out, err = job.communicate(timeout=PATIENCE)
         assert job.returncode == 0, out[-3000:] + err[-3000:]
         assert err.strip() == "", err
-        same(tmp_path / f"zero{stage}", *by_hand(world, "sigmoid", reference, steps=3, batch=16, lr=1e-3))
+        same(tmp_path / f"zero{stage}", *by_hand(world, "sigmoid", reference))
 
 
 def test_shared_experts_change_nothing(overrides, world, tmp_path):
@@ -214,7 +134,7 @@ def test_shared_experts_change_nothing(overrides, world, tmp_path):
 
 def test_reference_free_equals_plain_torch(overrides, world, tmp_path):
     assert run(*steps(overrides, tmp_path / "run", **{"dpo.loss": "orpo", "train.batch_size": 16}))
-    same(tmp_path / "run", *by_hand(world, "orpo", None, steps=3, batch=16, lr=1e-3))
+    same(tmp_path / "run", *by_hand(world, "orpo", None))
     assert not list((tmp_path / "cache").glob("*/reference-*"))
 
 
