@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ds_llm.config import modes
 from ds_llm.errors import UserError
 
 INPUTS = "files, folders or quoted globs: .jsonl, .ndjson, .json, .txt, each also .gz or .zst, and .parquet"
@@ -67,7 +68,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     show = commands.add_parser(
         "show",
         help="show what a recipe trains on",
-        description="Show samples of a recipe for sft or dpo, with the trained tokens in colour, and count them.",
+        description=f"Show samples of a recipe for {modes.names('shown')}, trained tokens in colour, and count them.",
     )
     show.add_argument("--config", metavar="YAML", help="the recipe that launch/train.py takes")
     show.add_argument("--samples", type=_count, default=3, metavar="N", help="how many to show (default 3)")

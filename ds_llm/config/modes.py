@@ -133,4 +133,5 @@ def console_figures() -> list[Figure]:
 
 def names(feature: str) -> str:
     """The modes that have a feature, a field of `Mode`: "sft and dpo"."""
-    return " and ".join(name for name, mode in MODES.items() if getattr(mode, feature))
+    *most, last = (name for name, mode in MODES.items() if getattr(mode, feature))
+    return f"{', '.join(most)} and {last}" if most else last

@@ -92,15 +92,20 @@ def encode_pair(row: dict, tokenizer) -> tuple[Encoded, Encoded]:
         return _encode_texts(row["chosen"], row["rejected"], tokenizer)
     chosen, rejected, tools = conversations.to_pair(row)
     shared = _shared(chosen, rejected)
-    sides = []
-    for messages in (chosen, rejected):
-        text, spans = find_answers(tokenizer, messages, tools)
-        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        own = [s for s, i in zip(spans, answers, strict=True) if i >= shared and messages[i].get("weight", 1)]
-        if not own:
-            raise RowError("no answer", "one side adds no message of the assistant to what both share")
-        sides.append(tokenise(tokenizer, text, own))
-    return sides[0], sides[1]
+    return encode_answer(tokenizer, chosen, tools, shared), encode_answer(tokenizer, rejected, tools, shared)
+
+
+def encode_answer(tokenizer, messages: list[dict], tools: list[dict] | None, prompt: int) -> Encoded:
+    """A conversation as tokens; trained are the assistant's messages behind the first `prompt` messages.
+
+    Raises `RowError` where there is none, or it cannot be told where they lie.
+    """
+    text, spans = find_answers(tokenizer, messages, tools)
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    own = [s for s, i in zip(spans, answers, strict=True) if i >= prompt and messages[i].get("weight", 1)]
+    if not own:
+        raise RowError("no answer", "no message of the assistant follows the prompt")
+    return tokenise(tokenizer, text, own)
 
 
 def _shared(one, other) -> int:
