@@ -54,6 +54,19 @@ class DpoConfig:
 
 
 @dataclass
+class KtoConfig:
+    beta: float = key(0.1, "Strength of the tie to the reference", above=0)
+    desirable_weight: float = key(1.0, "Weight of the losses of desirable answers", at_least=0)
+    undesirable_weight: float = key(1.0, "Weight of the losses of undesirable answers", at_least=0)
+    kl: bool = key(
+        True,
+        "Compare answers with a reference point, the KL divergence from the reference estimated on mismatched answers; "
+        "false: with 0",
+    )
+    reference: str | None = key(None, "Folder or hub name of the reference model; none: the start model, model.path")
+
+
+@dataclass
 class SparseConfig:
     density: float | None = key(
         None,

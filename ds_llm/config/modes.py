@@ -101,6 +101,21 @@ MODES = {
             ),
         ),
         Mode(
+            "kto",
+            goal="loss",
+            evaluated=(),
+            own_figures=True,
+            shown=True,
+            positions=False,
+            refuses=OF_WHOLE_ANSWERS,
+            console=(*PREFERRED, Figure("kl", "kl", ".3f")),
+            curves=(
+                *accuracy("share of the answers"),
+                rewards({"reward_desirable": "desirable", "reward_undesirable": "undesirable"}),
+                Curves("Reference point", "KL estimate, nats", {"kl": "kl"}),
+            ),
+        ),
+        Mode(
             "sparse",
             freezes=False,
             compact=True,

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ds_llm.config import modes, options
-from ds_llm.config.mode_sections import DpoConfig, LoraConfig, RouterConfig, SparseConfig
+from ds_llm.config.mode_sections import DpoConfig, KtoConfig, LoraConfig, RouterConfig, SparseConfig
 from ds_llm.config.modes import MODES
 from ds_llm.config.options import key
 from ds_llm.config.sections import (
@@ -46,6 +46,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     dpo: DpoConfig = field(default_factory=DpoConfig)
+    kto: KtoConfig = field(default_factory=KtoConfig)
     sparse: SparseConfig = field(default_factory=SparseConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

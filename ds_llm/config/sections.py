@@ -59,8 +59,8 @@ class ModelConfig:
 class DataConfig:
     train: list[str] = key(
         [],
-        "pretrain: token files (.bin). sft, dpo: JSONL, JSON or Parquet files, folders, patterns or hub names, for dpo "
-        "with pairs. sparse, router: either kind",
+        "pretrain: token files (.bin). sft, dpo (pairs), kto (labels or pairs): JSONL, JSON or Parquet files, folders, "
+        "patterns or hub names. sparse, router: either kind",
     )
     val: list[str] = key(
         [],
@@ -84,7 +84,7 @@ class DataConfig:
     )
     truncate: str = key(
         "right",
-        "sft, dpo: what happens to samples longer than data.seq_len; right: cut their end off",
+        "sft, dpo, kto: what happens to samples longer than data.seq_len; right: cut their end off",
         choices=("right", "drop"),
     )
     weights: list[float] = key(
@@ -156,8 +156,8 @@ class EvalConfig:
         None, "pretrain: window of the perplexity protocol; none: the training sequence length", at_least=2
     )
     stride: int | None = key(None, "pretrain: step between windows; none: token_length (no overlap)", at_least=1)
-    max_windows: int = key(0, "Use only the first windows (sft: packs, dpo: pairs); 0: all", at_least=0)
-    prompts: list[str] = key([], "Prompts answered greedily at every evaluation and logged; sft, dpo: as a chat")
+    max_windows: int = key(0, "Use only the first windows (sft: packs, dpo: pairs, kto: answers); 0: all", at_least=0)
+    prompts: list[str] = key([], "Prompts answered greedily at every evaluation and logged; sft, dpo, kto: as a chat")
     max_new_tokens: int = key(64, "Tokens generated per prompt", at_least=1)
     generation_metrics: list[str] = key(
         [],
