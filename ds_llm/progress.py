@@ -79,10 +79,10 @@ def waiting(text: Callable[[float], str]):
 
     A short block shows nothing. On a terminal the line is live; elsewhere it comes again every 10 seconds; rank 0 only.
     """
-    over, start = threading.Event(), time.monotonic()
+    start = time.monotonic()
     live = console.is_terminal and not console.quiet
 
-    def show() -> None:
+    def show(over: threading.Event) -> None:
         if over.wait(2):
             return
         with console.status("") if live else nullcontext() as status:
@@ -92,7 +92,15 @@ def waiting(text: Callable[[float], str]):
                 if over.wait(1 if live else 2 * PLAIN_SECONDS):
                     return
 
-    thread = threading.Thread(target=show, daemon=True)
+    with in_background(show):
+        yield
+
+
+@contextmanager
+def in_background(work: Callable[[threading.Event], None]):
+    """Run `work` in a thread while the block runs; it must return soon after its event is set, at the block's end."""
+    over = threading.Event()
+    thread = threading.Thread(target=work, args=(over,), daemon=True)
     thread.start()
     try:
         yield

@@ -7,14 +7,15 @@ Started as one process; it starts the others itself (launcher=...). Interrupted 
 finished stages are not repeated. See docs/boosting.md.
 """
 
-import argparse
 from pathlib import Path
+
+from ds_llm.commands import parsing
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parsing.new_parser(__doc__)
     parser.add_argument("--config", metavar="YAML", help="recipe, such as ds_configs/recipes/boost.yaml")
     parser.add_argument("--print-config", action="store_true", help="print all options and exit")
     parser.add_argument("--redo", metavar="STAGE", help="first remove what this stage and those behind it left")

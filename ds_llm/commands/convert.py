@@ -11,9 +11,7 @@ gives a mixture of experts quality gates; compare prints how far the result is f
 
 import argparse
 
-from ds_llm.commands import environment
-
-DTYPES = ("auto", "fp32", "bf16", "fp16")
+from ds_llm.commands import environment, parsing
 
 
 def boost(arguments: argparse.Namespace) -> None:
@@ -58,7 +56,7 @@ def report(found) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parsing.new_parser(__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     p = commands.add_parser("boost", help="fuse models into one that votes")
@@ -75,7 +73,7 @@ def main() -> None:
     p.add_argument("--drop-connection", action="store_true", help="also where it is fed by its predecessor: without it")
 
     for p in commands.choices.values():
-        p.add_argument("--dtype", default="auto", choices=DTYPES, help="of the written weights; auto: as in the file")
+        parsing.add_dtype(p, "of the written weights; auto: as in the file")
 
     p = commands.add_parser("select-moe", help="give a mixture of experts quality gates")
     p.set_defaults(command=select_moe)
@@ -91,7 +89,7 @@ def main() -> None:
     p.set_defaults(command=compare)
     p.add_argument("--model", required=True, help="the Select-MoE model")
     p.add_argument("--original", required=True, help="the model that it was made of")
-    p.add_argument("--dtype", default="fp32", choices=DTYPES[1:], help="that both are loaded in (fp32)")
+    p.add_argument("--dtype", default="fp32", choices=parsing.DTYPES[1:], help="that both are loaded in (fp32)")
 
     arguments = parser.parse_args()
     environment.deepspeed_on_cpu()

@@ -15,15 +15,14 @@ import json
 import math
 from collections.abc import Callable
 
-from ds_llm.commands import environment
+from ds_llm.commands import environment, parsing
 from ds_llm.distributed.environment import rank
 from ds_llm.errors import UserError
 
 
 def main() -> None:
     environment.equal_bits()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    parser = parsing.new_parser(__doc__, launched=True)
     add_commands(parser)
     arguments = parser.parse_args()
     arguments.command(arguments)
@@ -56,11 +55,15 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     add("--model", required=True, help="folder, hub name, run or checkpoint")
     add("--tasks", required=True, nargs="+", help="names or patterns of lm-eval's tasks, task files (.yaml), folders")
     add("--against", nargs="+", default=[], type=_named, metavar="NAME=PATH", help="models to compare with")
-    add("--limit", type=_count, metavar="N", help="use only so many rows of each task from the front (default: all)")
+    add(
+        "--limit",
+        type=parsing.count,
+        metavar="N",
+        help="use only so many rows of each task from the front (default: all)",
+    )
     add("--shots", type=int, metavar="N", help="worked examples in each prompt (default: the task's own number)")
-    add("--batch-size", type=_count, default=8, help="prompts per forward pass and process (8)")
-    add("--dtype", default="auto", choices=("auto", "fp32", "bf16", "fp16"),
-        help="auto: as saved on a GPU, fp32 on a CPU")  # fmt: skip
+    add("--batch-size", type=parsing.count, default=8, help="prompts per forward pass and process (8)")
+    parsing.add_dtype(harness)
     add("--chat-template", action="store_true", help="render the prompts as conversations")
     add("--json", metavar="PATH", help="also write the results and what they were measured on")
 
@@ -72,12 +75,6 @@ def _named(text: str) -> tuple[str, str]:
     return name, path
 
 
-def _count(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 1")
-    return int(text)
-
-
 def _command(commands, name: str, help: str, run: Callable) -> Callable:
     """Add a command with the options that all of them have; returns its `add_argument`."""
     parser = commands.add_parser(name, help=help)
@@ -85,8 +82,7 @@ def _command(commands, name: str, help: str, run: Callable) -> Callable:
     add = parser.add_argument
     add("--model", required=True, help="folder, hub name, run or checkpoint")
     add("--tokenizer", help="tokenizer folder (default: the model's)")
-    add("--dtype", default="auto", choices=("auto", "fp32", "bf16", "fp16"),
-        help="auto: as saved on a GPU, fp32 on a CPU")  # fmt: skip
+    parsing.add_dtype(parser)
     add("--json", metavar="PATH", help="also write the result and what it was measured on")
     return add
 

@@ -8,21 +8,14 @@ The merged model's logits are compared with those of the model with its adapter,
 largest differences are printed, and nothing is written when they are more than rounding. See docs/sft.md.
 """
 
-import argparse
-
-from ds_llm.commands import environment
+from ds_llm.commands import environment, parsing
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parsing.new_parser(__doc__)
     parser.add_argument("--model", required=True, help="adapter, run, checkpoint, model folder, hub name or .gguf file")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="new or empty folder to write")
-    parser.add_argument(
-        "--dtype",
-        default="auto",
-        choices=("auto", "fp32", "bf16", "fp16"),
-        help="type of the written weights; auto: as in the base model's file",
-    )
+    parsing.add_dtype(parser, "type of the written weights; auto: as in the base model's file")
     parser.add_argument(
         "--compact", action="store_true", help="of a pruned model: kept values and bits instead of dense weights"
     )

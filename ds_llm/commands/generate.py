@@ -9,12 +9,13 @@ The prompt itself is not printed. See docs/generation.md.
 
 import argparse
 
+from ds_llm.commands import parsing
 from ds_llm.errors import UserError
 from ds_llm.generation.sampling import SamplingParams, add_arguments, from_arguments
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parsing.new_parser(__doc__)
     parser.add_argument("--model", required=True, help="folder, hub name, run, checkpoint, adapter or .gguf file")
     parser.add_argument("--tokenizer", help="tokenizer folder (default: the model's)")
     what = parser.add_mutually_exclusive_group(required=True)
@@ -28,12 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--system", metavar="TEXT", help="system message of a chat; implies --chat")
     parser.add_argument("--output", metavar="PATH", help="with --batch-file: write the JSON lines here, not to stdout")
     parser.add_argument("--batch-size", type=int, metavar="N", help="with --batch-file: prompts at a time (8)")
-    parser.add_argument(
-        "--dtype",
-        default="auto",
-        choices=("auto", "fp32", "bf16", "fp16"),
-        help="auto: as saved on a GPU, fp32 on a CPU",
-    )
+    parsing.add_dtype(parser)
     parser.add_argument(
         "--attention", default="auto", choices=("auto", "sdpa", "flash_attention_2", "eager"), help="attention kernel"
     )

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ds_llm.commands import parsing
 from ds_llm.config import modes
 from ds_llm.errors import UserError
 
@@ -21,7 +22,7 @@ INPUTS = "files, folders or quoted globs: .jsonl, .ndjson, .json, .txt, each als
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parsing.new_parser(__doc__)
     add_commands(parser)
     arguments = parser.parse_args()
     try:
@@ -45,13 +46,15 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
 
     clean = _command(commands, run_clean, "clean", "keep valid rows, each text once, and name every dropped row")
     clean.add_argument("--out", required=True, metavar="FILE.jsonl", help="the cleaned rows")
-    clean.add_argument("--min-chars", type=_count, default=1, metavar="N", help="drop shorter texts (default 1)")
-    clean.add_argument("--max-chars", type=_count, metavar="N", help="drop longer texts (default: no limit)")
+    clean.add_argument("--min-chars", type=parsing.count, default=1, metavar="N", help="drop shorter texts (default 1)")
+    clean.add_argument("--max-chars", type=parsing.count, metavar="N", help="drop longer texts (default: no limit)")
     _workers(clean)
 
     tokenizer = _command(commands, run_tokenizer, "tokenizer", "train a byte-level BPE tokenizer")
     tokenizer.add_argument("--out", required=True, metavar="FOLDER", help="the tokenizer, for AutoTokenizer")
-    tokenizer.add_argument("--vocab-size", type=_count, default=6400, metavar="N", help="tokens at most (default 6400)")
+    tokenizer.add_argument(
+        "--vocab-size", type=parsing.count, default=6400, metavar="N", help="tokens at most (default 6400)"
+    )
 
     tokens = _command(commands, run_tokens, "tokens", "tokenise to a token file for training")
     tokens.add_argument("--tokenizer", required=True, metavar="FOLDER", help="tokenizer folder or hub name")
@@ -71,7 +74,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         description=f"Show samples of a recipe for {modes.names('shown')}, trained tokens in colour, and count them.",
     )
     show.add_argument("--config", metavar="YAML", help="the recipe that launch/train.py takes")
-    show.add_argument("--samples", type=_count, default=3, metavar="N", help="how many to show (default 3)")
+    show.add_argument("--samples", type=parsing.count, default=3, metavar="N", help="how many to show (default 3)")
     show.add_argument("overrides", nargs="*", metavar="key=value", help="for example data.train_on=last")
     show.set_defaults(command=run_show)
 
@@ -86,14 +89,7 @@ def _command(commands, function, name: str, help: str) -> argparse.ArgumentParse
 
 
 def _workers(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--workers", type=_count, metavar="N", help="processes (default: one per available CPU)")
-
-
-def _count(text: str) -> int:
-    value = int(text.replace("_", ""))
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return value
+    parser.add_argument("--workers", type=parsing.count, metavar="N", help="processes (default: one per available CPU)")
 
 
 def run_fetch(arguments: argparse.Namespace) -> None:

@@ -8,14 +8,12 @@
 The density is the share of weights that stay. See docs/pruning.md.
 """
 
-import argparse
-
-from ds_llm.commands import environment
+from ds_llm.commands import environment, parsing
 from ds_llm.errors import UserError
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parsing.new_parser(__doc__)
     add = parser.add_argument
     add("--model", required=True, help="folder, hub name, run, checkpoint, adapter or .gguf file")
     add("--out", required=True, metavar="FOLDER", help="new or empty folder to write")
@@ -31,8 +29,7 @@ def main() -> None:
     add("--damping", type=float, help="sparsegpt: added to the Hessian's diagonal, relative to its mean (0.01)")
     add("--include", nargs="+", default=(), choices=("head", "embeddings"), help="prune these too; dense otherwise")
     add("--masks", metavar="PATH", help="method mask: a mask file, or a pruned model whose masks or zeros are taken")
-    add("--dtype", default="auto", choices=("auto", "fp32", "bf16", "fp16"),
-        help="type of the written weights; auto: as in the model's file")  # fmt: skip
+    parsing.add_dtype(parser, "type of the written weights; auto: as in the model's file")
     options = vars(parser.parse_args())
     model, out = options.pop("model"), options.pop("out")
 

@@ -6,18 +6,16 @@
 Killed at any point, the same command continues, on any number of processes, to the same bytes. See docs/scoring.md.
 """
 
-import argparse
 import re
 
-from ds_llm.commands import environment
+from ds_llm.commands import environment, parsing
 from ds_llm.distributed.environment import rank
 
 OVERRIDE = re.compile(r"score\.\w+=")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    parser = parsing.new_parser(__doc__, launched=True)
     parser.add_argument("--config", metavar="YAML", help="file with a section score")
     parser.add_argument("--print-config", action="store_true", help="print all options and exit")
     parser.add_argument("--model", help="folder, hub name, run, checkpoint, adapter or .gguf file")

@@ -6,16 +6,13 @@
 Killed at any point, the same command goes on; what is done and still holds is not done again. See docs/selection.md.
 """
 
-import argparse
-
-from ds_llm.commands import environment
+from ds_llm.commands import environment, parsing
 from ds_llm.distributed.environment import rank
 from ds_llm.errors import UserError
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    parser = parsing.new_parser(__doc__, launched=True)
     parser.add_argument("--config", metavar="YAML", help="recipe, such as ds_configs/recipes/select.yaml")
     parser.add_argument("--print-config", action="store_true", help="print all options and exit")
     parser.add_argument("--overwrite", action="store_true", help="replace scores of another model, data or options")

@@ -6,14 +6,15 @@
 The file has the format of W&B's sweeps. Killed or interrupted, the same command goes on. See docs/sweeps.md.
 """
 
-import argparse
 from pathlib import Path
+
+from ds_llm.commands import parsing
 
 READY = Path(__file__).resolve().parents[2] / "ds_configs" / "sweeps"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parsing.new_parser(__doc__)
     parser.add_argument("--config", metavar="YAML", help="sweep file; by default ds_configs/sweeps/MODE.yaml")
     parser.add_argument("--mode", help="what the trials train: pretrain, sft, lora, dpo, sparse, ...")
     parser.add_argument("--count", type=int, help="trials in all, those of an earlier call included")

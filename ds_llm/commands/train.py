@@ -4,14 +4,12 @@ Exit codes: 0 done, 75 interrupted after saving (run the same command again to g
 other error.
 """
 
-import argparse
-
-from ds_llm.commands import environment
+from ds_llm.commands import environment, parsing
 from ds_llm.distributed.environment import rank, world_size
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parsing.new_parser(__doc__, launched=True)
     parser.add_argument("--config", metavar="YAML", help="recipe; see ds_configs/recipes/ and docs/configuration.md")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")
     parser.add_argument(
@@ -20,7 +18,6 @@ def main() -> int:
     parser.add_argument("--world", type=int, metavar="N", help="with --plan: processes; by default those of this job")
     parser.add_argument("--card", metavar="24GB", help="with --plan: say what fits cards of this size")
     parser.add_argument("--resume", metavar="auto|never|FOLDER", help="the same as resume=...")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example model.dim=128 optim.lr=1e-3")
     arguments = parser.parse_intermixed_args()
 

@@ -134,19 +134,13 @@ def _remove_stale_lock(folder: Path) -> list[Path]:
 @contextlib.contextmanager
 def _without_stale_lock(folder: Path) -> Iterator[None]:
     """While the block runs, free torch from waiting for a builder outside `load` that is killed meanwhile."""
-    over = threading.Event()
 
-    def look() -> None:
+    def look(over: threading.Event) -> None:
         while not over.wait(LOOK_SECONDS):
             _remove_stale_lock(folder)
 
-    thread = threading.Thread(target=look, daemon=True)
-    thread.start()
-    try:
+    with progress.in_background(look):
         yield
-    finally:
-        over.set()
-        thread.join()
 
 
 def _is_stale(lock: Path) -> bool:

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from gated import pair
 from jobs import launch
 from safetensors.torch import load_file
 
@@ -21,20 +20,10 @@ from ds_llm.train import trainer
 from ds_llm.train.modes import router
 
 
-@pytest.fixture(scope="module")
-def models(corpus, chats, tmp_path_factory) -> Path:
-    return pair(tmp_path_factory.mktemp("models"), corpus, chats)
-
-
 @pytest.fixture
-def arguments(corpus, models, monkeypatch, tmp_path_factory) -> list[str]:
-    monkeypatch.setenv("DS_LLM_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-    return [
-        *("mode=router", f"model.path={models / 'decoder'}", f"data.train={corpus / 'train.bin'}", "data.seq_len=32"),
-        *("data.subset_ratio=0.4", "router.quality_loss=loss_aware", "router.quality_weight=2", "router.held_out=5"),
-        *("router.balance_weight=0", "train.dtype=fp32", "train.max_steps=2", "optim.lr=1e-2", "optim.grad_clip=0"),
-        *("eval.before=false", "tracking.log_every=1", "tracking.report=false", "tracking.tensorboard=false"),
-    ]
+def arguments(gate_training) -> list[str]:
+    own = ["router.quality_loss=loss_aware", "router.quality_weight=2", "router.held_out=5", "router.balance_weight=0"]
+    return [*gate_training, *own, "optim.grad_clip=0"]
 
 
 def documents(batch: dict) -> list[tuple[torch.Tensor, torch.Tensor]]:

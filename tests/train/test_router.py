@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from gated import convert, pair
-from jobs import ROOT, TRACKED, launch
+from gated import convert
+from jobs import ROOT, launch
 from safetensors.torch import load_file
 
 from ds_llm.config import run as config
@@ -26,28 +26,9 @@ from ds_llm.train.modes import router
 STEPS = 2
 
 
-@pytest.fixture(scope="module")
-def models(corpus, chats, tmp_path_factory) -> Path:
-    return pair(tmp_path_factory.mktemp("models"), corpus, chats)
-
-
 @pytest.fixture
-def arguments(corpus, models, monkeypatch, tmp_path_factory) -> list[str]:
-    monkeypatch.setenv("DS_LLM_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-    return [
-        "mode=router",
-        f"model.path={models / 'decoder'}",
-        f"data.train={corpus / 'train.bin'}",
-        "data.seq_len=32",
-        "data.subset_ratio=0.4",
-        "train.dtype=fp32",
-        f"train.max_steps={STEPS}",
-        "optim.lr=1e-2",
-        "router.quality_weight=3",
-        "router.held_out=4",
-        "eval.before=false",
-        *TRACKED,
-    ]
+def arguments(gate_training) -> list[str]:
+    return [*gate_training, "router.quality_weight=3", "router.held_out=4"]
 
 
 def run(arguments: list[str], output: Path) -> list[dict]:
