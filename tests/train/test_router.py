@@ -23,8 +23,6 @@ from ds_llm.tracking import metrics_file as metrics
 from ds_llm.train import trainer
 from ds_llm.train.modes import router
 
-STEPS = 2
-
 
 @pytest.fixture
 def arguments(gate_training) -> list[str]:
