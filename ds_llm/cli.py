@@ -1,4 +1,4 @@
-"""What every launch script shares: one line for a user's mistake, quiet libraries, the rank of this process."""
+"""The frame of every launch script: one line for a user's mistake, quiet libraries, exit codes."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from ds_llm.distributed.environment import rank, world_size
 from ds_llm.distributed.watchdog import LOST_PEER
 from ds_llm.errors import UserError, first_line, say
 
-# In which rank 0 says what is wrong for all: a launcher ends it as soon as another rank has ended. After that this rank
-# alone has the error, or the launcher leaves ranks alone.
+# For so long another rank waits for rank 0 to print an error: a launcher ends rank 0 as soon as another rank exits. If
+# it is not ended by then, either only this rank has the error or the launcher ends no ranks.
 FIRST_RANK_SECONDS = 10.0
 
 
 def quiet() -> None:
-    """Silence the libraries' own start-up messages unless DS_LLM_VERBOSE=1; call before importing them."""
+    """Silence start-up messages of libraries unless DS_LLM_VERBOSE=1. Call it before importing them."""
     if _verbose():
         return
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -47,15 +47,17 @@ def _verbose() -> bool:
 
 
 def _reader_gone() -> bool:
-    """Whether nobody reads our output any more, as after `| head`: nothing is wrong then."""
+    """Whether the reader of our output has closed it, as `| head` does, which is no error."""
     poll = select.poll()
     poll.register(sys.stdout.fileno(), 0)
     return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 def import_extensions() -> None:
-    """Run the Python files that DS_LLM_EXTENSIONS names (several with the separator of PATH between them): what they
-    register, such as metrics and losses, is known to the command. Raises `UserError` for one that cannot be run."""
+    """Run the Python files that DS_LLM_EXTENSIONS names, which may register metrics and losses.
+
+    Several names are separated as in PATH. Raises `UserError` for a file that cannot be run.
+    """
     for name in filter(None, os.environ.get("DS_LLM_EXTENSIONS", "").split(os.pathsep)):
         try:
             spec = importlib.util.spec_from_file_location(f"ds_llm_extension_{Path(name).stem}", name)
@@ -68,7 +70,7 @@ def import_extensions() -> None:
 
 
 def _ended_for_rank_0() -> bool:
-    """Wait while rank 0 may say an error that all ranks have; whether the launcher then ends this process."""
+    """Wait for rank 0 to print an error that all ranks have. Returns whether the launcher ends this process."""
     end = time.monotonic() + FIRST_RANK_SECONDS
     while not interrupt.received and time.monotonic() < end:
         time.sleep(0.05)
@@ -76,8 +78,10 @@ def _ended_for_rank_0() -> bool:
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Run `main` and exit with its result. A `UserError` becomes one line on stderr, of rank 0 where all
-    have it, and its exit code."""
+    """Run `main` and exit with its result.
+
+    A `UserError` becomes one line on standard error and its exit code; where all ranks raise it, only rank 0 prints it.
+    """
     try:
         launchers.adopt()
         quiet()

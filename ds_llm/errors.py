@@ -1,4 +1,4 @@
-"""The one exception that stands for a mistake the user can mend."""
+"""The exception for mistakes that a user can fix."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import sys
 class UserError(Exception):
     """A wrong option, file or environment. The message is one line: what is wrong, where, and what to do.
 
-    Launch scripts print it without a traceback and exit with `exit_code`. Every rank finds the same mistake, so rank 0
-    speaks for all; `any_rank` is for what only one rank meets. `said`: it stands on stderr already.
+    Commands print it without a traceback and exit with `exit_code`. Usually every rank finds the same mistake and only
+    rank 0 prints it. any_rank: only one rank may find it, so the rank that does prints it. said: it is printed already.
     """
 
     def __init__(self, message: str, exit_code: int = 1, any_rank: bool = False):
@@ -30,7 +30,7 @@ def first_line(error: BaseException) -> str:
 
 
 def say(error: UserError) -> None:
-    """Print the line of an error that nobody has said yet."""
+    """Print an error to standard error, once."""
     if not error.said:
         print(f"error: {error}", file=sys.stderr, flush=True)
     error.said = True

@@ -1,4 +1,4 @@
-"""Folders that appear whole, written beside their place and renamed when done; folders that one process holds."""
+"""Folders that appear whole (written under another name and renamed when done), and locks on folders."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ds_llm.errors import UserError, first_line
 
 
 def free_folder(out: str | os.PathLike) -> Path:
-    """The folder to write; `UserError` when it holds something."""
+    """The path of a new or empty folder. Raises `UserError` where it holds something."""
     out = Path(os.path.expanduser(str(out)))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: holds something already; name a new or empty folder")
@@ -24,9 +24,9 @@ def free_folder(out: str | os.PathLike) -> Path:
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """An empty folder beside `out` that becomes `out` when the block ends well, and is removed otherwise.
+    """Yield an empty folder beside `out`. It is renamed to `out` when the block ends, and removed on an error.
 
-    `UserError` when another process is writing the same folder.
+    Raises `UserError` where another process is writing the same folder.
     """
     partial = out.with_name(f".{out.name}.partial")
     with writing(out):
@@ -45,8 +45,10 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 
 def _take(partial: Path, out: Path) -> int:
-    """Make the folder `partial`, or empty what a killed process left; no other process takes it while the returned
-    handle is open. The lock is on the folder itself, so that no file of it stays behind."""
+    """Create the folder `partial`, or empty the one that a killed process left, and lock it.
+
+    The lock holds while the returned handle is open. It is on the folder itself, so that no lock file stays behind.
+    """
     while True:
         partial.mkdir(parents=True, exist_ok=True)
         handle = os.open(partial, os.O_RDONLY)
@@ -67,8 +69,7 @@ def _take(partial: Path, out: Path) -> int:
 
 @contextmanager
 def writing(out: Path) -> Iterator[None]:
-    """A block of which an `OSError`, or that of safetensors, means that `out` cannot be written: it becomes a
-    `UserError`."""
+    """Turn an `OSError` or `SafetensorError` of the block into a `UserError`: `out` cannot be written."""
     try:
         yield
     except OSError as error:

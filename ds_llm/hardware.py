@@ -1,4 +1,4 @@
-"""Facts about the machine: peak arithmetic of known cards, memory in use, versions, and the cost of a model's step."""
+"""Facts about the machine: peak FLOP/s of known cards, memory in use, versions; FLOPs of a training step."""
 
 from __future__ import annotations
 
@@ -62,9 +62,8 @@ _OTHER_CARD = re.compile(
 def peak_flops(device_name: str, dtype: str) -> float | None:
     """Dense peak of one device in FLOP/s for `dtype` (fp32, bf16 or fp16), or None where it is not known.
 
-    `device_name` is what `torch.cuda.get_device_name()` returns. CPUs, parts of a card (MIG) and dtypes that a card has
-    no tensor cores for are None: no utilisation is shown rather than a wrong one. fp32 is without TF32, torch's
-    default.
+    `device_name` is what `torch.cuda.get_device_name()` returns. None for CPUs, parts of a card (MIG) and dtypes for
+    which the card has no tensor cores: better no utilisation than a wrong one. fp32 is without TF32, torch's default.
     """
     if _OTHER_CARD.search(device_name):
         return None
@@ -94,7 +93,7 @@ def memory_gb() -> float:
 def share_cores() -> None:
     """Give this process its share of the CPU cores when a launcher started several on this machine.
 
-    Without it each would use a thread per core, and they would hold each other up. OMP_NUM_THREADS is respected.
+    Otherwise each process uses a thread per core, and they slow each other down. OMP_NUM_THREADS is respected.
     """
     processes = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
     if processes > 1 and "OMP_NUM_THREADS" not in os.environ:
@@ -110,7 +109,7 @@ def whole_shape(parameter: torch.nn.Parameter) -> torch.Size:
 
 
 def dense_shape(parameter: torch.nn.Parameter) -> torch.Size:
-    """`whole_shape`, or for the kept values of a pruned weight the shape of that weight, which enters the products."""
+    """`whole_shape`; of the kept values of a pruned weight the shape of the dense weight in the matrix products."""
     return getattr(parameter, "dense_shape", None) or whole_shape(parameter)
 
 
@@ -119,9 +118,9 @@ def training_flops_per_token(model: torch.nn.Module, seq_len: int) -> float:
 
     6 x (weights a token meets in matrix products) + 12 x layers x heads x head_dim x seq_len (attention scores and
     values), from Chowdhery et al. 2022 (PaLM), appendix B; the causal half is not deducted and recomputation does not
-    count, as there. Frozen weights, which get no gradient, count 4 x. Of an expert stack only `num_experts_per_tok`
-    experts count. The embedding table counts once if it is also the output head and not at all otherwise. Right under
-    ZeRO-3 too, whose parameters are empty between uses.
+    count, as there. Frozen weights get no gradient and count 4 x. Of an expert stack only `num_experts_per_tok` experts
+    count. The embedding table counts once if it is also the output head and not at all otherwise. Works under ZeRO-3,
+    where parameters are empty between uses.
     """
     if parts := getattr(model, "sub_models", None):  # a frozen one is only run forwards: a third, of 4 x a half
         trained = [any(p.requires_grad for p in part.parameters()) for part in parts]

@@ -1,4 +1,4 @@
-"""Progress of long steps: a live bar on a terminal, plain lines elsewhere; rank 0 only."""
+"""Progress of long steps on rank 0: a live bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -75,9 +75,10 @@ def progress(title: str, total: float | None = None, unit: str = "items"):
 
 @contextmanager
 def waiting(text: Callable[[float], str]):
-    """Show `text` of the seconds since the start while the block runs, for one long call that cannot count.
+    """Show a line while the block, one long call without counts, runs. `text(seconds since the start)` gives the line.
 
-    A short block shows nothing. On a terminal the line is live; elsewhere it comes again every 10 seconds; rank 0 only.
+    A block of less than 2 seconds shows nothing. On a terminal the line is live; elsewhere it is printed again every 10
+    seconds. Rank 0 only.
     """
     start = time.monotonic()
     live = console.is_terminal and not console.quiet

@@ -55,31 +55,31 @@ def save(output: Path, step: int, state: dict, write: Callable[[Path], None], ne
 def _save(output: Path, step: int, state: dict, write: Callable[[Path], None], needed_bytes: int) -> Path:
     target = folder(output, step)
     partial = target.with_name(f".{target.name}.partial")
-    world, place, lack = dist.get_world_size(), shared_folder.of(output), None
+    world, shared, lack = dist.get_world_size(), shared_folder.of(output), None
     sizes = gather(needed_bytes)
-    needed, free = sum(sizes[rank] for rank in place.ranks), _free_bytes(output)
+    needed, free = sum(sizes[rank] for rank in shared.ranks), _free_bytes(output)
     if needed > free:
-        where = "" if place.alone else f" on {place.hosts[place.ranks[0]]}"
+        where = "" if shared.by_all else f" on {shared.hosts[shared.ranks[0]]}"
         lack = (
             f"{target}: not saved: it needs about {_size(needed)}, the disk{where} has {_size(free)}; "
             f"{_newest(output)}. Free some space and continue with resume=auto"
         )
     check_all(lack)
     try:
-        if place.keeps:
+        if shared.is_first:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         dist.barrier()
         write(partial)
-        if place.keeps:
+        if shared.is_first:
             _write_json(partial / "trainer.json", state)
         dist.barrier()
-        shared_folder.complete(place, partial, _files)
-        mine = {name: _checksum(partial / name) for name in sorted(_files(partial))[place.index :: len(place.ranks)]}
+        shared_folder.complete(shared, partial, _files)
+        mine = {name: _checksum(partial / name) for name in sorted(_files(partial))[shared.index :: len(shared.ranks)]}
         parts = gather(mine)
-        if place.keeps:
-            files = {name: entry for rank in place.ranks for name, entry in parts[rank].items()}
-            manifest = {"step": step, "world_size": world, "ranks": place.ranks, "files": files}
+        if shared.is_first:
+            files = {name: entry for rank in shared.ranks for name, entry in parts[rank].items()}
+            manifest = {"step": step, "world_size": world, "ranks": shared.ranks, "files": files}
             _write_json(partial / "manifest.json", manifest)
             _sync_folder(partial)
             shutil.rmtree(target, ignore_errors=True)
@@ -111,14 +111,14 @@ def newest_whole(output: Path) -> Path | None:
 
 def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint, or None. Collective: ranks that share the folder share the reading."""
-    place = place_of(path)
+    shared = shared_folder_of(path)
     files, mine = [], None
     try:
         files = _listed(path)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = type(error).__name__ if isinstance(error, (OSError, RecursionError)) else error
         mine = f"manifest.json or trainer.json cannot be read: {reason}"
-    for name, entry in files[place.index :: len(place.ranks)]:
+    for name, entry in files[shared.index :: len(shared.ranks)]:
         try:
             found = _checksum(path / name)
         except OSError:
@@ -128,13 +128,13 @@ def damage(path: Path) -> str | None:
             what = "has another size" if found["bytes"] != entry["bytes"] else "has other content"
             mine = f"{name} {what} than when it was saved"
             break
-    if mine and not place.alone:
-        mine += f", on {place.hosts[dist.get_rank()]}"
+    if mine and not shared.by_all:
+        mine += f", on {shared.hosts[dist.get_rank()]}"
     reasons = [r for r in gather(mine) if r]
     return reasons[0] if reasons else None
 
 
-def place_of(path: Path) -> shared_folder.Place:
+def shared_folder_of(path: Path) -> shared_folder.SharedFolder:
     """Who shares the folder of a checkpoint; collective."""
     inside = NAME.fullmatch(path.name) is not None
     return shared_folder.of(path.absolute().parent.parent if inside else path, writable=False)

@@ -55,8 +55,8 @@ def resume_point(config: Config, output: Path) -> tuple[Path, dict] | None:
 
     Raises `UserError` where continuing would lose or mix something.
     """
-    place = shared_folder.of(output)
-    if place.keeps and place.ranks[0]:  # a folder beside that of rank 0, which has locked its own
+    shared = shared_folder.of(output)
+    if shared.is_first and shared.ranks[0]:  # a folder beside that of rank 0, which has locked its own
         _kept.enter_context(lock(output))
     held = sorted(set().union(*gather(checkpoint.steps(output))), reverse=True)
     if config.resume == "never":
@@ -75,7 +75,7 @@ def resume_point(config: Config, output: Path) -> tuple[Path, dict] | None:
     else:
         found = Path(config.resume)
         missing = f"resume: {found}: no such checkpoint folder"
-        where = "" if place.alone else f" on {place.hosts[place.ranks[0]]}"
+        where = "" if shared.by_all else f" on {shared.hosts[shared.ranks[0]]}"
         check_all(None if found.is_dir() else missing + where)
         if checkpoint.steps(found):
             newest = checkpoint.folder(found, checkpoint.steps(found)[0])
@@ -90,7 +90,7 @@ def resume_point(config: Config, output: Path) -> tuple[Path, dict] | None:
                 "replace; choose another output or move them away"
             )
     saved = checkpoint.read_state(found)
-    shared_folder.check_parts(checkpoint.place_of(found), found, saved["world_size"])
+    shared_folder.check_parts(checkpoint.shared_folder_of(found), found, saved["world_size"])
     return found, saved
 
 

@@ -1,1 +1,1 @@
-"""How the processes of a job start, find each other, notice a lost one and stop."""
+"""The processes of a job: their start, their heartbeats, lost processes, and the end of a run."""

@@ -1,9 +1,9 @@
 """Heartbeats of all ranks to rank 0 over TCP.
 
-Every other rank tells rank 0 once per `BEAT_SECONDS` what it is doing and hears in return what rank 0 does and whether
-the job must end. A rank whose connection breaks, that says that it has failed, or that is silent for too long ends the
-job for all: rank 0 finds it and tells the others; each of those finds the same of rank 0. No folder needs to be shared
-for it, and a main thread that is stuck in a collective does not stop it.
+Every `BEAT_SECONDS` each rank sends rank 0 what it is doing. Rank 0 answers with its own state and with the reason to
+end the job, if there is one. A rank ends the job for all when its connection breaks, when it reports a failure, or when
+it is silent for too long: rank 0 notices and tells the others, and the others notice the same of rank 0. This needs no
+shared folder, and it works while the main thread is stuck in a collective.
 
 Messages are those of `ds_llm.distributed.messages`. Rank 0 listens on a port of its own choice; port and a secret reach
 the others through the store of torch.distributed at MASTER_ADDR:MASTER_PORT. Rank 0 does not answer without the secret.
@@ -27,18 +27,21 @@ from ds_llm.distributed.messages import Silence, listen, receive, send
 from ds_llm.errors import UserError
 
 BEAT_SECONDS = 1.0
-START_SECONDS = 300.0  # for all ranks of a launch to appear
-LATE_SECONDS = 10.0  # that rank 0, when it has failed, stays for those that are still starting
-HELLO_SECONDS = 10.0  # for a new connection to say who it is
-LONGEST_HELLO = 1 << 16  # from whoever connects
-FAILED = "failed: "  # what rank 0 leaves in the place of its endpoint
-_meetings = itertools.count()  # of this process, in which jobs can follow each other
+START_SECONDS = 300.0  # within which all ranks of a launch must appear
+LATE_SECONDS = 10.0  # for which a failed rank 0 waits for ranks that are still starting
+HELLO_SECONDS = 10.0  # within which a new connection must identify itself
+LONGEST_HELLO = 1 << 16  # bytes of a first message, from a connection not yet trusted
+FAILED = "failed: "  # a failed rank 0 stores this and the reason instead of its endpoint
+_meetings = itertools.count()  # numbers the jobs that one process runs one after the other
 
 
 @dataclass
 class Verdict:
-    """Why the job must end. kind: lost, failed or hang; rank: whose fault; text: one line; own: found by this rank
-    itself, which then has to say it, not told by rank 0."""
+    """Why the job must end.
+
+    kind: lost, failed or hang. rank: the rank at fault. text: one line. own: this rank found it and must report it;
+    false: rank 0 told it.
+    """
 
     kind: str
     rank: int
@@ -47,11 +50,12 @@ class Verdict:
 
 
 class Peers:
-    """One process's view of all others of the job; threads of its own keep it up to date from `start` to `leave`.
+    """The other processes of the job, as this one sees them. Background threads update it from `start` to `leave`.
 
-    lost_seconds: silence after which another rank counts as gone. own: what this rank shows to the others, any JSON.
-    states: of each rank heard of (rank 0: of all; others: of rank 0) its latest `own`. verdict: why the job must end,
-    once it is known. services: on rank 0, name -> function(rank, object, bytes) -> (object, bytes) that answers `ask`.
+    lost_seconds: a rank that is silent for longer counts as lost. own: the state that this rank sends, any JSON object.
+    states: the latest `own` of each known rank (rank 0 knows all ranks, the others know rank 0). verdict: why the job
+    must end, None as long as it need not. services: on rank 0, name -> function(rank, object, bytes) ->
+    (object, bytes) that answers `ask`.
     """
 
     def __init__(
@@ -71,7 +75,7 @@ class Peers:
         self._heard: dict[int, float] = {}
         self._left: set[int] = set()
         self._silenced: set[int] = set()
-        self._told: set[int] = set()  # who knows of the verdict
+        self._told: set[int] = set()  # ranks that know the verdict
         self._meet = meet or self._by_store
         self._wake, self._over, self._judged = threading.Event(), threading.Event(), threading.Lock()
         self._bye: dict | None = None
@@ -79,7 +83,7 @@ class Peers:
         self._store = self._server = None
 
     def start(self) -> None:
-        """Open the connections. `UserError` where rank 0 cannot be reached or its port is taken."""
+        """Open the connections. Raises `UserError` where rank 0 cannot be reached or its port is taken."""
         if self.rank == 0:
             self._token = secrets.token_hex(16)
             self._server = listen(self._serve)
@@ -94,9 +98,9 @@ class Peers:
         self._thread.start()
 
     def leave(self, failed: str | None = None) -> None:
-        """Say goodbye; failed: why this rank could not do its part, which ends the job for the others.
+        """Leave the job. failed: why this rank failed, which ends the job for the others; None: it is done.
 
-        Rank 0 stays until every other rank has left, or knows why the job ends.
+        Rank 0 stays until every other rank has left or knows why the job ends.
         """
         if self.rank:
             self._bye = {"failed": failed}
@@ -107,7 +111,7 @@ class Peers:
             if failed is not None and self.verdict is None:
                 self._judge("failed", 0, f"{self.name(0)} failed: {failed}")
                 patience += LATE_SECONDS
-                if self._store is not None:  # for those that come later still
+                if self._store is not None:  # for ranks that start later still
                     with contextlib.suppress(RuntimeError):
                         self._store.set(self._key, FAILED + self.verdict.text)
             end = time.monotonic() + patience
@@ -121,29 +125,29 @@ class Peers:
         self._over.set()
 
     def poke(self) -> None:
-        """Tell the others at once what changed in `own`."""
+        """Send a changed `own` at once."""
         self._wake.set()
 
     def name(self, rank: int) -> str:
-        """`rank 3 (host, process 123)`, as far as it is known."""
+        """`rank 3 (host, process 123)`; of an unknown rank only its number."""
         state = self.own if rank == self.rank else self.states.get(rank)
         return f"rank {rank} ({state['host']}, process {state['pid']})" if state else f"rank {rank}"
 
     def silent(self, rank: int) -> float:
-        """Seconds since a rank was last heard of."""
+        """Seconds since the latest message of a rank."""
         return time.monotonic() - self._heard.get(rank, time.monotonic())
 
     def stuck(self) -> set[int]:
-        """Rank 0: ranks that are connected but say nothing."""
+        """On rank 0: ranks that are connected but silent."""
         present = set(self.states) - self._left
         return self._silenced | {number for number in present if self.silent(number) > 4 * BEAT_SECONDS}
 
     def end(self, kind: str, text: str) -> None:
-        """Rank 0: end the job for all."""
+        """On rank 0: end the job for all."""
         self._judge(kind, self.rank, text)
 
     def ask(self, service: str, data: bytes = b"", **what) -> tuple[dict, bytes]:
-        """Have a service of rank 0 answer; `UserError` when it cannot or is not reachable."""
+        """The answer of a service of rank 0. Raises `UserError` where it fails or rank 0 cannot be reached."""
         with self._ask_lock:
             try:
                 if self._asking is None:
@@ -159,7 +163,7 @@ class Peers:
     # -- the meeting --------------------------------------------------------------------------------------------------
 
     def _by_store(self, endpoint: str | None) -> str:
-        """Give rank 0's endpoint to all through the store that the launcher's environment describes."""
+        """Share rank 0's endpoint through the store at MASTER_ADDR:MASTER_PORT."""
         from torch import distributed as dist
 
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -190,7 +194,7 @@ class Peers:
             ) from None
 
     def _late(self) -> int:
-        """Rank 0: how many have come when it had failed, and know it."""
+        """On rank 0: how many ranks started after it had failed and read that it failed."""
         with contextlib.suppress(RuntimeError):
             if self.verdict is not None and self._store is not None:
                 return self._store.add(f"{self._key}/late", 0)
@@ -317,7 +321,7 @@ class Peers:
 
 
 def _endpoint(told: str) -> list[str]:
-    """Port and secret of rank 0; `UserError`, which it has said itself, where it has failed already."""
+    """Port and secret of rank 0. Raises `UserError` where rank 0 has failed; rank 0 has printed that error itself."""
     if told.startswith(FAILED):
         error = UserError(told.removeprefix(FAILED))
         error.said = True
@@ -326,7 +330,7 @@ def _endpoint(told: str) -> list[str]:
 
 
 def port_in_use() -> UserError:
-    """Where MASTER_PORT is taken."""
+    """The error where another job uses MASTER_PORT."""
     return UserError(
         f"port {os.environ['MASTER_PORT']}: another job on this machine uses it; choose another one, for example "
         "deepspeed --master_port 29600 ... (torchrun: --master-port)",

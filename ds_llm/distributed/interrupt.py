@@ -1,4 +1,4 @@
-"""Asking a run to stop: SIGTERM, SIGINT, or the launcher gone."""
+"""Requests to stop a run: SIGTERM, SIGINT, or the death of its launcher."""
 
 from __future__ import annotations
 
@@ -7,16 +7,15 @@ import signal
 
 import psutil
 
-received = False  # whether this process was asked by a signal
+received = False  # whether a signal asked this process to stop
 EXIT_CODE = 75  # EX_TEMPFAIL: the run was interrupted after saving; start it again with resume=auto
 
 
 class Interrupt:
-    """Notices a request to stop and lets the loop finish its step and save.
+    """Notices a request to stop, so that the loop can finish its step and save.
 
-    Signals only set a flag, and repeated ones change nothing: launchers pass a Ctrl-C on as a SIGTERM of their own.
-    The launcher dying (it is killed, or its terminal or ssh connection is) counts as a request too, since nobody would
-    be left to stop the run.
+    A signal only sets a flag, and repeated signals change nothing: launchers pass a Ctrl-C on as a SIGTERM. The death
+    of the launcher, its terminal or its ssh connection counts as a request too: nobody else could stop the run.
     """
 
     def __init__(self):
@@ -25,7 +24,7 @@ class Interrupt:
         self._before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def close(self) -> None:
-        """Let signals do again what they did before."""
+        """Restore the former signal handlers."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -42,9 +41,9 @@ class Interrupt:
 
 
 def since_boot(process: psutil.Process) -> float:
-    """Seconds from the start of the machine to that of `process`: with its number, what tells it from any other one.
+    """Seconds from the start of the machine to the start of `process`; with the process number it is unique.
 
-    psutil's start time is of the wall clock as it is now, so that it changes whenever somebody sets that clock.
+    psutil's own start time follows the wall clock and changes whenever somebody sets that clock.
     """
     return process.create_time() - psutil.boot_time()
 

@@ -1,8 +1,8 @@
-"""Rank and meeting point of a process that srun or mpirun started, in the variables that torch.distributed reads.
+"""Sets the variables that torch.distributed reads in processes that srun or mpirun started.
 
-`deepspeed` and `torchrun` set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT themselves;
-with `srun python launch/train.py` (which is also what `deepspeed --launcher slurm` runs) and
-`mpirun python launch/train.py` they come from the variables of these. What is set already stays.
+`deepspeed` and `torchrun` set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT themselves.
+`srun python launch/train.py` (as `deepspeed --launcher slurm` runs it) and `mpirun python launch/train.py` set other
+variables, which this module translates. Variables that are set already stay.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from collections.abc import MutableMapping
 
 from ds_llm.errors import UserError
 
-SLURM_PORTS = range(15000, 30000)  # below those that systems give away by themselves
+SLURM_PORTS = range(15000, 30000)  # below the ephemeral ports
 DEFAULT_PORT = "29500"
 
 
 def adopt(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Complete `environment`; it stays as it is for a process of another launcher, or of none."""
+    """Set the missing variables in `environment`. Nothing changes under another launcher, or under none."""
     if "RANK" in environment:
         return
     found = _open_mpi(environment) or _mpich(environment) or _slurm(environment)
@@ -52,14 +52,14 @@ def _named(given: MutableMapping[str, str], *names: str) -> dict[str, str] | Non
 
 
 def _slurm(given: MutableMapping[str, str]) -> dict[str, str] | None:
-    """Of a task that srun started: the script of sbatch, which is none, has no SLURM_STEP_NUM_TASKS."""
+    """The variables of a task of srun; None elsewhere, also in a script of sbatch (no SLURM_STEP_NUM_TASKS)."""
     found = _named(given, "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE")
     if found is None:
         return None
     counts = tasks_per_node(given["SLURM_STEP_TASKS_PER_NODE"])
     found["LOCAL_WORLD_SIZE"] = str(counts[int(given.get("SLURM_NODEID", "0"))])
     found["MASTER_ADDR"] = first_node(given.get("SLURM_STEP_NODELIST") or given["SLURM_NODELIST"])
-    # the same for all tasks of a job, another one for jobs and steps that share a machine
+    # one port for all tasks of a step, different ports for jobs and steps on one machine
     number = int(given.get("SLURM_JOB_ID", "0")) * 16 + int(given.get("SLURM_STEP_ID", "0"))
     found["MASTER_PORT"] = str(SLURM_PORTS[number % len(SLURM_PORTS)])
     return found

@@ -8,13 +8,13 @@ import socketserver
 import struct
 from collections.abc import Callable
 
-SEND_SECONDS = 60.0  # for a message to leave; small ones do at once
+SEND_SECONDS = 60.0  # within which a message must be sent; small ones are at once
 LONGEST_OBJECT, LONGEST_BYTES = 1 << 24, 1 << 31
 LENGTHS = struct.Struct("<IQ")  # of the JSON text and of the bytes
 
 
 class Silence(Exception):
-    """Nothing was received for too long."""
+    """No bytes arrived for too long."""
 
 
 def listen(serve: Callable[[socket.socket], None]) -> socketserver.ThreadingTCPServer:
@@ -34,7 +34,7 @@ def listen(serve: Callable[[socket.socket], None]) -> socketserver.ThreadingTCPS
             super().server_bind()
 
         def handle_error(self, request, address):
-            """Whatever a connection sends must not disturb the job's output."""
+            """Print nothing: what a connection sends must not disturb the job's output."""
 
     return Server(("", 0), Handler)
 
@@ -49,7 +49,7 @@ def send(connection: socket.socket, content: dict, data: bytes = b"") -> None:
 def receive(connection: socket.socket, patience: float | None, longest: int | None = None) -> tuple[dict, bytes]:
     """The next message, of up to `longest` bytes.
 
-    `Silence` after `patience` seconds of this process's running time: while the whole job is suspended, nobody is late.
+    Raises `Silence` after `patience` seconds. Time in which this process is suspended does not count.
     """
     lengths = _read(connection, LENGTHS.size, patience)
     text, data = LENGTHS.unpack(lengths)

@@ -1,8 +1,8 @@
-"""Which ranks see the same output folder, and what that means for checkpoints.
+"""Which ranks share an output folder, and how checkpoints work where machines share none.
 
-Where machines share no file system, the output's path is a folder of its own on each of them. Its ranks keep their part
-of every checkpoint there, with a manifest of its own; what all ranks need of what only rank 0 writes is copied from it.
-Such a run continues as long as each rank finds its part where it starts, or all parts have been brought together.
+Without a shared file system each machine has its own folder at the output's path. The ranks of a machine keep their
+part of every checkpoint there, with a manifest. Files of rank 0 that every rank needs are copied to each machine. The
+run can continue if each rank finds its part on its machine, or if somebody has copied all parts together.
 """
 
 from __future__ import annotations
@@ -24,25 +24,28 @@ from ds_llm.errors import UserError
 # the number of a rank in names of DeepSpeed's files (zero_pp_rank_1_...) and of ours (ema_rank00001.pt)
 RANK_IN_NAME = re.compile(r"(?<=pp_rank_)\d+|(?<=[a-z]_rank)\d+(?=\.)")
 CHUNK = 8 << 20
-EXPORTED = "model/"  # of a checkpoint: rank 0's alone, and not needed to continue
-_known: dict[Path, Place] = {}
+EXPORTED = "model/"  # the exported model of a checkpoint: only rank 0 writes it, and no run needs it to continue
+_known: dict[Path, SharedFolder] = {}
 
 
 @dataclass
-class Place:
-    """The folder of this rank. ranks: those that share it, in order; hosts: the machine of every rank of the job."""
+class SharedFolder:
+    """A folder and the ranks that share it.
+
+    ranks: those that share it with this rank, ascending. hosts: the host name of every rank of the job.
+    """
 
     ranks: list[int]
     hosts: list[str]
 
     @property
-    def keeps(self) -> bool:
-        """Whether this rank is the one that looks after the folder."""
+    def is_first(self) -> bool:
+        """Whether this rank is the first that shares the folder; it writes what belongs to the folder as a whole."""
         return dist.get_rank() == self.ranks[0]
 
     @property
-    def alone(self) -> bool:
-        """Whether all ranks share one folder."""
+    def by_all(self) -> bool:
+        """Whether all ranks share the folder."""
         return len(self.ranks) == len(self.hosts)
 
     @property
@@ -50,10 +53,11 @@ class Place:
         return self.ranks.index(dist.get_rank())
 
 
-def of(folder: Path, writable: bool = True) -> Place:
-    """Who shares a folder with this rank. Collective; found out once, by files that each rank puts there for a moment.
+def of(folder: Path, writable: bool = True) -> SharedFolder:
+    """Find the ranks that share a folder with this one. Collective; the answer is kept.
 
-    writable: `UserError` where it cannot be written; else such a folder is taken for one that all share.
+    Each rank creates a file there for a moment and looks for those of the others. writable: raise `UserError` where the
+    folder cannot be written; otherwise such a folder counts as shared by all.
     """
     path = folder.absolute()
     if path not in _known:
@@ -61,11 +65,11 @@ def of(folder: Path, writable: bool = True) -> Place:
     return _known[path]
 
 
-def _find(folder: Path, writable: bool) -> Place:
+def _find(folder: Path, writable: bool) -> SharedFolder:
     rank, world = dist.get_rank(), dist.get_world_size()
     host = socket.gethostname()
     if world == 1:
-        return Place([0], [host])
+        return SharedFolder([0], [host])
     nonce, mine = gather(uuid.uuid4().hex)[0], None
     mark = folder / f".here-{nonce}-{rank}"
     try:
@@ -78,29 +82,29 @@ def _find(folder: Path, writable: bool) -> Place:
         check_all(mine)
     elif any(gather(mine)):
         mark.unlink(missing_ok=True) if mine is None else None
-        return Place(list(range(world)), gather(host))
+        return SharedFolder(list(range(world)), gather(host))
     try:
-        # each asks for names that nobody has asked for: a network file system has no old answer to them
+        # names with a nonce are new, so that no network file system has a cached answer for them
         seen = [other for other in range(world) if (folder / f".here-{nonce}-{other}").exists()]
         hosts = gather(host)
     finally:
         dist.barrier()
         mark.unlink(missing_ok=True)
-    return Place(seen, hosts)
+    return SharedFolder(seen, hosts)
 
 
-def common_steps(place: Place, own: list[int]) -> list[int]:
-    """Checkpoints that every folder holds, newest first; own: those in this rank's. Collective.
+def common_steps(shared: SharedFolder, own: list[int]) -> list[int]:
+    """Steps of the checkpoints that every folder holds, newest first. Collective. own: the steps in this rank's folder.
 
-    `UserError` when there are some, but none that all folders hold.
+    Raises `UserError` where there are checkpoints but none is in all folders.
     """
     held = gather(own)
-    if place.alone:
+    if shared.by_all:
         return held[0]
     common = set.intersection(*map(set, held))
     if newest := max((step for found in held for step in found), default=0):
-        lacking = [place.hosts[rank] for rank, found in enumerate(held) if newest not in found]
-        holding = [place.hosts[rank] for rank, found in enumerate(held) if newest in found]
+        lacking = [shared.hosts[rank] for rank, found in enumerate(held) if newest not in found]
+        holding = [shared.hosts[rank] for rank, found in enumerate(held) if newest in found]
         if lacking and not common:
             raise UserError(
                 f"output: the machines share no folder, and the checkpoint of step {newest} is on {_names(holding)}, "
@@ -109,8 +113,11 @@ def common_steps(place: Place, own: list[int]) -> list[int]:
     return sorted(common, reverse=True)
 
 
-def check_parts(place: Place, path: Path, world: int) -> None:
-    """Raise `UserError` with what of a checkpoint is missing where. Collective; world: processes that saved it."""
+def check_parts(shared: SharedFolder, path: Path, world: int) -> None:
+    """Raise `UserError` that names files of a checkpoint missing on a host. Collective.
+
+    world: number of processes that saved it.
+    """
     if dist.get_world_size() == 1:
         return
     try:
@@ -125,9 +132,9 @@ def check_parts(place: Place, path: Path, world: int) -> None:
         together = [set(saved) for ranks, saved, _ in found if world == len(found) and (ranks is None or rank in ranks)]
         missing = sorted((together[0] if together else everything) - set(present))
         if missing:
-            others = [place.hosts[other] for other, (_, _, there) in enumerate(found) if missing[0] in there]
+            others = [shared.hosts[other] for other, (_, _, there) in enumerate(found) if missing[0] in there]
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            troubles.append(f"{place.hosts[rank]} lacks {missing[0]}{more} (on {_names(others) or 'no machine'})")
+            troubles.append(f"{shared.hosts[rank]} lacks {missing[0]}{more} (on {_names(others) or 'no machine'})")
     if troubles:
         raise UserError(
             f"{path}: the machines share no folder, and {'; '.join(dict.fromkeys(troubles))}: start them in the order "
@@ -136,7 +143,7 @@ def check_parts(place: Place, path: Path, world: int) -> None:
 
 
 def serve(folder: Path) -> None:
-    """Rank 0: let the others read the files of a folder, until it is another one."""
+    """On rank 0: let the other ranks read the files of this folder, and of no other."""
     if (peers := watchdog.peers()) is None:
         return
 
@@ -152,7 +159,7 @@ def serve(folder: Path) -> None:
 
 
 def fetch(name: str, target: Path) -> None:
-    """Copy a file of the folder that rank 0 serves."""
+    """Copy the file `name` of the folder that rank 0 serves to `target`."""
     peers = watchdog.peers()
     target.parent.mkdir(parents=True, exist_ok=True)
     with open(target, "wb") as file:
@@ -160,12 +167,12 @@ def fetch(name: str, target: Path) -> None:
             file.write(data)
 
 
-def complete(place: Place, partial: Path, names: Callable[[Path], list[str]]) -> None:
-    """Copy to every other folder what rank 0 wrote for all. Collective; names: lists the files of a folder.
+def complete(shared: SharedFolder, partial: Path, names: Callable[[Path], list[str]]) -> None:
+    """Copy rank 0's files that every rank needs to the other folders. Collective. names: lists the files of a folder.
 
-    That is each file that has no counterpart there, of another rank.
+    These are the files without a counterpart of another rank in that folder.
     """
-    if place.alone:
+    if shared.by_all:
         return
     if watchdog.peers() is None:
         raise UserError("output: the machines share no folder; start the run by launch/train.py, or share one")
@@ -174,14 +181,14 @@ def complete(place: Place, partial: Path, names: Callable[[Path], list[str]]) ->
         serve(partial)
     offered = gather(names(partial) if rank == 0 else None)[0]
     trouble = None
-    if place.keeps and rank:
+    if shared.is_first and rank:
         held = {RANK_IN_NAME.sub("#", name) for name in names(partial)}
         for name in offered:
             if not name.startswith(EXPORTED) and RANK_IN_NAME.sub("#", name) not in held:
                 try:
                     fetch(name, partial / name)
                 except OSError as error:
-                    trouble = f"{partial / name}: cannot be written on {place.hosts[rank]} ({error.strerror})"
+                    trouble = f"{partial / name}: cannot be written on {shared.hosts[rank]} ({error.strerror})"
     check_all(trouble)
 
 

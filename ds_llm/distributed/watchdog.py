@@ -1,14 +1,12 @@
-"""Ends a job that cannot go on: a step that never ends, a process or a machine that is gone, with who and where.
+"""Ends a job that hangs or has lost a process, and reports which rank and where.
 
-`guard` is open while a job runs. In it each process notes what it is doing (`doing`, `timed`), a thread compares that
-with the clock, and `ds_llm.distributed.heartbeat` carries it to rank 0. A hang is reported with what each rank was
-doing and with its Python stacks, on standard error, and the process ends with code 1; so it does when another rank is
-lost or has failed and this one does not end by itself. The thread needs no help of the main thread, which may be stuck
-in a collective.
+`guard` is open while a job runs. Each process records what it is doing (`doing`, `timed`). A background thread compares
+that with the clock, and `ds_llm.distributed.heartbeat` sends it to rank 0. On a hang each rank prints what it was doing
+and its Python stacks to standard error and exits with code 1. It also exits when another rank is lost or has failed and
+the main thread does not end by itself, since that may be stuck in a collective.
 
-Only what is `timed` can hang: training steps, and evaluation and scoring from one batch to the next. Preparing,
-loading, compiling and saving take what they take, and while one rank does so none hangs; that all processes are alive
-is watched all the time.
+Only `timed` work can hang: training steps, and evaluation and scoring from one batch to the next. Preparing, loading,
+compiling and saving have no limit, and while one rank does these no rank counts as hanging. Heartbeats always run.
 """
 
 from __future__ import annotations
@@ -28,12 +26,12 @@ from ds_llm.distributed.environment import rank, world_size
 from ds_llm.distributed.heartbeat import BEAT_SECONDS, Peers, Verdict
 from ds_llm.errors import UserError, first_line, say
 
-# what gloo and NCCL say in a process whose peer has ended
+# parts of the errors that gloo and NCCL raise when a peer has ended
 LOST_PEER = ("onnection closed by peer", "onnection reset by peer", "roken pipe", "remote process exited")
-FIRST_SECONDS = 1800.0  # that the first timed piece of work may take at least: kernels are compiled in it
-GRACE_SECONDS = {"lost": 3.0, "failed": 15.0, "hang": 0.0}  # in which the main thread may end by itself
-REPORT_SECONDS = 3.0  # for the other ranks' stacks
-SILENT_SECONDS = 2.5 * BEAT_SECONDS  # without a word: more than late
+FIRST_SECONDS = 1800.0  # least limit for the first timed work, in which kernels are compiled
+GRACE_SECONDS = {"lost": 3.0, "failed": 15.0, "hang": 0.0}  # within which the main thread may end by itself
+REPORT_SECONDS = 3.0  # within which the other ranks print their stacks
+SILENT_SECONDS = 2.5 * BEAT_SECONDS  # a rank silent for longer is not only late
 OWN_THREADS = re.compile(
     r"heartbeat.py\", line \d+ in (_serve|_follow|_await_all)$| in (stacks|serve_forever)$", re.MULTILINE
 )
@@ -44,9 +42,9 @@ _watch: Watch | None = None
 
 
 class Watch:
-    """What this process is doing since when, and the thread that looks at it.
+    """What this process is doing and since when, and the thread that watches it.
 
-    hang_seconds: how long timed work may show no progress; 0: for ever. key: the option that says so.
+    hang_seconds: limit for timed work without progress; 0: no limit. key: name of the option with this limit.
     """
 
     def __init__(self, hang_seconds: float, key: str, peers: Peers | None):
@@ -57,7 +55,7 @@ class Watch:
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def note(self, what: str | None = None, mode: str | None = None, finished: bool = False) -> None:
-        """Work goes on: its name and kind (None: as before), and whether a piece of timed work is finished."""
+        """Record work: its name and mode (None: as before), and whether timed work before it is finished."""
         changed = mode not in (None, self.mode)
         self.what, self.mode = what or self.what, mode or self.mode
         self.age, self.finished = 0.0, self.finished + finished
@@ -75,7 +73,7 @@ class Watch:
         faulthandler.cancel_dump_traceback_later()
 
     def speak(self) -> bool:
-        """Whether this thread is the one that says why the job ends; the first that asks is."""
+        """True for the first caller only, which reports why the job ends."""
         return self._speaking.acquire(blocking=False)
 
     def limit(self) -> float:
@@ -85,11 +83,10 @@ class Watch:
         before, grace = time.monotonic(), None
         while not self._over.wait(self._tick):
             now = time.monotonic()
-            self.age += min(now - before, 2 * self._tick)  # a process that was suspended has not been hanging
+            self.age += min(now - before, 2 * self._tick)  # time suspended does not count
             before = now
-            if (
-                self.hang_seconds and sys.__stderr__ is not None
-            ):  # where a thread of Python cannot run, one of C says so
+            if self.hang_seconds and sys.__stderr__ is not None:
+                # this C thread reports even where code that holds the GIL stops this Python thread
                 faulthandler.dump_traceback_later(self.limit() + 60, file=sys.__stderr__)
             hung = bool(self.hang_seconds and self.mode == TIMED and self.age > self.limit())
             verdict = self._consult(hung)
@@ -110,7 +107,7 @@ class Watch:
         if rank() == 0:
             states = [peers.own, *peers.states.values()]
             excused = any(state.get("mode") == WORKING for state in states)
-            # a moment later than it could be said, for the others find the same about now
+            # a little later than the limit, because the other ranks find the same about now
             if any(s.get("hung") for s in states) and not excused and (over > 2 * self._tick or not hung):
                 peers.end("hang", "")
         elif hung:
@@ -126,7 +123,7 @@ class Watch:
         elif verdict.own and self.speak():
             _say(f"error: {_line(verdict)}\n")
         if rank() == 0 and self.peers is not None:
-            self.peers.leave()  # returns when all know
+            self.peers.leave()  # returns when all ranks know the verdict
         _stop_silent_neighbours(self.peers)
         sys.stdout.flush()
         os._exit(1)
@@ -163,7 +160,7 @@ def _seen(state: dict, silent: float) -> str:
 
 
 def stacks() -> str:
-    """The Python stacks of all threads of this process but those that watch over it; the main thread's comes last."""
+    """The Python stacks of this process, without those of the watching threads; the main thread comes last."""
     with tempfile.TemporaryFile("w+") as file:
         faulthandler.dump_traceback(file, all_threads=True)
         file.seek(0)
@@ -172,13 +169,13 @@ def stacks() -> str:
 
 
 def _say(text: str) -> None:
-    """At once, so that processes do not mix their lines."""
+    """Write to standard error in one call, so that lines of several processes do not mix."""
     with contextlib.suppress(OSError):
         os.write(2, text.encode())
 
 
 def _stop_silent_neighbours(peers: Peers | None) -> None:
-    """Kill ranks on this machine that give no sign of life, which a launcher's SIGTERM does not reach (SIGSTOP)."""
+    """Kill silent ranks on this machine: a stopped process (SIGSTOP) does not get the launcher's SIGTERM."""
     if peers is None or rank():
         return
     for number, state in peers.states.items():
@@ -189,10 +186,10 @@ def _stop_silent_neighbours(peers: Peers | None) -> None:
 
 @contextlib.contextmanager
 def guard(hang_seconds: float, lost_seconds: float, section: str) -> Iterator[Peers | None]:
-    """Watch over this process and, in a job of several, over all of them; yields its `Peers` (None: it is alone).
+    """Watch this process and all others of the job while the block runs; yields its `Peers`, None for one process.
 
-    hang_seconds, lost_seconds: the values of the keys `hang_timeout` and `lost_timeout` in `section` of the
-    configuration. What ends the block with an error ends the job for the others too, with its reason.
+    hang_seconds, lost_seconds: the keys `hang_timeout` and `lost_timeout` in `section` of the configuration. An error
+    that ends the block ends the job for the other ranks too, with its reason.
     """
     global _watch
     peers = Peers(rank(), world_size(), lost_seconds) if world_size() > 1 else None
@@ -207,7 +204,7 @@ def guard(hang_seconds: float, lost_seconds: float, section: str) -> Iterator[Pe
     except UserError as error:
         failed = str(error)
         if rank() == 0 or error.any_rank:
-            say(error)  # before the others know: the first that ends has the launcher end this one
+            say(error)  # before the other ranks know: the first that exits makes the launcher end this one
         raise
     except RuntimeError as error:
         failed = first_line(error)
@@ -216,7 +213,7 @@ def guard(hang_seconds: float, lost_seconds: float, section: str) -> Iterator[Pe
         verdict = _verdict(peers)
         if verdict is None:
             raise
-        if not (verdict.own and watch.speak()):  # somebody has said it
+        if not (verdict.own and watch.speak()):  # already reported
             sys.exit(1)
         raise UserError(_line(verdict), any_rank=True) from error
     except SystemExit as error:
@@ -233,7 +230,7 @@ def guard(hang_seconds: float, lost_seconds: float, section: str) -> Iterator[Pe
 
 
 def _verdict(peers: Peers) -> Verdict | None:
-    """Why a connection to another rank broke; it takes a moment until that is known."""
+    """Wait up to 5 seconds for the reason why a connection to another rank broke; None where none arrives."""
     end = time.monotonic() + 5
     while peers.verdict is None and time.monotonic() < end:
         peers.poke()
@@ -242,32 +239,32 @@ def _verdict(peers: Peers) -> Verdict | None:
 
 
 def doing(what: str) -> None:
-    """This process has begun something that takes as long as it takes, and the others may have to wait for it."""
+    """Record the start of work without a time limit, for which other ranks may have to wait."""
     if _watch is not None:
         _watch.note(what, WORKING)
 
 
 def timed(what: str, finished: bool = False) -> None:
-    """This process has begun something that must show progress; finished: and has finished such a thing before."""
+    """Record the start of work that must show progress. finished: the timed work before it is done."""
     if _watch is not None:
         _watch.note(what, TIMED, finished)
 
 
 def waiting(what: str) -> None:
-    """This process has begun to wait for others."""
+    """Record that this process waits for other ranks."""
     if _watch is not None:
         _watch.note(what, WAITING)
 
 
 def alive(what: str | None = None) -> None:
-    """This process has made progress in what it is doing, which may have a name."""
+    """Record progress in the current work, and its name where one is given."""
     if _watch is not None:
         _watch.note(what)
 
 
 @contextlib.contextmanager
 def during(what: str) -> Iterator[None]:
-    """`doing` while the block runs; afterwards what was done before goes on."""
+    """`doing` while the block runs; then the work before it continues."""
     watch = _watch
     before = (watch.what, watch.mode) if watch is not None else ()
     doing(what)
@@ -279,10 +276,10 @@ def during(what: str) -> Iterator[None]:
 
 
 def peers() -> Peers | None:
-    """The other processes of the job, where this one is watched over and not alone."""
+    """The other processes of the job; None outside of `guard` and in a job of one process."""
     return _watch.peers if _watch is not None else None
 
 
 def watched() -> bool:
-    """Whether lost ranks end this process, so that waiting for others needs no limit of its own."""
+    """Whether a lost rank ends this process, so that collectives need no time limit."""
     return _watch is not None and _watch.peers is not None

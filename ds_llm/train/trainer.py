@@ -290,7 +290,7 @@ class Trainer:
         with self.tracker.pause():
             path = checkpoint.save(self.output, step, state, self._write, self.engine.state_bytes())
             self.last_saved = step
-            if checkpoint.place_of(path).keeps and not self.state["bad_steps"]:
+            if checkpoint.shared_folder_of(path).is_first and not self.state["bad_steps"]:
                 best = self.state["best_step"] if self.config.checkpoint.best else None
                 checkpoint.prune(self.output, self.config.checkpoint.keep, best)
         self.tracker.event("checkpoint", f"saved {path}", step=step, path=str(path))
@@ -311,7 +311,7 @@ class Trainer:
             self.state |= {name: fresh[name] for name in RESULTS}
         if path.resolve().parent == (self.output / "checkpoints").resolve():
             self.last_saved = self.state["step"]
-            if checkpoint.place_of(path).keeps:
+            if checkpoint.shared_folder_of(path).is_first:
                 checkpoint.set_aside(self.output, self.state["step"])
 
     # -- what is said and kept ------------------------------------------------------------------------------------
