@@ -188,9 +188,9 @@ def prepare(
 def announce(answers: Answers, kind: str, name: str, sources: Sequence[str | os.PathLike]) -> None:
     """Say in a line what there is; raises `UserError` where there is nothing of the `kind`."""
     report = answers.report
-    console.print(f"{name}: {answers.describe()}", markup=False)
+    console.print(f"{name}: {answers.describe()}")
     if report.dropped:
-        console.print(f"dropped rows with file, line and reason: {answers.folder / REJECTS}", markup=False)
+        console.print(f"dropped rows with file, line and reason: {answers.folder / REJECTS}")
     if not report.used:
         raise UserError(f"{', '.join(map(str, sources))}: no {kind} to train on; {report.reasons()}")
 

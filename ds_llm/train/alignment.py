@@ -20,6 +20,7 @@ from ds_llm.engine.engine import Engine
 from ds_llm.engine.inference import inference
 from ds_llm.errors import ConfigError, UserError
 from ds_llm.pretrained.fingerprint import identity, model_fingerprint
+from ds_llm.pretrained.lengths import max_positions
 from ds_llm.train.reference import reference_log_probs
 
 
@@ -69,7 +70,7 @@ def check_reference(config: Config, path: str | None, tokenizer, seq_len: int) -
     if path is None:
         return identity(config.model.path)
     key = f"{config.mode}.reference"
-    limit = getattr(load_model_config(path).get_text_config(), "max_position_embeddings", None)
+    limit = max_positions(load_model_config(path))
     if limit and seq_len > limit:
         raise UserError(f"data.seq_len: {seq_len} tokens are more than the {limit} positions of {key}={path}")
     if tokenizer_hash(load_tokenizer(path)) != tokenizer_hash(tokenizer):

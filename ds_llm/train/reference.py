@@ -72,7 +72,7 @@ def reference_log_probs(
             return None
         values = _exchange(values)
     else:
-        console.print(f"{title}: all {sum(map(len, chunks)):,} samples found in {folder}", markup=False)
+        console.print(f"{title}: all {sum(map(len, chunks)):,} samples found in {folder}")
     if unknown := int((~_known(values[np.concatenate(chunks)])).any(1).sum()):
         raise UserError(
             f"the reference model gives no finite log-probability for {unknown:,} of {len(samples):,} samples; is it "

@@ -75,7 +75,7 @@ class RouterLoss(nn.Module):
             powers = torch.tensor(found[2:], dtype=torch.float64, device=powers.device).view(powers.shape) / tokens
             if self.debug:
                 terms = quality_loss.moment_terms(powers, self.loss, self.options)
-                console.print(quality_loss.describe(self.name, powers, terms), markup=False)
+                console.print(quality_loss.describe(self.name, powers, terms))
         self.totals = Totals(valid, tokens, documents, parts, powers)
 
     def _add_surprise(self, engine, batches: Sequence[dict[str, Tensor]]) -> None:
@@ -144,7 +144,7 @@ class RouterLoss(nn.Module):
         if self.debug and self.loss.over != "moments":
             here = value * totals.parts
             line = quality_loss.describe(self.name, sums.detach() / count_processed(batch), {"this micro-batch": here})
-            console.print(line, markup=False)
+            console.print(line)
         aux = found.aux_loss + (totals.parts * self.weight * share).to(found.aux_loss.dtype)
         return found._replace(aux_loss=aux, figures=torch.stack([value.double(), *figures]) * totals.valid)
 

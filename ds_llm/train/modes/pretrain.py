@@ -68,9 +68,9 @@ def check(config: Config) -> Data:
             raise ConfigError(f"eval.stride: {config.eval.stride} is more than the evaluation's {length} tokens")
         val = open_streams(config.data.val, tokenizer)
         for path, row, reason in val.rejected[:SHOWN_ROWS]:
-            console.print(f"warning: {path}: row {row} is not evaluated on: {reason}", markup=False)
+            console.print(f"warning: {path}: row {row} is not evaluated on: {reason}")
         if len(val.rejected) > SHOWN_ROWS:
-            console.print(f"warning: data.val: {len(val.rejected):,} rows in all are not evaluated on", markup=False)
+            console.print(f"warning: data.val: {len(val.rejected):,} rows in all are not evaluated on")
         check_length(val.tokens, length)
     check_prompts(config, tokenizer, limit, chat=False)
     fingerprint = {

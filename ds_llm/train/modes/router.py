@@ -120,7 +120,7 @@ def build(config: Config, data: Data) -> Job:
     job = data.kind.job(plain, data.inner, model)
     whole, seed = job.samples, config.train.seed
     count = max(1, round((config.data.subset_ratio or SUBSET) * len(whole)))
-    console.print(f"{count:,} of {len(whole):,} samples are trained on (data.subset_ratio)", markup=False)
+    console.print(f"{count:,} of {len(whole):,} samples are trained on (data.subset_ratio)")
     job.samples = FixedEpoch(whole, count, seed)
     job.objective = RouterLoss(job.objective, model)
     job.begin_step = job.objective.begin_step

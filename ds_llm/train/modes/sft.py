@@ -67,13 +67,10 @@ def check(config: Config) -> Data:
     documents = _prepare(config, data.train, tokenizer, seq_len, "train", data.weights)
     if data.packing:
         train = PackedSamples(documents, seq_len, tokenizer.pad_token_id)
-        console.print(f"{len(documents):,} samples in {len(train):,} packs, {train.fill:.1%} full", markup=False)
+        console.print(f"{len(documents):,} samples in {len(train):,} packs, {train.fill:.1%} full")
     else:
         train = GroupedSamples(documents, budget, tokenizer.pad_token_id)
-        console.print(
-            f"{len(documents):,} samples in {len(train):,} batches of similar length, {train.fill:.1%} full",
-            markup=False,
-        )
+        console.print(f"{len(documents):,} samples in {len(train):,} batches of similar length, {train.fill:.1%} full")
     val = None
     if data.val:
         val = PackedSamples(_prepare(config, data.val, tokenizer, seq_len, "val"), seq_len, tokenizer.pad_token_id)
@@ -109,7 +106,7 @@ def _prepare(config: Config, sources: list[str], tokenizer, seq_len: int, what: 
     if report["dropped"]:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in report["dropped"].items())
         line += f"; dropped {reasons}: see {report['rejects']}"
-    console.print(line, markup=False)
+    console.print(line)
     return documents
 
 

@@ -104,8 +104,7 @@ def build(config: Config, data: Data) -> Job:
     console.print(
         f"{info['layers']} pruned weights, {info['kept'] / 1e6:.1f}M of {info['prunable'] / 1e6:.1f}M kept "
         f"({info['density']:.1%}); weights, gradients and optimizer state {info['state_bytes'] / 1e9:.2f} GB, dense "
-        f"{info['dense_state_bytes'] / 1e9:.2f} GB",
-        markup=False,
+        f"{info['dense_state_bytes'] / 1e9:.2f} GB"
     )
     job = data.kind.job(config, data.inner, model)
     if config.sparse.samples is not None:
