@@ -1,7 +1,7 @@
-"""What may change when a run continues on other processes: how its global batch is split and its states are sharded.
+"""Fits a run that continues on another number of processes: its split of the global batch and its sharding may change.
 
-The samples of a step are a function of the step and of the global batch (see `ds_llm.data.order`), so the same samples
-follow as long as the global batch stays the same. How the states get to other layouts is in `ds_llm.engine.resharding`.
+The samples of a step are a function of the step and of the global batch (`ds_llm.data.order`), so a run with the same
+global batch sees the same samples. `ds_llm.engine.resharding` loads the states into the new layout.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from ds_llm.config.run import Config
 from ds_llm.engine.resharding import Checkpoint
 from ds_llm.errors import ConfigError, UserError
 
-SHARDING = ("zero", "deepspeed")  # keys that say how states are held
+SHARDING = ("zero", "deepspeed")  # keys that decide how states are sharded
 SPLIT = ("train.batch_size", "train.accumulation_steps")  # keys whose product with the processes is the global batch
-# Sections of the DeepSpeed JSON that do not change what is computed, or whose values are keys of the run besides
+# Sections of the DeepSpeed JSON that do not change the computation, or that repeat keys of the run
 FREE = {
     "zero_optimization",
     "train_batch_size",
@@ -45,9 +45,10 @@ IMPLEMENTATION = {"torch_adam", "fused", "foreach"}  # of the optimizer's parame
 
 
 def split(total: int, processes: int, batch_size: int) -> tuple[int, int]:
-    """Micro-batch and accumulation steps of `total` samples on `processes`: the largest one up to `batch_size`.
+    """(samples of a micro-batch, accumulation steps) for `total` samples on `processes`.
 
-    Raises `UserError` when the processes do not divide the total.
+    The micro-batch is the largest possible up to `batch_size`. Raises `UserError` where the processes do not divide the
+    total.
     """
     share, rest = divmod(total, processes)
     if rest:
@@ -58,10 +59,10 @@ def split(total: int, processes: int, batch_size: int) -> tuple[int, int]:
 
 
 def adapt(config: Config, saved: dict, processes: int, path: Path) -> list[str]:
-    """Fit `config.train` to the processes so that a step takes the samples it took before; returns lines that say so.
+    """Fit `config.train` to the processes, so that each step keeps its samples. Returns a line per change.
 
-    saved: the state of the checkpoint at `path`. Raises `UserError` for what would make it another run: another global
-    batch, another optimizer, processes that do not divide the batch; and where `checkpoint.elastic` forbids.
+    saved: the state of the checkpoint at `path`. Raises `UserError` for another global batch, another optimizer or
+    processes that do not divide the batch, and for any change where `checkpoint.elastic` is false.
     """
     before, now = saved["config"], config.train
     asked = {"train.batch_size": now.batch_size, "train.accumulation_steps": now.accumulation_steps}
@@ -112,7 +113,7 @@ def adapt(config: Config, saved: dict, processes: int, path: Path) -> list[str]:
 
 
 def _check_sharding(config: Config, saved: dict, processes: int, path: Path) -> bool:
-    """Whether states are held in another way than before; refuses where that is forbidden or not all that changes."""
+    """Whether the sharding changes. Raises `UserError` where it must not, or where the computation would change too."""
     before = saved["config"]
     changed = [name for name in SHARDING if getattr(config, name) != before.get(name)]
     if changed and not config.checkpoint.elastic:
@@ -121,7 +122,7 @@ def _check_sharding(config: Config, saved: dict, processes: int, path: Path) -> 
             f"{name}: the run in {path} has {before.get(name)!r}, not {getattr(config, name)!r}; set it back, or set "
             "checkpoint.elastic=true"
         )
-    if "deepspeed" not in saved:  # saved by a version that did not keep it
+    if "deepspeed" not in saved:  # earlier versions did not save it
         if "deepspeed" in changed:
             raise UserError(f"deepspeed: the run in {path} has {before.get('deepspeed')!r}; set it back")
         return bool(changed)
@@ -137,7 +138,7 @@ def _check_sharding(config: Config, saved: dict, processes: int, path: Path) -> 
 
 
 def _computed(settings: dict) -> dict:
-    """The part of a DeepSpeed JSON that decides what is computed."""
+    """The keys of a DeepSpeed JSON that change the computation."""
     kept = {name: value for name, value in settings.items() if name not in FREE}
     optimizer = dict(kept.get("optimizer", {}))
     optimizer["params"] = {k: v for k, v in optimizer.get("params", {}).items() if k not in IMPLEMENTATION}
@@ -145,7 +146,7 @@ def _computed(settings: dict) -> dict:
 
 
 def _check_fixed(config: Config, total: int, processes: int) -> None:
-    """The user's own JSON must not fix another split."""
+    """Raise `ConfigError` where the user's JSON fixes another split."""
     fixed = read(config.deepspeed)
     wanted = {
         "train_micro_batch_size_per_gpu": config.train.batch_size,

@@ -1,8 +1,8 @@
-"""Checkpoints of a run: written whole or not at all, verified before use, kept by rule.
+"""Checkpoints of a run: written whole or not at all, verified before use, old ones deleted.
 
     OUTPUT/checkpoints/step-00000100/
         manifest.json    sizes and CRC-32 of all other files; written last
-        trainer.json     position in the data, best perplexity and what else the loop needs
+        trainer.json     state of the training loop: step, position in the data, best perplexity
         deepspeed/       optimizer, master weights and averages of each rank
         model/           the model in Hugging Face format (averaged weights when there is an average)
 
@@ -42,11 +42,11 @@ def steps(output: Path) -> list[int]:
 
 
 def save(output: Path, step: int, state: dict, write: Callable[[Path], None], needed_bytes: int) -> Path:
-    """Write one checkpoint; every rank calls it. `write(folder)` stores the parts of all ranks.
+    """Write one checkpoint. Collective: `write(folder)` writes this rank's part.
 
-    needed_bytes: what this rank will write. Raises `UserError` on every rank, before anything is written, when the
-    disk has less than all ranks need; raises it on the rank it happens to when the disk fills up meanwhile. Where
-    machines share no folder, each keeps what its ranks need (see `ds_llm.distributed.shared_folder`).
+    needed_bytes: bytes that this rank will write. Raises `UserError` on every rank, before anything is written, where
+    the disk has too little space for all ranks; raises it on one rank where the disk fills up while it writes. Machines
+    without a shared folder keep their ranks' parts (see `ds_llm.distributed.shared_folder`).
     """
     with watchdog.during(f"saving {folder(output, step).name}"):
         return _save(output, step, state, write, needed_bytes)
@@ -97,9 +97,9 @@ def _save(output: Path, step: int, state: dict, write: Callable[[Path], None], n
 
 
 def newest_whole(output: Path) -> Path | None:
-    """The newest checkpoint whose files all match its manifest; damaged ones are named and passed over.
+    """The newest checkpoint whose files all match its manifest; warns of damaged ones.
 
-    Every rank calls it; each checks its share of the files.
+    Collective: each rank checks its share of the files.
     """
     for step in shared_folder.common_steps(shared_folder.of(output), steps(output)):
         reason = damage(folder(output, step))
@@ -110,7 +110,7 @@ def newest_whole(output: Path) -> Path | None:
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None. Collective: ranks that share the folder share the reading."""
+    """Why a checkpoint is damaged, or None. Collective: ranks that share the folder check a share of the files each."""
     shared = shared_folder_of(path)
     files, mine = [], None
     try:
@@ -135,14 +135,17 @@ def damage(path: Path) -> str | None:
 
 
 def shared_folder_of(path: Path) -> shared_folder.SharedFolder:
-    """Who shares the folder of a checkpoint; collective."""
+    """The ranks that share the folder of a checkpoint. Collective."""
     inside = NAME.fullmatch(path.name) is not None
     return shared_folder.of(path.absolute().parent.parent if inside else path, writable=False)
 
 
 def _listed(path: Path) -> list[tuple[str, dict]]:
-    """Every file of a checkpoint with its size and checksum, as the manifest has it. Raises for what is no manifest, or
-    lies beside a trainer.json that is none, many an error."""
+    """Every file of a checkpoint with its size and checksum, from the manifest.
+
+    Raises OSError, ValueError, KeyError, TypeError, AttributeError or RecursionError for a bad manifest.json or
+    trainer.json.
+    """
     manifest, state = (json.loads((path / name).read_text()) for name in ("manifest.json", "trainer.json"))
     files = sorted(manifest["files"].items())
     for name, entry in files:
@@ -154,7 +157,7 @@ def _listed(path: Path) -> list[tuple[str, dict]]:
 
 
 def read_state(path: Path) -> dict:
-    """What `trainer.json` of a checkpoint holds, with the world size it was saved at."""
+    """The content of `trainer.json` of a checkpoint, and the world size that saved it."""
     try:
         state = json.loads((path / "trainer.json").read_text())
         manifest = json.loads((path / "manifest.json").read_text())
@@ -166,7 +169,7 @@ def read_state(path: Path) -> dict:
 
 
 def prune(output: Path, keep: int, best: int | None) -> None:
-    """Delete all but the newest `keep` checkpoints and the best one (rank 0); `keep` 0 deletes none."""
+    """Delete all checkpoints but the newest `keep` and the best one; with `keep` 0 none. On rank 0."""
     for leftover in (output / "checkpoints").glob(".step-*"):
         shutil.rmtree(leftover, ignore_errors=True)
     if not keep:
@@ -180,8 +183,10 @@ def prune(output: Path, keep: int, best: int | None) -> None:
 
 
 def set_aside(output: Path, step: int) -> None:
-    """Rename the checkpoints after `step`, from which a run goes on because they are damaged: they would count as its
-    newest ones, be exported, and have the good ones deleted for them."""
+    """Rename the checkpoints after `step`, which are damaged, when the run continues from `step`.
+
+    Otherwise they would count as the newest: they would be exported, and good ones would be deleted in their stead.
+    """
     for later in steps(output):
         if later > step:
             damaged = folder(output, later)
@@ -239,7 +244,7 @@ def _free_bytes(output: Path) -> int:
 def _is_disk_error(error: Exception) -> bool:
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES)
-    # torch.save and safetensors report a failed write in words of their own
+    # torch.save and safetensors raise other errors for a failed write
     words = ("PytorchStreamWriter", "iostream error", "unexpected pos", "write failed")
     if isinstance(error, SafetensorError):
         words = ("I/O error", "IoError", "os error")

@@ -16,12 +16,12 @@ from ds_llm.distributed.environment import world_size
 from ds_llm.errors import UserError
 from ds_llm.files import lock
 
-# What may differ between a run and its continuation: everything else would make it another run under the same name.
+# Keys that may change when a run continues; with any other change it would be another run.
 CHANGEABLE = ("output", "resume", "train.epochs", "train.max_steps", "tracking.", "checkpoint.", "eval.", "data.val")
 CHANGEABLE += ("stability.hang_timeout", "stability.lost_timeout")
-# What the figures of an evaluation depend on: with another value they compare with no earlier ones.
+# Keys that change the figures of an evaluation, so that they do not compare with earlier ones.
 MEASURED_BY = ("data.val", "eval.token_length", "eval.stride", "eval.max_windows")
-_kept = contextlib.ExitStack()  # locks of this process besides that of rank 0
+_kept = contextlib.ExitStack()  # locks on folders of other machines than rank 0's
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ class Start:
 
 
 def start(config: Config, output: Path, fingerprint: dict) -> Start:
-    """Find where the run in `output` stands, and fit `config` to the processes of this start; collective.
+    """Find the checkpoint from which the run in `output` continues, and fit `config` to the processes. Collective.
 
-    Raises `ConfigError` or `UserError` where the run may not continue like this.
+    Raises `ConfigError` or `UserError` where the run may not continue.
     """
     resume, asked, notes = resume_point(config, output), to_dict(config), []
     if resume:
@@ -51,12 +51,12 @@ def start(config: Config, output: Path, fingerprint: dict) -> Start:
 
 
 def resume_point(config: Config, output: Path) -> tuple[Path, dict] | None:
-    """The checkpoint to continue from and its state, or None to begin; collective.
+    """The checkpoint to continue from and its state, or None for a new run. Collective.
 
-    Raises `UserError` where continuing would lose or mix something.
+    Raises `UserError` where continuing would lose or overwrite checkpoints.
     """
     shared = shared_folder.of(output)
-    if shared.is_first and shared.ranks[0]:  # a folder beside that of rank 0, which has locked its own
+    if shared.is_first and shared.ranks[0]:  # not rank 0's folder, which rank 0 has locked
         _kept.enter_context(lock(output))
     held = sorted(set().union(*gather(checkpoint.steps(output))), reverse=True)
     if config.resume == "never":
@@ -95,10 +95,10 @@ def resume_point(config: Config, output: Path) -> tuple[Path, dict] | None:
 
 
 def check_same_run(config: Config, saved: dict, fingerprint: dict, path: Path) -> list[str]:
-    """Refuse to continue a run as another one; returns a line for every key that changed and may.
+    """Raise `UserError` where a key or the data changed that must not. Returns a line for every other changed key.
 
-    saved: a checkpoint's state with `config` and `fingerprint`. What decides the global batch and the sharding is left
-    to `elastic.adapt`.
+    saved: a checkpoint's state with `config` and `fingerprint`. `elastic.adapt` checks the keys of the global batch and
+    of the sharding.
     """
     before, now = _keys(saved["config"]), _keys(to_dict(config))
     notes = []
@@ -120,11 +120,11 @@ def check_same_run(config: Config, saved: dict, fingerprint: dict, path: Path) -
 
 
 def measures_alike(config: Config, saved: dict) -> bool:
-    """Whether evaluations of the run and of its continuation compare."""
+    """Whether evaluations before and after the checkpoint are comparable."""
     before, now = _keys(saved["config"]), _keys(to_dict(config))
     return all(before.get(name) == now.get(name) for name in MEASURED_BY)
 
 
 def _keys(values: dict) -> dict:
-    """Dotted keys of a configuration; one that an earlier version saved lacks some, which are at their defaults."""
+    """Dotted keys of a configuration. Keys that an earlier version did not have get their defaults."""
     return flatten(Config, to_dict(Config())) | flatten(Config, values)

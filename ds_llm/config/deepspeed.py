@@ -19,7 +19,7 @@ PARALLEL = {
 
 
 class AskedKeys(dict):
-    """A mapping that remembers which of its keys a reader asked for, present or not."""
+    """A mapping that records the keys that somebody looked up, present or not."""
 
     def __init__(self, values: dict):
         super().__init__(values)
@@ -42,7 +42,7 @@ class AskedKeys(dict):
 
 
 def generated(config: Config) -> dict:
-    """The JSON a run gets without a file of the user's own."""
+    """The JSON of a run without a JSON file of the user."""
     o = config.optim
     zero = {"stage": config.zero}
     if config.zero in (1, 2):
@@ -76,7 +76,7 @@ def generated(config: Config) -> dict:
 
 
 def read(source: str | dict | None) -> dict:
-    """The user's own JSON as a mapping; empty when there is none. Raises `ConfigError` with the place of the error."""
+    """The user's JSON as a mapping, empty when there is none. Raises `ConfigError` with the line of an error."""
     if source is None:
         return {}
     if isinstance(source, dict):
@@ -94,10 +94,10 @@ def read(source: str | dict | None) -> dict:
 
 
 def adopt(config: Config, world_size: int) -> list[str]:
-    """Take over into `config` what the user's JSON fixes, so that one value holds everywhere.
+    """Copy values that the user's JSON fixes into `config`, so that both agree. Returns a line per changed key.
 
-    Returns a line for each key that changed. Explicit numbers of the JSON win over the run's; "auto" and absent keys
-    take the run's. `train_batch_size` is divided by the world size and the micro-batch.
+    Explicit numbers of the JSON win over the run's keys; "auto" and absent keys take the run's. `train_batch_size` is
+    divided by the world size and the micro-batch.
     """
     user, changed = read(config.deepspeed), []
 
@@ -169,14 +169,14 @@ def adopt(config: Config, world_size: int) -> list[str]:
 
 
 def dtype_key(config: Config) -> str:
-    """What sets the run's `train.dtype`: that key, or the one of the user's JSON from which `adopt` took it."""
+    """The key that sets the dtype: `train.dtype`, or the one of the user's JSON from which `adopt` took it."""
     dtype = config.train.dtype
     in_json = read(config.deepspeed).get(dtype, {}).get("enabled") is True
     return f"deepspeed: {dtype}.enabled" if in_json else f"train.dtype={dtype}"
 
 
 def build(config: Config, world_size: int) -> dict:
-    """The whole JSON handed to DeepSpeed. `config` must have been through `adopt`."""
+    """The whole JSON for DeepSpeed. Call `adopt` on `config` first."""
     user = read(config.deepspeed)
     user.pop("train_batch_size", None)  # its parts are set below, and DeepSpeed multiplies them itself
     for place in PARALLEL.values():

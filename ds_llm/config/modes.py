@@ -1,7 +1,7 @@
-"""The training modes: what each is, as far as others than its own module ask.
+"""The registry of training modes: what other modules need to know of each.
 
-A mode is an entry here and a module `ds_llm.train.modes.NAME`, see there. Nobody else compares names of modes. This
-file imports nothing, so that a process that only reads a configuration stays light.
+A mode is an entry here and a module `ds_llm.train.modes.NAME`. No other module compares names of modes. This file
+imports nothing, so that reading a configuration stays fast.
 """
 
 from __future__ import annotations

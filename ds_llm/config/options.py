@@ -1,12 +1,12 @@
-"""Typed options: a dataclass whose fields carry meaning and bounds, read from YAML and `key=value` overrides.
+"""Typed options: a dataclass whose fields have a help text and bounds, read from YAML and `key=value` overrides.
 
-A field is declared by `key(default, help, ...)`; one that is itself such a dataclass is a section. OmegaConf merges
-file and overrides over the defaults, so an unknown key or a wrong type is an error; `load` also checks what types
-cannot express. Every error is a `ConfigError` of one line that names the key and, for an unknown one, the nearest that
-there is. A field of type `Any` takes what it is given, mappings too.
+`key(default, help, ...)` declares a field; a field that is itself such a dataclass is a section. OmegaConf merges the
+file and the overrides over the defaults, so unknown keys and wrong types are errors; `load` also checks bounds and
+choices. Every error is a `ConfigError` of one line that names the key, and the nearest known key for an unknown one. A
+field of type `Any` takes any value, mappings too.
 
-A value may repeat another one, `${data.train}`. OmegaConf's resolvers, such as `${oc.env:NAME}`, work on the command
-line alone: a file that somebody else wrote must not read the environment, whose secrets would be saved with the run.
+A value may refer to another key, `${data.train}`. OmegaConf's resolvers, such as `${oc.env:NAME}`, work only on the
+command line: a file by somebody else must not read the environment, whose secrets would be saved with the run.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ds_llm.errors import ConfigError, first_line
 
-MOST_LEVELS, MOST_VALUES = 50, 100_000  # of a configuration file
-RESOLVER = re.compile(r"\$\{(?![\w.\[\]]*\})")  # an interpolation that is more than the name of a key
+MOST_LEVELS, MOST_VALUES = 50, 100_000  # limits of a configuration file
+RESOLVER = re.compile(r"\$\{(?![\w.\[\]]*\})")  # an interpolation with more than the name of a key
 
 
 def key(
     default, help: str, *, choices: tuple = (), at_least: float | None = None, below: float | None = None, **bounds
 ):
-    """A documented field. `at_least`, `above`, `at_most`, `below` bound numbers; `choices` lists allowed values,
-    of a list those of its elements."""
+    """A documented field. `at_least`, `above`, `at_most`, `below` bound a number. `choices` lists the allowed values
+    of the field, or of the elements of a list."""
     meta = {"help": help, "choices": choices, "at_least": at_least, "below": below, **bounds}
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=meta)
@@ -42,7 +42,7 @@ def key(
 
 
 def fields(cls, prefix: str = "") -> dict[str, dataclasses.Field]:
-    """Every leaf key, dotted, with its dataclass field, in order of declaration."""
+    """Dotted name of every leaf key -> its dataclass field, in the order of declaration."""
     found = {}
     defaults = cls()
     for f in dataclasses.fields(cls):
@@ -72,7 +72,7 @@ def load(cls, path: str | None = None, overrides: list[str] = ()):
 
 
 def check(found) -> None:
-    """Raise `ConfigError` for the first value that is none of its field's choices or out of its bounds."""
+    """Raise `ConfigError` for the first value that is not among its field's choices or outside of its bounds."""
     for name, f in fields(type(found)).items():
         value = found
         for part in name.split("."):
@@ -114,7 +114,7 @@ def _check_number(name: str, value: float, bounds: Mapping) -> None:
 
 
 def to_dict(found) -> dict:
-    """Plain nested dictionary of resolved options, for YAML and JSON."""
+    """The options as a plain nested dictionary, for YAML and JSON."""
     return dataclasses.asdict(found)
 
 
@@ -123,7 +123,7 @@ def to_yaml(found) -> str:
 
 
 def flatten(cls, values: dict) -> dict:
-    """Dotted names and values of a nested dictionary; what a field of type `Any` holds stays whole."""
+    """Dotted names -> values of a nested dictionary. The value of a field of type `Any` stays whole."""
     whole = {name for name, f in fields(cls).items() if f.type == "Any"}
     flat = {}
 
@@ -166,8 +166,11 @@ def _read_yaml(path: str) -> DictConfig:
 
 
 def load_yaml(path: str) -> DictConfig | ListConfig:
-    """Content of a YAML file, by a safe loader: object tags are refused. Raises `ConfigError` for what is no YAML, and
-    for what nests or repeats without end, on which the loader would die or never finish."""
+    """The content of a YAML file, read by a safe loader that refuses object tags.
+
+    Raises `ConfigError` for a file that is not YAML, and for nesting or aliases without end, which would crash the
+    loader or never finish.
+    """
     try:
         _check_shape(Path(path).read_text(encoding="utf-8"))
         return OmegaConf.load(path)
@@ -213,7 +216,7 @@ def _read_override(text: str) -> DictConfig:
 
 
 def _merge(cls, base: DictConfig, updates: list[DictConfig], where: str) -> DictConfig:
-    """`updates`, in turn, over `base`, which copying makes the costly part: once for all."""
+    """`updates`, in turn, merged over `base` in one call: each merge copies `base`, which takes most of the time."""
     known = fields(cls)
     sections = {k.rsplit(".", depth)[0] for k in known for depth in range(1, k.count(".") + 1)}
     for update in updates:

@@ -68,7 +68,7 @@ def load(path: str | None = None, overrides: list[str] = ()) -> Config:
 
 
 def check(config: Config) -> None:
-    """Raise `ConfigError` for the first value that is impossible, by itself or together with others."""
+    """Raise `ConfigError` for the first impossible value or combination of values."""
     options.check(config)
     _check_together(config)
 

@@ -1,4 +1,4 @@
-"""Names of the metrics of generated texts, and whether what they need is installed."""
+"""Names of the metrics of generated texts, and a check that their packages are installed."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Figures of a run: where they go, and how fast it is."""
+"""Records of a run: metrics file, console, TensorBoard, Weights & Biases, throughput."""

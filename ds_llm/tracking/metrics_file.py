@@ -1,8 +1,8 @@
-"""`metrics.jsonl`, the record of a run: one JSON object per line, written as it happens, whole after any interruption.
+"""`metrics.jsonl`, the record of a run: one JSON object per line, written at once and whole after any interruption.
 
-Every line has `kind` (step, eval, event or summary) and `time` (Unix seconds). Whatever depends on the clock or the
-machine has one of the names in `MEASURED`; all other fields of step and eval records are a function of the
-configuration and the data, so those of an interrupted and resumed run equal those of an undisturbed one bit for bit.
+Every line has `kind` (step, eval, event or summary) and `time` (Unix seconds). Fields that depend on the clock or the
+machine are listed in `MEASURED`. All other fields of step and eval records are a function of the configuration and the
+data: an interrupted and resumed run has the same ones bit for bit as an undisturbed run.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ MEASURED = frozenset({"time", "tokens_per_s", "step_time", "eta", "mfu", "memory
 class MetricsFile:
     """Appends records to `path`, each flushed to the operating system as one line.
 
-    Opening it at `start_step` drops the step and eval records after that step and any earlier summary, so that a run
-    continued from a checkpoint has every step once. Events stay: they tell what really happened. At `start_step` 0
-    the file begins empty. The old file is replaced in one rename, so a kill while opening loses nothing.
+    Opening it at `start_step` drops step and eval records after that step and any summary, so that a continued run has
+    every step once. Events stay. At `start_step` 0 the file begins empty. One rename replaces the old file, so that a
+    kill while opening loses nothing.
 
     Floats are written in full precision (`repr`); NaN and infinities, which JSON lacks, become null.
     """
@@ -40,7 +40,7 @@ class MetricsFile:
         self._evaluated = {r["step"] for r in kept if r["kind"] == "eval"}
 
     def write(self, kind: str, record: dict) -> dict:
-        """Append one record and return it as it was written. An evaluation repeated at its step replaces the old."""
+        """Append one record and return it as written. A second evaluation at the same step replaces the first."""
         record = jsonable({"kind": kind, **record, "time": time.time()})
         try:
             if kind == "eval":
@@ -56,7 +56,7 @@ class MetricsFile:
         return record
 
     def sync(self) -> None:
-        """Force what was written to the disk, so that even a power cut leaves no step of a saved checkpoint out."""
+        """Flush the file to the disk, so that even after a power cut no step before a checkpoint is missing."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
@@ -98,7 +98,7 @@ def read(path: Path) -> list[dict]:
 
 
 def deterministic(records: list[dict]) -> list[dict]:
-    """Step and eval records without their measured fields: what two equal runs share bit for bit."""
+    """Step and eval records without the `MEASURED` fields; two equal runs have the same ones bit for bit."""
     kinds = ("step", "eval")
     return [{k: v for k, v in r.items() if k not in MEASURED} for r in records if r["kind"] in kinds]
 
@@ -117,7 +117,7 @@ def jsonable(value):
 
 
 def _until(records: list[dict], step: int) -> list[dict]:
-    """Records to keep when a run continues after `step`: the last one of each step and evaluation, and all events."""
+    """Records that stay when a run continues after `step`: the last of each step and evaluation, and all events."""
     kept = {}
     for number, record in enumerate(records):
         if record["kind"] in ("step", "eval"):

@@ -50,7 +50,7 @@ class TensorBoard:
 
 @functools.cache
 def _let_writers_fail_quietly() -> None:
-    """What goes wrong in TensorBoard's thread is raised where something is written next; no traceback before that."""
+    """Print no traceback for an error in TensorBoard's thread: the next write raises that error."""
     from ds_llm.compat.tensorboard import _AsyncWriterThread
 
     before = threading.excepthook

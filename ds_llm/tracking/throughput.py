@@ -31,10 +31,10 @@ class Meter:
         self._total = total_steps
         self._recent: deque[tuple[float, float]] = deque(maxlen=window)
         self._last = time.perf_counter()
-        self._next = "a step"  # what comes next, by the name under which a hang in it is reported
+        self._next = "a step"  # name of the next step in the report of a hang
 
     def start(self) -> None:
-        """Start the clock: call it before the first step and again after anything that is not training."""
+        """Start the clock. Call it before the first step, and again after an evaluation or a save."""
         self._last = time.perf_counter()
         watchdog.timed(self._next)
 

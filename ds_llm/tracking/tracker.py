@@ -22,14 +22,14 @@ from ds_llm.tracking.wandb import Wandb, check_wandb
 
 
 class Tracker:
-    """Sends what a training loop reports to every place it is followed from. On ranks other than 0 it does nothing.
+    """Sends the records of a training loop to the metrics file and all sinks. On ranks other than 0 it does nothing.
 
-    Open it with the step the run continues from (0 for a run that begins): records after that step are dropped from
-    `output/metrics.jsonl` and hidden in TensorBoard, see `ds_llm.tracking.metrics_file.MetricsFile`. For a file without
-    gaps call `step` for every optimizer step, before the checkpoint of that step is saved, and `sync` before saving it.
+    start_step: the step from which the run continues, 0 for a new run. Records after it are dropped from
+    `output/metrics.jsonl` and hidden in TensorBoard, see `ds_llm.tracking.metrics_file.MetricsFile`. Call `step` for
+    every optimizer step before saving its checkpoint, and `sync` before saving, for a file without gaps.
 
     Values may be Python numbers, tensors or arrays. `run_info` is recorded once (parameters, world size, ZeRO stage,
-    ...). Raises `UserError` when the metrics cannot be written or W&B cannot be used as configured.
+    ...). Raises `UserError` where the metrics cannot be written or W&B cannot be used as configured.
     """
 
     def __init__(self, config: Config, output: Path, *, total_steps: int, start_step: int = 0, run_info: dict):
@@ -40,7 +40,7 @@ class Tracker:
         if rank() != 0:
             return
         self._output = output = Path(output)
-        if config.tracking.wandb.enabled:  # it can fail: nothing has been touched yet
+        if config.tracking.wandb.enabled:  # first, because it may fail and nothing is written yet
             self._sinks.append(Wandb(config, output, start_step, run_info))
         self._metrics = MetricsFile(output / "metrics.jsonl", start_step)
         if config.tracking.tensorboard:
@@ -51,10 +51,13 @@ class Tracker:
         self._metrics.write("event", {"event": "start", "step": start_step, "total_steps": total_steps, **run_info})
 
     def step(self, metrics: dict) -> None:
-        """One optimizer step: `step` (from 1), `epoch`, `loss` (in `loss_unit` of `run_info`), `grad_norm`, `lr`,
-        `tokens` and `samples` (consumed so far, all ranks), what `Meter.step` returns, and where they apply `aux_loss`,
-        `skipped` (the reason), `expert_load` [layers][experts], counts or shares of the routed tokens, and figures of
-        the mode. `ppl` = exp(loss) is added to a loss per token."""
+        """Record an optimizer step.
+
+        metrics: `step` (from 1), `epoch`, `loss` (in `loss_unit` of `run_info`), `grad_norm`, `lr`, `tokens` and
+        `samples` (consumed so far, all ranks), the figures of `Meter.step`; where they apply `aux_loss`, `skipped` (the
+        reason), `expert_load` [layers][experts] (counts or shares of the routed tokens) and figures of the mode.
+        `ppl` = exp(loss) is added where the loss is per token.
+        """
         if not self._metrics:
             return
         if self._per_token and metrics.get("loss") is not None and "ppl" not in metrics:
@@ -63,23 +66,28 @@ class Tracker:
         self._send("step", metrics)
 
     def evaluation(self, metrics: dict) -> None:
-        """One evaluation: `step`, `epoch`, `goal` (the figure that decides, lower is better; perplexity if not given),
-        that figure, `baseline_<goal>`, `trend_percent` (change against the baseline), `best_<goal>`, and optionally
-        further figures, `tokens`, `windows`, `seconds`, and `samples` [{"prompt", "text"}]."""
+        """Record an evaluation.
+
+        metrics: `step`, `epoch`, `goal` (name of the deciding figure, lower is better; default perplexity), that
+        figure, `baseline_<goal>`, `trend_percent` (change against the baseline), `best_<goal>`; optionally further
+        figures, `tokens`, `windows`, `seconds` and `samples` [{"prompt", "text"}].
+        """
         self._send("eval", metrics)
 
     def event(self, kind: str, message: str, **fields) -> None:
-        """Something that happened: `kind` is checkpoint, resume, skip, interrupt, stop, warning, ...; `fields` are
-        recorded with it, `step` among them. The message is shown as a line."""
+        """Record an event and show its message. kind: checkpoint, resume, skip, interrupt, stop, warning, ...; fields:
+        recorded with it, `step` among them."""
         self._send("event", {"event": kind, "message": message, **fields})
 
     def summary(self, metrics: dict) -> None:
-        """The final figures of the run, by name, in the order to show them."""
+        """Record the final figures of the run, in the order to show them."""
         self._send("summary", metrics)
 
     def attach(self, model: torch.nn.Module) -> None:
-        """Have W&B draw histograms of the model's parameters or gradients as `tracking.wandb.watch` says. Call it
-        before the first step, with the model whose parameters the optimizer changes in place."""
+        """Have W&B draw the histograms that `tracking.wandb.watch` asks for.
+
+        Call it before the first step. model: the one whose parameters the optimizer updates in place.
+        """
         for sink in self._sinks:
             if isinstance(sink, Wandb):
                 sink.watch(model)
@@ -92,7 +100,7 @@ class Tracker:
 
     @contextmanager
     def pause(self):
-        """Take the live line off the terminal while the block shows a progress of its own."""
+        """Hide the live line while the block, which shows its own progress, runs."""
         if not self._metrics:
             yield
             return
@@ -103,7 +111,7 @@ class Tracker:
             self._console.start()
 
     def sync(self) -> None:
-        """Put everything recorded so far on the disk. Call it before saving a checkpoint."""
+        """Flush all records to the disk. Call it before saving a checkpoint."""
         if self._metrics:
             self._metrics.sync()
             with self._writing():
@@ -111,12 +119,12 @@ class Tracker:
                     sink.sync()
 
     def close(self, exit_code: int = 0) -> None:
-        """End all displays and uploads; can be called more than once. A code other than 0 marks the W&B run failed."""
+        """Close all sinks; may be called more than once. An exit code other than 0 marks the W&B run as failed."""
         if self._metrics:
             self._metrics.close()
         sinks, self._sinks, self._metrics = self._sinks, [], None
         for sink in sinks:
-            # an error that ends the run is not to be hidden by one of what could not be written for it either
+            # an error of writing must not hide the error that ends the run
             with suppress(OSError) if exit_code else self._writing():
                 sink.close(exit_code)
 
@@ -130,7 +138,7 @@ class Tracker:
 
     @contextmanager
     def _writing(self):
-        """Makes an `OSError` of a sink, as on a full disk, a `UserError`."""
+        """Turn an `OSError` of a sink, such as a full disk, into a `UserError`."""
         try:
             yield
         except OSError as error:

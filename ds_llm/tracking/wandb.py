@@ -15,7 +15,7 @@ from ds_llm.tracking.scalars import scalars
 
 
 def check_wandb(config: Config) -> None:
-    """Raise `UserError` if W&B is asked for what it cannot do here. Cheap; called on every rank."""
+    """Raise `UserError` where W&B cannot do what the configuration asks. Cheap; every rank calls it."""
     options = config.tracking.wandb
     if not options.enabled:
         return
@@ -29,9 +29,9 @@ def check_wandb(config: Config) -> None:
 
 
 class Wandb:
-    """A Weights & Biases run whose id is kept in `<output>/wandb_id`, so a continued run goes on in the same place.
+    """A Weights & Biases run. Its id is saved in `<output>/wandb_id`, so that a continued run logs to the same W&B run.
 
-    Points carry the training step as their own axis: W&B's internal step cannot go back to a checkpoint.
+    Points have the training step as their own axis, because W&B's internal step cannot go back to a checkpoint.
     """
 
     def __init__(self, config: Config, output: Path, start_step: int, run_info: dict):
@@ -68,8 +68,11 @@ class Wandb:
             self._run.log_artifact(self._code(config))
 
     def watch(self, model) -> None:
-        """Ask for histograms. Those of gradients come from W&B's hooks on the parameters; those of parameters are taken
-        in `step`, since W&B's hook needs the model's forward, which a loss on top of its backbone does not call."""
+        """Set up the histograms that the configuration asks for.
+
+        W&B's hooks on parameters draw those of gradients. Those of parameters are drawn in `step`: W&B's hook for them
+        needs a call of the model's forward, and the loss calls only the backbone.
+        """
         if self._options.watch in ("gradients", "all"):
             # the hooks count backward passes
             self._run.watch(model, log="gradients", log_freq=self._options.watch_every * self._accumulation)
@@ -107,7 +110,7 @@ class Wandb:
         self._run.finish(exit_code=exit_code)
 
     def _histograms(self, step: int) -> dict:
-        """Of all watched parameters, 64 bins each over their finite values, when they are due."""
+        """Histograms of the finite values of all watched parameters, 64 bins each, in a step where they are due."""
         if self._watched is None or step < self._due:
             return {}
         self._due = step + self._options.watch_every
@@ -124,7 +127,7 @@ class Wandb:
         return found
 
     def _code(self, config: Config):
-        """The library, the kernels, the program that was started and the resolved configuration as one artifact."""
+        """An artifact of the library, the kernels, the started program and the resolved configuration."""
         import ds_llm.kernels
 
         artifact = self._wandb.Artifact(f"code-{self._run.id}", type="code")
