@@ -1,8 +1,8 @@
-"""Parts of DeepSpeed and torch that are compiled on first use: one process of a machine builds at a time.
+"""Extensions of DeepSpeed and torch that are compiled on first use: one process of a machine builds at a time.
 
-torch lets one process compile an extension and the others wait until its lock file is gone. When the builder is killed
-they wait without end; when somebody then removes the file, they load a library that is not there. `guard` puts a lock
-around this that the kernel frees with its holder, whose successor builds what is missing.
+In torch one process compiles an extension while the others wait for its lock file to vanish. If that process is killed,
+they wait without end; if somebody then removes the file, they load a library that does not exist. `guard` adds a lock
+that the operating system frees when its holder dies; the next holder builds what is missing.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from ds_llm.errors import UserError
 
 BUILD_SECONDS = 900  # more than any of DeepSpeed's parts takes
 SOURCE_SECONDS = 40  # of one core, for a source that includes torch's headers; for the estimate alone
-LOOK_SECONDS = 0.5  # between two looks at torch's lock
+LOOK_SECONDS = 0.5  # between two checks of torch's lock
 COMPILERS = frozenset({"ninja", "c++", "g++", "clang++", "cc1plus", "collect2", "as", "ld", "nvcc", "cicc", "ptxas"})
 NAMES = {"cpu_adam": "DeepSpeed's Adam for the CPU", "async_io": "DeepSpeed's access to NVMe"}
 
 
 def guard() -> None:
-    """Have torch compile and load extensions by `load`, for the rest of this process, with this environment's ninja.
+    """Replace torch's `load` of extensions by ours, and put this environment's ninja on PATH, for this process.
 
-    DeepSpeed calls `torch.utils.cpp_extension.load` in the middle of its own start.
+    DeepSpeed calls `torch.utils.cpp_extension.load` while it starts.
     """
     programs = str(Path(sys.executable).parent)  # on no PATH where the environment was not activated
     if os.environ.get("PATH", "").split(os.pathsep)[0] != programs:
@@ -49,10 +49,10 @@ def guard() -> None:
 
 
 def load(original: Callable, name: str, sources: str | list[str], *args, **kwargs):
-    """What `original`, torch's `load`, returns, with progress and an estimate on rank 0.
+    """Load an extension by `original`, torch's own `load`, with progress and an estimate on rank 0.
 
-    What a killed build left is removed first. What cannot be built or loaded is built from nothing once. Raises
-    `UserError` with the compiler's reason, without a try of its own where the lock's holder before has just failed.
+    Removes what a killed build left. Builds once more from scratch where the extension cannot be built or loaded.
+    Raises `UserError` with the compiler's reason; does not try again where the process before has just failed.
     """
     what = NAMES.get(name, f"the extension {name}")
     try:
@@ -83,7 +83,7 @@ def load(original: Callable, name: str, sources: str | list[str], *args, **kwarg
                 if not last:
                     _empty(folder)
                     continue
-                with contextlib.suppress(OSError):  # no room
+                with contextlib.suppress(OSError):  # the disk may be full
                     log.write_text(f"{error}\n")
                 raise _failure(what, str(error), log) from None
             log.unlink(missing_ok=True)
@@ -103,11 +103,12 @@ def _failure(what: str, said: str, log: Path) -> UserError:
 
 
 def mend(folder: Path) -> list[Path]:
-    """Remove what a killed build left in an extension's folder; returns the files.
+    """Remove what a killed build left in an extension's folder. Returns the removed files.
 
-    A live builder keeps torch's lock open, so a lock that no process of this machine has open is stale. The compiler
-    that it started may outlive it and is waited for: two at once damage ninja's record of dependencies. Machines of a
-    job may share the folder and do not see each other's processes: there a lock must be older than any build takes too.
+    A live builder keeps torch's lock file open, so a lock that no process of this machine has open is stale. A compiler
+    may outlive the process that started it. This waits for it, because two builds at once damage ninja's record of
+    dependencies. Machines that share the folder do not see each other's processes: there a stale lock must also be
+    older than any build takes.
 
     With a damaged record ninja 1.13 compiles anew at every start (https://github.com/ninja-build/ninja/issues/2703).
     """
@@ -133,7 +134,7 @@ def _remove_stale_lock(folder: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def _without_stale_lock(folder: Path) -> Iterator[None]:
-    """While the block runs, free torch from waiting for a builder outside `load` that is killed meanwhile."""
+    """While the block runs, remove the lock of a builder outside `load` that is killed, for which torch would wait."""
 
     def look(over: threading.Event) -> None:
         while not over.wait(LOOK_SECONDS):
@@ -177,19 +178,19 @@ def _is_whole(record: Path) -> bool:
         data = record.read_bytes()
     except FileNotFoundError:
         return True
-    place, paths = 16, 0
-    if data[:place] != b"# ninjadeps\n" + struct.pack("<I", 4):
+    position, paths = 16, 0
+    if data[:position] != b"# ninjadeps\n" + struct.pack("<I", 4):
         return not data or data.startswith(b"# ninjadeps\n")  # another version's, which ninja starts anew
-    while place < len(data):
-        if place + 4 > len(data):
+    while position < len(data):
+        if position + 4 > len(data):
             return False
-        (size,) = struct.unpack_from("<I", data, place)
+        (size,) = struct.unpack_from("<I", data, position)
         dependencies, size = size >> 31, size & 0x7FFFFFFF
-        end = place + 4 + size
+        end = position + 4 + size
         if end > len(data) or size % 4 or size < 8 + 4 * dependencies:
             return False
         if dependencies:
-            target, _, *others = struct.unpack_from(f"<iq{size // 4 - 3}i", data, place + 4)
+            target, _, *others = struct.unpack_from(f"<iq{size // 4 - 3}i", data, position + 4)
             if not all(0 <= number < paths for number in (target, *others)):
                 return False
         else:
@@ -197,7 +198,7 @@ def _is_whole(record: Path) -> bool:
             if ~check != paths:
                 return False
             paths += 1
-        place = end
+        position = end
     return True
 
 
@@ -209,7 +210,10 @@ def _age(path: Path) -> float:
 
 
 def _is_used(path: Path, link: str, by: frozenset[str] = frozenset()) -> bool:
-    """Whether a process of this machine, or one of these names, has the path open (`fd/*`) or works there (`cwd`)."""
+    """Whether a process of this machine has the path open (link `fd/*`) or as its working folder (link `cwd`).
+
+    by: only processes with these names count; empty: all do.
+    """
     target = str(path.resolve())
     for found in itertools.chain(Path("/proc/self").glob(link), Path("/proc").glob(f"[0-9]*/{link}")):
         try:

@@ -36,7 +36,7 @@ class MovingAverage:
         return {"average": self.tensors, "updates": self.updates}
 
     def restore(self, saved: dict) -> None:
-        """Take over what `state` gave."""
+        """Load the dictionary that `state` returned."""
         self.updates = saved["updates"]
         for average, value in zip(self.tensors, saved["average"], strict=True):
             average.copy_(value)

@@ -38,7 +38,7 @@ from ds_llm.models.parameters import decay_groups, exact_buffers, leave_out, res
 from ds_llm.parallel.parallelize import Division
 from ds_llm.parallel.tensor import note_whole_shapes
 
-# DeepSpeed's optimizers, and what knows where each has its fp32 weights
+# DeepSpeed's optimizer classes -> the class that finds the fp32 weights of each
 MASTERS = {
     DeepSpeedZeroOptimizer_Stage3: masters.Zero3,
     DeepSpeedZeroOptimizer: masters.Zero12,
@@ -51,7 +51,7 @@ MASTERS = {
 
 @dataclass
 class StepResult:
-    """What one optimizer step did: whether weights changed, the global gradient norm, the fp16 loss scale."""
+    """Result of an optimizer step: whether the weights changed, the global gradient norm, the fp16 loss scale."""
 
     applied: bool
     grad_norm: float
@@ -61,8 +61,8 @@ class StepResult:
 class Engine:
     """A module under DeepSpeed: forward, backward, step with a veto, averaged weights, states on disk.
 
-    `module` is any nn.Module; `config` the run's configuration. The optimizer is built by DeepSpeed from its JSON, so
-    offloaded and fused versions come with it. Weights with fewer than two dimensions get no weight decay.
+    module: any nn.Module. config: the run's configuration. DeepSpeed builds the optimizer from its JSON, so offloaded
+    and fused versions are available. Weights with fewer than two dimensions get no weight decay.
     """
 
     def __init__(self, module: nn.Module, config: Config):
@@ -103,12 +103,15 @@ class Engine:
     # -- training -----------------------------------------------------------------------------------------------------
 
     def forward(self, **batch):
-        """Run the module on tensors moved to the device; on a part of rows as `part` returned it, with other ranks."""
+        """Run the module on `batch`, moved to the device.
+
+        With sequence parallelism `batch` is this rank's shard from `part`, and the ranks of a row run together.
+        """
         batch = {k: v.to(device()) if torch.is_tensor(v) else v for k, v in batch.items()}
         return self._engine(**self._division.arguments(batch))
 
     def part(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """What of a micro-batch this rank trains on: all, or its part of every row."""
+        """This rank's shard of a micro-batch: all of it, or with sequence parallelism a part of every row."""
         return self._division.part(batch)
 
     def train(self, mode: bool = True) -> None:
@@ -116,16 +119,16 @@ class Engine:
         self._division.train(mode)
 
     def total(self, values: list[float]) -> list[float]:
-        """Sum over what ranks compute, in float64; ranks that compute the same count once."""
+        """Sum over ranks, in float64. Ranks of a tensor group compute the same and count once."""
         return all_reduce([value * self.layout.counts for value in values])
 
     def begin_micro_step(self, last: bool) -> None:
-        """Say, before the forward pass, whether the coming backward pass is the last of the optimizer step."""
+        """Call it before each forward pass. last: it is the last micro-batch of the optimizer step."""
         self._engine.set_gradient_accumulation_boundary(last)
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Add the gradients of `loss`. Over ranks and micro-steps losses are summed, not averaged."""
-        # DeepSpeed averages over ranks and divides by the accumulation steps; the caller's losses are parts of a sum.
+        """Add the gradients of `loss`. Losses of ranks and micro-batches are summed, not averaged."""
+        # DeepSpeed averages over ranks and divides by the accumulation steps, but the caller's losses are summands
         micro_steps = self._engine.gradient_accumulation_steps()
         loss = loss * self.layout.replicas * micro_steps
         if isinstance(self._masters, masters.Fused16):
@@ -135,7 +138,7 @@ class Engine:
         self._engine.backward(loss)
 
     def step(self, lr: float, veto: bool = False) -> StepResult:
-        """Update the weights, unless a gradient is not finite or `veto` is set; then gradients are dropped."""
+        """Update the weights. With a gradient that is not finite, or a veto, only drop the gradients."""
         if not self.has_own_schedule:
             for group in self._optimizer.param_groups:
                 group["lr"] = lr
@@ -158,7 +161,7 @@ class Engine:
 
     @contextlib.contextmanager
     def averaged_weights(self) -> Iterator[None]:
-        """Inside the block the module holds the moving average; without one, its own weights."""
+        """While the block runs, the module holds the averaged weights; without an average, its own."""
         if self.average is None:
             yield
             return
@@ -186,9 +189,9 @@ class Engine:
         return state if self.rank == 0 else None
 
     def save(self, folder: Path) -> None:
-        """Write optimizer, master weights and average of all ranks into `folder`; every rank must call it.
+        """Write the optimizer, master weights and average of all ranks into `folder`. Collective.
 
-        Frozen weights are not written: they come from where the module was loaded from.
+        Frozen weights are not written: a continued run loads them with the model.
         """
         self._engine.save_checkpoint(
             str(folder), tag="deepspeed", save_latest=False, exclude_frozen_parameters=bool(self._frozen)
@@ -208,7 +211,7 @@ class Engine:
 
     def _load_trained(self, src: dict, dst: nn.Module) -> None:
         found = dst.load_state_dict(src, strict=False)
-        # ZeRO-3 keeps the experts that ranks share in its own files alone
+        # ZeRO-3 saves the experts that ranks share only in its own files
         elsewhere = {n for n, p in dst.named_parameters() if self.stage == 3 and is_shared_expert(p)}
         missing = [name for name in found.missing_keys if name not in self._frozen | elsewhere]
         if missing or found.unexpected_keys:
@@ -216,7 +219,7 @@ class Engine:
             raise UserError(f"the checkpoint is not of this model: {name} is {'missing' if missing else 'unknown'}")
 
     def state_bytes(self) -> int:
-        """Bytes this rank's part of a checkpoint takes, roughly: master weights, two Adam moments, average, weights."""
+        """Approximate bytes of this rank's part of a checkpoint: master weights, two moments, average, weights."""
         held = self._states.held
         per_weight = 4 * 3 + (4 if self.average is not None else 0)
         if self.stage == 0 and self.rank != 0:
@@ -232,5 +235,5 @@ class Engine:
 
 
 def _gathered(parameter: nn.Parameter):
-    """A context in which a parameter of ZeRO-3 is whole."""
+    """A context manager that gathers a parameter of ZeRO-3."""
     return deepspeed.zero.GatheredParameters([parameter] if is_partitioned(parameter) else [])

@@ -19,10 +19,10 @@ from ds_llm.models.parameters import exact_buffers, restore_buffers
 
 @contextlib.contextmanager
 def inference(module: nn.Module, config: Config) -> Iterator[Callable]:
-    """The forward pass of a frozen module in `train.dtype`, without gradients, while the block runs.
+    """Yield the forward pass of a frozen module in `train.dtype`, without gradients.
 
-    Under ZeRO-3 the weights are sharded over the ranks, which must then all call it equally often; else every rank
-    holds all of them. The module is of no use afterwards.
+    Under ZeRO-3 the ranks hold shards of the weights and must all call it equally often; otherwise every rank holds all
+    weights. Do not use the module after the block.
     """
     module.requires_grad_(False).eval()
     settings = build_deepspeed_config(config, dist.get_world_size())

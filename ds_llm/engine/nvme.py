@@ -1,4 +1,4 @@
-"""Offload to NVMe: what must be there before DeepSpeed starts, and a folder of each run's own on the disk."""
+"""Offload to NVMe: checks before DeepSpeed starts, and a separate folder on the disk for each run."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ PARTS = ("offload_optimizer", "offload_param")
 
 
 def asked(settings: dict) -> list[str]:
-    """What a run's DeepSpeed JSON offloads to NVMe, of `PARTS`."""
+    """Those of `PARTS` that a run's DeepSpeed JSON offloads to NVMe."""
     zero = settings["zero_optimization"]
     return [part for part in PARTS if (zero.get(part) or {}).get("device") == "nvme"]
 
 
 def check(settings: dict, libaio: Callable[[], bool]) -> None:
-    """Raise `ConfigError` where a run's DeepSpeed JSON asks for NVMe that this machine cannot give.
+    """Raise `ConfigError` where a run's DeepSpeed JSON asks for an offload to NVMe that cannot work on this machine.
 
-    libaio: says whether programs can be linked with it.
+    libaio: returns whether programs can be linked with that library.
     """
     zero = settings["zero_optimization"]
     for part in asked(settings):
@@ -48,9 +48,9 @@ def check(settings: dict, libaio: Callable[[], bool]) -> None:
 
 
 def take_folders(settings: dict, output: str, rank: int) -> None:
-    """Point `settings` to folders of the run at `output`; those of `rank` are emptied, now and at its end.
+    """Set the paths in `settings` to folders of the run at `output`, and empty those of `rank`, now and at exit.
 
-    DeepSpeed names its files by rank and weight alone: two runs with one `nvme_path` would write over each other.
+    DeepSpeed names its files only by rank and weight, so two runs with one `nvme_path` would overwrite each other's.
     """
     name = f"ds_llm_{hashlib.sha256(str(Path(output).resolve()).encode()).hexdigest()[:16]}"
     for part in asked(settings):

@@ -1,4 +1,4 @@
-"""The process group of a job: joining it, its device, sums over its ranks."""
+"""The process group of a job: how to join it, the device of a rank, sums over ranks."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from ds_llm.hardware import share_cores
 
 
 def init_distributed() -> None:
-    """Join the process group the launcher described; a process without a launcher forms a group of one."""
-    # where lost and hanging ranks are noticed by themselves, nobody may wait in vain for long work of another
+    """Join the process group that the launcher's environment describes; without a launcher, a group of one."""
+    # the watchdog ends jobs with lost or hanging ranks, so that collectives may wait for long work of another rank
     limit = timedelta(days=1) if watched() else timedelta(minutes=30)
     if "RANK" not in os.environ:
-        # without a port, which another job could take: the number is not used
+        # without a real port, which another job could take: a HashStore uses none
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_SIZE="1")
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(os.getpid()))
         backend = "nccl" if device().type == "cuda" else "gloo"

@@ -1,12 +1,12 @@
-"""States of a run between checkpoints and optimizers of different layouts: other ZeRO stages, other numbers of ranks.
+"""Loads optimizer states that were saved under another world size or ZeRO stage.
 
-Each rank that holds states writes beside DeepSpeed's files which part of which parameter is where in them:
+Beside DeepSpeed's files each rank with states writes which part of which parameter is where in them:
 
     checkpoints/step-00000100/parts_rank00000.json    {"optimizer", "inner", "ranks", "swapped", "fragments"}
 
-A run with another layout reads from the files of all ranks just the numbers that its own rank updates: fp32 weights,
+A run with another layout reads only the numbers that its own rank updates, from the files of all ranks: fp32 weights,
 every state of the optimizer (Adam: both moments and the step), moving averages. The files are mapped into memory, so a
-rank needs no more memory for it than for what it keeps, and nothing is converted or written; all ranks read at once.
+rank needs memory only for what it keeps. Nothing is converted or written, and all ranks read at the same time.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ds_llm.progress import progress
 
 
 def read_file(path: str | Path, map_location="cpu", mmap: bool = False) -> dict:
-    """A file of a checkpoint, of tensors, plain values and `TRUSTED` classes; `UserError` for any other content."""
+    """The content of a checkpoint's file: tensors, plain values, `TRUSTED` classes. Raises `UserError` for others."""
     classes = [getattr(sys.modules[module], name) for module, _, name in (t.rpartition(".") for t in TRUSTED)]
     try:
         with torch.serialization.safe_globals(classes):
@@ -46,8 +46,8 @@ def _swapped(rank: int, tensor: int) -> str:
     return f"swapped_rank{rank:05d}_{tensor:05d}.pt"
 
 
-class _Place(NamedTuple):
-    """Numbers offset .. offset+length-1 of a parameter: at start .. of tensor `tensor` of part `part`."""
+class _Segment(NamedTuple):
+    """Elements offset to offset + length - 1 of a parameter, saved from `start` of tensor `tensor` of rank `part`."""
 
     offset: int
     length: int
@@ -57,7 +57,7 @@ class _Place(NamedTuple):
 
 
 class Checkpoint:
-    """The parts of all ranks of a checkpoint, by parameter name. Raises `UserError` where it has none or lacks some."""
+    """The parts that all ranks saved, by parameter name. Raises `UserError` where all or some of them are missing."""
 
     def __init__(self, folder: Path):
         self.folder, self._files, self._averages = folder, {}, {}
@@ -75,20 +75,20 @@ class Checkpoint:
                     f"{folder}: has the parts of {len(files)} processes of {self.ranks}; to continue on others every "
                     "machine must see all of them, in a shared folder"
                 )
-            self._places = defaultdict(list)
+            self._segments = defaultdict(list)
             for number, part in enumerate(self._parts):
                 for name, tensor, start, length, offset in part["fragments"]:
-                    self._places[name].append(_Place(offset, length, number, tensor, start))
+                    self._segments[name].append(_Segment(offset, length, number, tensor, start))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{folder}: parts_rank*.json cannot be read ({type(error).__name__}: {error})") from None
-        for name, places in self._places.items():
-            places.sort()
-            ends = [0, *(p.offset + p.length for p in places)]
-            if any(p.offset != end for p, end in zip(places, ends, strict=False)):
+        for name, segments in self._segments.items():
+            segments.sort()
+            ends = [0, *(p.offset + p.length for p in segments)]
+            if any(p.offset != end for p, end in zip(segments, ends, strict=False)):
                 raise UserError(f"{folder}: the parts of {name} overlap or have gaps between them")
 
     def part(self, number: int) -> masters.Saved:
-        """What rank `number` saved."""
+        """The part that rank `number` saved."""
         if number not in self._files:
             found = sorted((self.folder / "deepspeed").glob(self.kind.file(number)))
             path = found[0] if found else self.folder / "deepspeed" / self.kind.file(number)
@@ -106,30 +106,30 @@ class Checkpoint:
             self._averages[number] = read_file(self.folder / f"ema_rank{number:05d}.pt", mmap=True)
         return self._averages[number]
 
-    def places(self, fragment: masters.Fragment, name: str) -> list[tuple[_Place, slice, slice]]:
-        """Where the numbers of `fragment` are: place, slice of the saved tensor, slice of the rank's own."""
-        places, found = self._places.get(name), []
+    def segments(self, fragment: masters.Fragment, name: str) -> list[tuple[_Segment, slice, slice]]:
+        """Where the elements of `fragment` are: segment, slice of the saved tensor, slice of this rank's tensor."""
+        segments, found = self._segments.get(name), []
         whole = unpartitioned_numel(fragment.param)
-        if not places or places[-1].offset + places[-1].length != whole:
-            what = "another size" if places else "missing"
+        if not segments or segments[-1].offset + segments[-1].length != whole:
+            what = "another size" if segments else "missing"
             raise UserError(f"{self.folder}: is not of this model: {name} is {what}", any_rank=True)
         at, end = fragment.offset, fragment.offset + fragment.length
-        first = bisect_right(places, at, key=lambda p: p.offset) - 1
-        for place in places[first:]:
+        first = bisect_right(segments, at, key=lambda p: p.offset) - 1
+        for segment in segments[first:]:
             if at >= end:
                 break
-            stop = min(end, place.offset + place.length)
-            there, here = place.start + at - place.offset, fragment.start + at - fragment.offset
-            found.append((place, slice(there, there + stop - at), slice(here, here + stop - at)))
+            stop = min(end, segment.offset + segment.length)
+            there, here = segment.start + at - segment.offset, fragment.start + at - fragment.offset
+            found.append((segment, slice(there, there + stop - at), slice(here, here + stop - at)))
             at = stop
         return found
 
 
 class States:
-    """The states of this rank: fp32 weights, those of the optimizer, averages.
+    """The states of this rank: fp32 weights, optimizer states, averages.
 
-    owner: of `masters`, by which the weights of `module` are updated; average: of the same weights, or None; apart:
-    whether ranks hold different weights without ZeRO too (`ds_llm.parallel`). `held` weights are this rank's to update.
+    owner: the object of `masters` that updates the weights of `module`. average: of the same weights, or None. apart:
+    ranks hold different weights without ZeRO too (`ds_llm.parallel`). held: number of weights that this rank updates.
     """
 
     def __init__(self, owner, module: nn.Module, average: MovingAverage | None, apart: bool = False):
@@ -142,7 +142,7 @@ class States:
         self.held = sum(f.length for _, f in self._fragments)
 
     def description(self) -> dict:
-        """The layout, as it is written."""
+        """The layout, as parts_rank*.json holds it."""
         return {
             "optimizer": type(self.owner).__name__,
             "inner": f"{type(self.owner.inner).__module__}.{type(self.owner.inner).__name__}",
@@ -152,7 +152,7 @@ class States:
         }
 
     def save(self, folder: Path) -> None:
-        """Write into a checkpoint's folder what DeepSpeed does not: the layout, averages, states kept on a disk."""
+        """Write what DeepSpeed does not write: the layout, averages, states that are kept on NVMe."""
         for i in self.owner.swapped():
             weight = self.owner.weights()[i]
             with self.owner.present(i):
@@ -164,9 +164,9 @@ class States:
                 torch.save(self.average.state(), folder / f"ema_rank{self._rank:05d}.pt")
 
     def lie_as_in(self, folder: Path) -> bool:
-        """Whether every rank's states lie as in the checkpoint, which DeepSpeed can then load; collective.
+        """Whether every rank's layout is that of the checkpoint, so that DeepSpeed can load it. Collective.
 
-        A checkpoint of an earlier version, which says nothing of it, is taken to; states kept on a disk never are.
+        True for a checkpoint of an earlier version, which has no layout. False for states that are kept on NVMe.
         """
         path, mine = folder / f"parts_rank{self._rank:05d}.json", self.description()
         alike = json.loads(path.read_text()) == mine and not mine["swapped"] if path.exists() else None
@@ -174,13 +174,13 @@ class States:
         return all(answers) or all(answer is None for answer in answers)
 
     def load_average(self, folder: Path) -> None:
-        """Take over the average of a checkpoint whose states lie as this rank's."""
+        """Load the average of a checkpoint with this rank's layout."""
         if self.average is not None:
             self.average.restore(read_file(folder / f"ema_rank{self._rank:05d}.pt"))
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:
-        """Take over the states of a checkpoint of any layout; the module's weights follow. Collective."""
+        """Load the states of a checkpoint with any layout, and update the module's weights. Collective."""
         saved = Checkpoint(folder)
         fragments = defaultdict(list)
         for name, fragment in self._fragments:
@@ -189,9 +189,9 @@ class States:
         title = f"reading the states of {saved.ranks} {'process' if saved.ranks == 1 else 'processes'}"
         with progress(title, self.held, "weights") as task:
             for i, weight in enumerate(self.owner.weights()):
-                places = [p for name, f in fragments[i] for p in saved.places(f, name)]
+                segments = [p for name, f in fragments[i] for p in saved.segments(f, name)]
                 with self.owner.present(i, changed=True):
-                    state = self._gather(saved, i, weight, places, task)
+                    state = self._gather(saved, i, weight, segments, task)
                     if state:
                         inner.state[weight] = {k: _as_kept_by(inner, weight, k, v) for k, v in state.items()}
                     else:
@@ -207,16 +207,16 @@ class States:
         _restore_scaler(self.owner.optimizer, saved.part(0).scaler)
         self.owner.push()
 
-    def _gather(self, saved: Checkpoint, number: int, weight: torch.Tensor, places: list, task) -> dict:
-        """Fill `weight`, tensor `number` of the rank's, and its average; returns its optimizer state."""
+    def _gather(self, saved: Checkpoint, number: int, weight: torch.Tensor, segments: list, task) -> dict:
+        """Fill `weight`, this rank's tensor `number`, and its average. Returns its optimizer state."""
         flat = weight.detach().view(-1)
         average = self.average.tensors[number].view(-1) if self.average is not None else None
         # of a tensor that is nothing but padding, the state too has the step
         state = {key: _empty(weight, value) for key, value in saved.part(0).states.get(0, {}).items()}
-        for place, there, here in places:
-            part = saved.part(place.part)
-            flat[here] = part.weights[place.tensor].view(-1)[there].to(flat.device)
-            for key, value in part.states.get(place.tensor, {}).items():
+        for segment, there, here in segments:
+            part = saved.part(segment.part)
+            flat[here] = part.weights[segment.tensor].view(-1)[there].to(flat.device)
+            for key, value in part.states.get(segment.tensor, {}).items():
                 if not torch.is_tensor(value) or value.dim() == 0:
                     state[key] = value
                     continue
@@ -228,14 +228,14 @@ class States:
                     )
                 state[key].view(-1)[here] = value.view(-1)[there].to(flat.device)
             if average is not None:
-                held = saved.average(place.part)["average"][place.tensor].view(-1)[there]
+                held = saved.average(segment.part)["average"][segment.tensor].view(-1)[there]
                 average[here] = held.to(average.device)
             task.advance(here.stop - here.start)
         return state
 
 
 def load_common(engine, module: nn.Module, folder: Path) -> None:
-    """Take over what all ranks share from rank 0's file: DeepSpeed's counters and scheduler, the module's buffers."""
+    """Load from rank 0's file what all ranks share: DeepSpeed's counters and scheduler, the module's buffers."""
     found = sorted((folder / "deepspeed").glob("*mp_rank_00_model_states.pt"))
     state = read_file(found[0] if found else folder / "deepspeed" / "mp_rank_00_model_states.pt", mmap=True)
     for name in ("global_steps", "global_samples", "skipped_steps"):
@@ -248,14 +248,14 @@ def load_common(engine, module: nn.Module, folder: Path) -> None:
 
 
 def _empty(weight: torch.Tensor, value):
-    """Zeros like `weight` for a state of its size; another state is the same for all weights."""
+    """Zeros like `weight` for a state with its shape; another state is one value for all weights."""
     if torch.is_tensor(value) and value.dim():
         return torch.zeros_like(weight, dtype=value.dtype, requires_grad=False)
     return value
 
 
 def _as_kept_by(inner: torch.optim.Optimizer, weight: torch.Tensor, key: str, value):
-    """A state as `inner` keeps it: torch counts steps in a tensor, DeepSpeed's optimizers in a number."""
+    """A state in the type that `inner` uses: torch counts steps in a tensor, DeepSpeed's optimizers in a number."""
     if torch.is_tensor(value) and value.dim():
         return value
     if key == "step" and not type(inner).__module__.startswith("torch."):

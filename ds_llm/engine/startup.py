@@ -1,4 +1,4 @@
-"""Checks of what DeepSpeed is asked for, before a model is built."""
+"""Checks of DeepSpeed's dtype and JSON before a model is built."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from ds_llm.errors import ConfigError, first_line
 
 
 def check_dtype(dtype: str, key: str) -> None:
-    """Raise `ConfigError` that names `key` for a type (fp32, bf16, fp16) in which DeepSpeed does not train here."""
+    """Raise `ConfigError` that names `key` for a dtype (fp32, bf16, fp16) in which DeepSpeed cannot train here."""
     if dtype == "fp16" and not deepspeed.get_accelerator().is_fp16_supported():
         kind = "CPU" if device().type == "cpu" else "device"
         raise ConfigError(f"{key}: DeepSpeed finds no fp16 arithmetic on this {kind}; use bf16 or fp32")
 
 
 def check_settings(config: Config) -> None:
-    """Let DeepSpeed read the run's JSON before a model is built.
+    """Let DeepSpeed parse the run's JSON.
 
-    Raises `ConfigError` for what DeepSpeed refuses and for top-level keys that it does not know, which it would ignore.
+    Raises `ConfigError` for values that DeepSpeed refuses and for unknown top-level keys, which it would ignore.
     """
     settings = AskedKeys(build_deepspeed_config(config, dist.get_world_size()))
     try:
         deepspeed.DeepSpeedConfig(settings)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise ConfigError(f"deepspeed: {error.title}: {place}: {first['msg']}") from None
+        key = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(f"deepspeed: {error.title}: {key}: {first['msg']}") from None
     except (DeepSpeedConfigError, ValueError, AssertionError, TypeError, AttributeError) as error:
         raise ConfigError(f"deepspeed: {first_line(error)}") from None
     for name in settings:
