@@ -1,1 +1,1 @@
-"""Sharing one model or one row between processes: experts, sequences, tensors, and which of them go together."""
+"""Expert, sequence and tensor parallelism, and which features of a run can be combined."""

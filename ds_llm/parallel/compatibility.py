@@ -1,6 +1,6 @@
-"""Which features of a run go together: one table of those that do not, each with its reason.
+"""Which features of a run can be combined: one table of those that cannot, each with its reason.
 
-Whatever pair is not in it is trained by `tests/distributed/test_parallel.py`.
+`tests/distributed/test_parallel.py` trains every pair that is not in the table.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ REFUSED = (
 
 
 def features(config: Config) -> set[str]:
-    """Which of `KEYS` a run has; `config` must have been through `deepspeed_config.adopt`."""
+    """Those of `KEYS` that a run uses. Call `deepspeed_config.adopt` on `config` first."""
     zero = deepspeed_config.read(config.deepspeed).get("zero_optimization", {})
     devices = {name: (zero.get(f"offload_{name}") or {}).get("device", "none") for name in ("optimizer", "param")}
     parallel = config.parallel
@@ -80,7 +80,7 @@ def features(config: Config) -> set[str]:
 
 
 def check(config: Config, world_size: int) -> None:
-    """Raise `ConfigError` for features that do not go together, and groups that `world_size` processes cannot form."""
+    """Raise `ConfigError` for features that cannot be combined, and groups that `world_size` processes cannot form."""
     found = features(config)
     for first, second, reason in REFUSED:
         if first in found and second in found:

@@ -1,8 +1,8 @@
-"""Expert parallelism: each of a group of ranks holds its share of every layer's experts, and tokens travel to them.
+"""Expert parallelism: each rank of a group holds a share of every layer's experts, and tokens are sent to them.
 
-Only the module that holds a block's experts is replaced: routers, shared experts and auxiliary losses stay what they
-are, here and in models of transformers. To DeepSpeed the replacement is one of its own AutoEP layers, so that its ZeRO
-reduces, shards, saves and restores such weights among the ranks that hold the same ones.
+Only the module with a block's experts is replaced. Routers, shared experts and auxiliary losses stay as they are, in
+our models and in those of transformers. The replacement is one of DeepSpeed's own AutoEP layers, so that ZeRO reduces,
+shards, saves and restores its weights among the ranks that hold the same experts.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ NAMES = ("Experts", *EXPERTS.values())  # classes of modules with `gate_up_proj`
 
 
 class ExpertShare(AutoEPMoELayer):
-    """The experts `rank` of `size` ranks holds, in place of a module with all of them.
+    """The experts that `rank` of `size` ranks holds; replaces a module with all experts.
 
     `experts.w1` and `experts.w3` [E / size, I, H] are the gate and up projections, `experts.w2` [E / size, H, I] the
     down projection, as DeepSpeed's AutoEP names them. Every rank of the group must call it equally often.
@@ -72,7 +72,7 @@ class ExpertShare(AutoEPMoELayer):
             self.experts.register_parameter(name, weight)
 
     def forward(self, hidden: Tensor, *choice: Tensor) -> Tensor:
-        """Weighted sum of each token's experts, as the replaced module computes it.
+        """Weighted sum of each token's experts, equal to that of the replaced module.
 
         hidden [T, H]; choice: experts [T, K] (-1: none) and their weights [T, K], in the replaced module's order.
         """
@@ -97,7 +97,7 @@ class ExpertShare(AutoEPMoELayer):
 
 
 def check(architecture, size: int) -> None:
-    """Raise `UserError` where the experts of a model of this transformers configuration cannot be shared by `size`."""
+    """Raise `UserError` where `size` ranks cannot share the experts of a model with this transformers configuration."""
     config = architecture.get_text_config()
     names = ("n_routed_experts", "num_local_experts", "num_experts")  # they say a number without experts too
     count = next((n for name in names if (n := getattr(config, name, None))), 0)
@@ -108,7 +108,7 @@ def check(architecture, size: int) -> None:
 
 
 def spread(module: nn.Module, size: int) -> None:
-    """Replace the experts of all layers by this rank's share, in place; ranks that are neighbours form a group.
+    """Replace the experts of all layers by this rank's share, in place. `size` neighbouring ranks form a group.
 
     Raises `UserError` for a module without experts of a known kind.
     """
@@ -123,9 +123,9 @@ def spread(module: nn.Module, size: int) -> None:
 
 
 def whole_weights(model: nn.Module, gathered: Callable) -> Iterator[tuple[str, Tensor | None]]:
-    """Names and weights of all experts as the replaced modules had them, on the CPU of rank 0 (None elsewhere).
+    """Names and weights of all experts as in the replaced modules, on the CPU of rank 0 (None elsewhere). Collective.
 
-    gathered: a context manager in which ZeRO-3's parameters are whole. Collective.
+    gathered: context manager that gathers a parameter of ZeRO-3.
     """
     for name, module in model.named_modules():
         if not isinstance(module, ExpertShare):

@@ -1,4 +1,4 @@
-"""Which process does which part of the work: neighbouring ranks share a row, a weight or the experts of a layer."""
+"""Groups of ranks: neighbouring ranks share a row, a weight or the experts of a layer."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from ds_llm.config.sections import ParallelConfig
 
 @dataclass(frozen=True)
 class Layout:
-    """The place of process `rank` among `world`. Groups of `expert`, `sequence` and `tensor` ranks are neighbours.
+    """The groups of rank `rank` among `world` ranks: `expert`, `sequence` and `tensor` neighbouring ranks form a group.
 
-    Ranks of a tensor group compute the same; those of a sequence group compute parts of the same rows.
+    Ranks of a tensor group compute the same figures; ranks of a sequence group compute parts of the same rows.
     """
 
     rank: int
@@ -30,7 +30,7 @@ class Layout:
 
     @property
     def replicas(self) -> int:
-        """Processes that compute different things: all, or tensor groups."""
+        """Number of ranks, or of tensor groups, that compute different figures."""
         return self.world // self.tensor
 
     @property
@@ -39,33 +39,33 @@ class Layout:
 
     @property
     def batches(self) -> int:
-        """Micro-batches that are in work at a time."""
+        """Number of micro-batches that are computed at the same time."""
         return self.world // (self.tensor * self.sequence)
 
     @property
     def batch(self) -> int:
-        """Which of them this process works on."""
+        """Index of this process's micro-batch among `batches`."""
         return self.rank // (self.tensor * self.sequence)
 
     @property
     def counts(self) -> bool:
-        """Whether this process speaks for its tensor group where figures are added up."""
+        """Whether this process is the one of its tensor group whose figures are summed."""
         return self.rank % self.tensor == 0
 
 
 def neighbours(size: int) -> dist.ProcessGroup:
-    """This rank's group of `size` neighbouring ranks; every rank must call it."""
+    """This rank's group of `size` neighbouring ranks. Collective."""
     world = dist.get_world_size()
     groups = [dist.new_group(list(range(first, first + size))) for first in range(0, world, size)]
     return groups[dist.get_rank() // size]
 
 
 class Exchange(torch.autograd.Function):
-    """Rows to every rank of a group and from it (all-to-all); gradients go the way back."""
+    """All-to-all exchange of rows in a group, with the reverse exchange of gradients."""
 
     @staticmethod
     def forward(ctx, rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
-        """rows [sum(sent), ...], in the order of the ranks they go to -> [sum(received), ...], in that of origin."""
+        """rows [sum(sent), ...], ordered by destination rank -> [sum(received), ...], ordered by source rank."""
         ctx.splits, ctx.group = (received, sent), group
         return _all_to_all(rows, sent, received, group)
 
@@ -81,7 +81,7 @@ def _all_to_all(rows: Tensor, sent: list[int], received: list[int], group: dist.
 
 
 class Total(torch.autograd.Function):
-    """The sum over the ranks of a group, of which each uses it in a loss of its own."""
+    """The sum over the ranks of a group, where each rank uses the sum in its own loss."""
 
     @staticmethod
     def forward(ctx, value: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -1,4 +1,4 @@
-"""A module under DeepSpeed whose experts, rows or layers groups of ranks share, as the configuration says."""
+"""Divides a module's experts, rows or layers over groups of ranks, as the configuration asks."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from ds_llm.parallel.layout import Layout, neighbours
 
 
 class Division:
-    """What an engine asks where a rank may not have all of a model or of a batch.
+    """This rank's part of a model and of batches; without parallelism, all of them.
 
-    `module` is the objective with the language model as its `model`; `settings`, DeepSpeed's JSON, gets what its tensor
-    parallelism needs. Raises `UserError` for a model that cannot be divided so.
+    module: the objective, with the language model as `model`. settings: DeepSpeed's JSON; the keys of its tensor
+    parallelism are added. Raises `UserError` for a model that cannot be divided like this.
     """
 
     def __init__(self, module: nn.Module, config: Config, settings: dict):
@@ -41,24 +41,24 @@ class Division:
             self._clipping, settings["gradient_clipping"] = settings["gradient_clipping"], 0.0
 
     def part(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What of a micro-batch this rank trains on: all, or its part of every row."""
+        """This rank's shard of a micro-batch: all of it, or with sequence parallelism a part of every row."""
         size = self.layout.sequence
         return batch if size == 1 else sequence.split(batch, self.layout.rank % size, size)
 
     def arguments(self, batch: dict) -> dict:
-        """Arguments of the module for a batch on its device, which may be one that `part` returned."""
+        """The module's arguments for a batch, or for a shard from `part`, on the device."""
         if "row_positions" not in batch:
             return batch
         batch = dict(batch)
         return batch | {"shard": sequence.Shard(self._rows, batch.pop("row_positions"), self._kernel)}
 
     def train(self, mode: bool) -> None:
-        """Attend over rows of which each rank has a part, or (mode false) over whole rows on one rank."""
+        """Attend over rows divided over ranks (mode true), or over whole rows on each rank (mode false)."""
         if self.layout.sequence > 1:
             backbone(self.module.model).set_attn_implementation(sequence.NAME if mode else self._kernel)
 
     def clipped_norm(self) -> Tensor:
-        """Norm of all gradients of an optimizer of torch, clipped where DeepSpeed does not do it; collective."""
+        """Global gradient norm for an optimizer of torch; clips the gradients where DeepSpeed does not. Collective."""
         grads = {p: p.grad for p in self.module.parameters() if p.grad is not None}
         norm = torch.nn.utils.get_total_norm([grad for p, grad in grads.items() if not is_divided(p)])
         if self.of_weights:
@@ -78,9 +78,9 @@ class Division:
     def whole_weights(
         self, model: nn.Module, gathered: Callable, trained_only: bool = False
     ) -> Iterator[tuple[str, Tensor | None]]:
-        """Names and whole weights of `model` on the CPU, on rank 0 (None elsewhere), one at a time; collective.
+        """Names and whole weights of `model`, one at a time, on the CPU of rank 0 (None elsewhere). Collective.
 
-        gathered: a context manager in which a parameter of ZeRO-3 is whole.
+        gathered: context manager that gathers a parameter of ZeRO-3.
         """
         for name, parameter in model.named_parameters():
             if is_shared_expert(parameter) or (trained_only and not parameter.requires_grad):
@@ -93,7 +93,7 @@ class Division:
 
 
 def check(config: Config) -> None:
-    """Raise `UserError` where the model that a run will train cannot be divided as configured; loads no weights."""
+    """Raise `UserError` where a run's model cannot be divided as configured. Loads no weights."""
     parallel = config.parallel
     if max(parallel.expert, parallel.sequence, parallel.tensor) == 1:
         return
@@ -111,5 +111,5 @@ def check(config: Config) -> None:
 
 
 def is_divided(parameter: nn.Parameter) -> bool:
-    """Whether ranks of a group hold different parts of a weight, other than ZeRO's."""
+    """Whether expert or tensor parallelism divides a weight."""
     return is_shared_expert(parameter) or tensor.split_dimension(parameter) is not None

@@ -1,9 +1,9 @@
-"""Sequence parallelism (DeepSpeed Ulysses: Jacobs et al. 2023, arXiv:2309.14509): a row's tokens are spread over ranks.
+"""Sequence parallelism (DeepSpeed Ulysses: Jacobs et al. 2023, arXiv:2309.14509): ranks share the tokens of a row.
 
-Everything but attention works token by token, so each rank computes on its part of a row alone. Attention sees the
-whole row: before it heads are exchanged for tokens, so that every rank has all tokens of its share of the heads, and
-back after it. DeepSpeed's own version knows rows by a causal mask only; here packed documents stay apart, on any
-attention kernel, and nothing has the size of tokens x tokens.
+All layers but attention work token by token, so each rank computes on its part of a row. Attention needs the whole row:
+before it, ranks exchange heads for tokens, so that each has all tokens of its share of the heads; after it, they
+exchange back. DeepSpeed's own version has only a causal mask. This one also keeps packed documents apart, with any
+attention kernel, and allocates nothing of size tokens x tokens.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ NAME = "ds_llm_sequence"
 
 @dataclass
 class Shard:
-    """Which part of its rows a rank works on. position_ids [B, S]: of the whole rows, on the model's device.
+    """A rank's part of its rows. position_ids [B, S]: of the whole rows, on the model's device.
 
     kernel: the name of the attention function for whole rows.
     """
@@ -41,16 +41,16 @@ class Shard:
         self.documents = None
 
     def total(self, value: Tensor) -> Tensor:
-        """The sum of what the ranks of the row have, for a loss that every one of them adds up."""
+        """The sum over the ranks of a row, for a loss that each of these ranks computes."""
         return Total.apply(value, self.group)
 
     def gather(self, value: Tensor) -> Tensor:
-        """What all ranks of the row have, along the first dimension, for a loss that every one of them adds up."""
+        """The values of all ranks of a row, concatenated along dimension 0, for a loss that each of them computes."""
         parts = [value if i == dist.get_rank(self.group) else torch.zeros_like(value) for i in range(self.size)]
         return self.total(torch.cat(parts))
 
     def bounds(self) -> dict:
-        """Where the documents of the rows begin and end when the rows are laid in one, see `document_lengths`."""
+        """Bounds of the documents in the concatenated rows, see `document_lengths`."""
         if self.documents is None:
             found = document_lengths(self.position_ids)
             if not found:
@@ -62,11 +62,11 @@ class Shard:
 
 
 def split(batch: dict[str, Tensor], rank: int, size: int) -> dict[str, Tensor]:
-    """Part `rank` of `size` of a micro-batch, with its labels, which are shifted already, and its masks.
+    """Part `rank` of `size` of a micro-batch, with its labels (shifted already) and masks.
 
-    Rows are filled up to a multiple of `size`. `position_ids` [B, S / size] are those of the whole row, and
-    `row_positions` [B, S] all of them. An attention mask becomes a `token_mask`: padding stands on the right, where
-    nothing sees it.
+    Rows are padded to a multiple of `size`. `position_ids` [B, S / size] are positions in the whole row;
+    `row_positions` [B, S] are those of all its tokens. An attention mask becomes a `token_mask`: padding is on the
+    right, where causal attention does not see it.
     """
     batch = dict(batch)
     rows, length = batch["input_ids"].shape
@@ -93,7 +93,7 @@ def attention(
     shard: Shard | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """Attention over whole rows, in the form of transformers' attention functions.
+    """Attention over whole rows, with the signature of transformers' attention functions.
 
     query [B, heads, S / ranks, D], key and value [B, key heads, S / ranks, D] -> [B, S / ranks, heads, D].
     """
@@ -134,7 +134,7 @@ def _heads_for_tokens(x: Tensor, shard: Shard) -> Tensor:
 
 
 def check(architecture, size: int) -> None:
-    """Raise `UserError` where a model of this transformers configuration cannot work on parts of rows."""
+    """Raise `UserError` where a model with this transformers configuration cannot compute on parts of rows."""
     config = architecture.get_text_config()
     if config.model_type not in MODEL_TYPES:
         known = ", ".join(MODEL_TYPES)

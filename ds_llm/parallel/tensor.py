@@ -1,4 +1,4 @@
-"""Tensor parallelism: each of a group of ranks holds a slice of every attention and MLP layer (DeepSpeed AutoTP)."""
+"""Tensor parallelism (DeepSpeed AutoTP): each rank of a group holds a slice of every attention and MLP layer."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from ds_llm.compat.deepspeed import DS_AUTOTP_UC_META, groups
 from ds_llm.errors import UserError, first_line
 from ds_llm.models.parameters import exact_buffers, restore_buffers
 
-# How a transformers model's plan splits a layer, and DeepSpeed's name for it. What normalises the heads of a rank is
-# not split: it gets a part of its gradient on every rank.
+# Kinds of layers in a transformers model's plan -> DeepSpeed's names. Norms of a rank's heads are not split: every rank
+# computes a part of their gradient.
 STYLES = {"colwise": "column", "rowwise": "row", "replicated_with_grad_allreduce": "skip"}
-# Embeddings and output heads stay whole, so that the loss does: it never holds all logits anyway.
+# Embeddings and output heads stay whole: the loss needs the whole head, and never holds all logits.
 WHOLE = ("embedding_rowwise", "colwise_rep", "colwise_gather_output", "vocab")
 
 
 def settings(architecture, size: int) -> dict:
-    """The section `tensor_parallel` of DeepSpeed's JSON for a model of this transformers configuration.
+    """The section `tensor_parallel` of DeepSpeed's JSON for a model with this transformers configuration.
 
-    Raises `UserError` where the model has no plan, or its heads or widths are no multiples of `size`.
+    Raises `UserError` where the model has no tensor-parallel plan, or `size` does not divide its heads or widths.
     """
     kind, config = architecture.model_type, architecture.get_text_config()
     plan = getattr(architecture, "base_model_tp_plan", None) or {}
@@ -53,12 +53,12 @@ def settings(architecture, size: int) -> dict:
 
 
 def group() -> dist.ProcessGroup:
-    """This rank's tensor group, once DeepSpeed has made it."""
+    """This rank's tensor group. DeepSpeed must have created it."""
     return groups.get_tensor_model_parallel_group()
 
 
 def split_dimension(parameter: nn.Parameter) -> int | None:
-    """Along which of its dimensions a weight is split over the tensor group; None where every rank has all of it."""
+    """The dimension along which the tensor group splits a weight; None where every rank has the whole weight."""
     description = getattr(parameter, DS_AUTOTP_UC_META, None)
     return None if description is None or description["replicated"] else description["partition_dim"]
 
@@ -71,7 +71,7 @@ def note_whole_shapes(module: nn.Module) -> None:
 
 
 def whole(parameter: nn.Parameter) -> Tensor:
-    """A weight that is split, put together; collective over the tensor group."""
+    """The whole of a split weight. Collective over the tensor group."""
     parts = [torch.empty_like(parameter) for _ in range(dist.get_world_size(group()))]
     dist.all_gather(parts, parameter.detach().contiguous(), group=group())
     return torch.cat(parts, dim=split_dimension(parameter))

@@ -1,1 +1,1 @@
-"""Models from disk and back: where they lie, loading, adapters, saving."""
+"""Pretrained models: finding, loading, adapters, saving."""

@@ -1,4 +1,4 @@
-"""What tells a model from another: by its weights in memory, or by its files."""
+"""Fingerprints of a model, from its weights in memory or from its files."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def model_fingerprint(model: nn.Module) -> str:
 
 
 def identity(path: str) -> str:
-    """SHA-256 over the weight files' names, sizes, and first and last megabyte; a hub name stands for itself."""
+    """SHA-256 (hex) of the weight files' names, sizes, first and last megabyte; for a hub name, that name."""
     source = locate(path)
     folder = Path(source.name)
     if not folder.is_dir():

@@ -1,7 +1,7 @@
-"""Loading causal language models and their tokenizers, from whatever a user names (`ds_llm.pretrained.source`).
+"""Loads causal language models and their tokenizers from any name that `ds_llm.pretrained.source` knows.
 
-An adapter is merged into its base model; a boosted model (`ds_llm.models.boost`) is recognised by its files.
-Every mistake is a `UserError`.
+Adapters are merged into their base model. Boosted models (`ds_llm.models.boost`) are recognised by their files. Every
+mistake of a user is a `UserError`.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model",
 
 
 def load_model_config(path: str | os.PathLike):
-    """The transformers configuration of a causal language model (of the base model for an adapter).
+    """The transformers configuration of a causal language model; for an adapter, that of its base model.
 
-    One that is recognised as a boosted model's but is none is read as a standard one, which is said on stderr. Raises
-    `UserError`: nothing there, no or unknown architecture, not a causal language model.
+    A configuration that looks boosted but cannot be read as such is read as a standard one, with a warning on standard
+    error. Raises `UserError` where there is no model, or none with a known causal architecture.
     """
     source = locate(path)
     if source.adapter:
@@ -71,7 +71,7 @@ def _standard_config(source: Source):
     try:
         extra = {"gguf_file": source.gguf} if source.gguf else {}
         config = AutoConfig.from_pretrained(source.name, trust_remote_code=False, **extra)
-    except Exception as error:  # from JSON errors to strict-configuration errors: all are about the user's files
+    except Exception as error:  # errors of JSON and of strict configurations: all are about the user's files
         raise _config_error(source, error) from None
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(f"{source.name}: a '{config.model_type}' model is not a causal language model")
@@ -79,7 +79,7 @@ def _standard_config(source: Source):
 
 
 def _is_also_standard(source: Source) -> bool:
-    """Whether what was recognised as a boosted model names another architecture too, as earlier programs wrote it."""
+    """Whether a configuration that looks boosted also names a standard architecture, as earlier programs wrote it."""
     values, _ = PreTrainedConfig.get_config_dict(source.name)
     return values.get("model_type") in CONFIG_MAPPING and values["model_type"] != QwenBoostConfig.model_type
 
@@ -116,10 +116,10 @@ def _config_error(source: Source, error: Exception) -> UserError:
 
 
 def load_tokenizer(path: str | os.PathLike):
-    """The tokenizer that belongs to a model, or of a tokenizer folder. It always has a padding token.
+    """The tokenizer of a model or of a tokenizer folder, always with a padding token.
 
-    Where it has none, the end-of-text token serves, else the unknown token, which is said on stderr; the vocabulary
-    is never enlarged. An adapter without a tokenizer of its own uses its base model's.
+    A tokenizer without one uses its end-of-text token for padding, or else its unknown token, with a note on standard
+    error; the vocabulary never grows. An adapter without a tokenizer uses that of its base model.
     """
     folder = Path(os.path.expanduser(str(path)))
     if folder.is_dir() and any((folder / name).is_file() for name in TOKENIZER_FILES):
@@ -179,13 +179,14 @@ def load_model(
 ) -> torch.nn.Module:
     """A causal language model with its weights, on the CPU, in evaluation mode.
 
-    dtype: fp32, bf16, fp16, or auto for the one it was saved in. attention: see `attention_kernel`; compute_dtype: the
-    type it will compute in where that is not the one it is loaded in. A model's trained part is put into its base. A
-    peft adapter is merged into its base, or, with merge=False, kept apart: the model is then a peft model. quantize
-    "nf4" holds the linear layers but the output head in 4 bits, on the process's GPU where there is one (needs
-    bitsandbytes). Raises `UserError` where anything in the files is missing, damaged or does not fit: no weight is ever
-    left at random. A folder that only seems to hold a boosted model is loaded as a standard one, which is said on
-    stderr.
+    dtype: fp32, bf16, fp16, or auto for the dtype it was saved in. attention: see `attention_kernel`. compute_dtype:
+    the dtype of the forward pass, if another. quantize: "nf4" holds all linear layers but the output head in 4 bits, on
+    this process's GPU where there is one (needs bitsandbytes).
+
+    The trained part of a model is loaded onto its base. A peft adapter is merged into its base; with merge=False the
+    result is a peft model instead. A folder that looks like a boosted model but is none is loaded as a standard model,
+    with a warning on standard error. Raises `UserError` for files that are missing, damaged or do not fit: no weight is
+    left at random values.
     """
     source = locate(path)
     if source.adapter:
@@ -329,14 +330,17 @@ def _load_adapter(
 
 
 def _no_weights(source: Source, error: pickle.UnpicklingError) -> UserError:
-    """Of a file in torch's format that holds more than tensors, which torch.load has not run, or other bytes."""
+    """The error for a file in torch's format with other content than tensors, of which torch.load runs nothing."""
     named = re.search(r"GLOBAL (\S+)", str(error))
     what = f"names the program {named[1]}, which was not run" if named else "is damaged"
     return UserError(f"{source.name}: a weight file {what}; use safetensors")
 
 
 def match_tokenizer(model: torch.nn.Module, tokenizer) -> None:
-    """Put the tokenizer's padding token in the model's configurations; `UserError` if its ids pass the embedding."""
+    """Set the tokenizer's padding token in the model's configurations.
+
+    Raises `UserError` where the tokenizer has more ids than the model's embedding.
+    """
     rows = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > rows:
         raise UserError(

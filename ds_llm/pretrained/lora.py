@@ -24,10 +24,10 @@ from ds_llm.pretrained.trained import trained_names
 
 
 def check(config: Config) -> dict[str, str]:
-    """Refuse adapters and frozen parts that cannot work, before the model is loaded; returns what identifies the model
-    that they belong to.
+    """Raise `ConfigError` or `UserError` for adapters and frozen parts that cannot work, before the model is loaded.
 
-    Frozen weights are not part of a checkpoint, so a continued run must find the same ones again.
+    Returns the identity of the base model: checkpoints do not hold frozen weights, so a continued run must find the
+    same ones.
     """
     lora = config.lora
     if not lora.enabled and lora.quantize != "none":
@@ -62,7 +62,7 @@ def check(config: Config) -> dict[str, str]:
 
 
 def _outline(path: str) -> nn.Module:
-    """The model at `path` without its weights."""
+    """The model at `path` on the meta device, without its weights."""
     from transformers import AutoModelForCausalLM
 
     from ds_llm.pretrained.loading import load_model_config
@@ -88,11 +88,11 @@ def _check_frozen(config: Config) -> None:
 
 
 def resolve_targets(model: nn.Module, targets: list[str], freeze: list[str] = ()) -> tuple[list[str] | str, list[str]]:
-    """(names of linear layers, or "all-linear"; names of fused expert parameters) that `targets` mean.
+    """Resolve `lora.targets` to (names of linear layers, or "all-linear"; names of fused expert parameters).
 
-    A name is the end of a layer's name (`q_proj`, `layers.0.mlp.up_proj`) or of a 3-D parameter's
-    (`experts.down_proj`). What begins with one of `freeze` is left out. Raises `ConfigError` for a name that nothing in
-    the model has.
+    A target is the end of a layer's name (`q_proj`, `layers.0.mlp.up_proj`) or of a 3-D parameter's name
+    (`experts.down_proj`). Layers whose names begin with one of `freeze` are left out. Raises `ConfigError` for a target
+    that the model does not have.
     """
     trained = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and not is_in_parts(n, freeze)]
     layers = [name for name, _ in trained]
@@ -101,7 +101,7 @@ def resolve_targets(model: nn.Module, targets: list[str], freeze: list[str] = ()
     if list(targets) == ["all-linear"]:
         if not freeze and len(parts) == 1:
             return "all-linear", []
-        # peft knows of one output head, and of no layers to leave out
+        # peft leaves out one output head, and no other layers
         heads = [part.get_output_embeddings() for part in parts]
         return [name for name, module in trained if not any(module is head for head in heads)], []
     modules, parameters = [], []
@@ -129,8 +129,10 @@ def is_in_parts(name: str, starts: list[str]) -> bool:
 
 
 def add_adapter(model: nn.Module, lora: LoraConfig, base: str, freeze: list[str] = ()) -> nn.Module:
-    """A peft model in which only new adapters are trainable, none of them in the parts that `freeze` names; it is named
-    after the model at `base`."""
+    """A peft model in which only new adapters are trainable, with none in the parts that `freeze` names.
+
+    base: name of the model that the adapters belong to.
+    """
     import peft
 
     modules, parameters = resolve_targets(model, lora.targets, freeze)
@@ -157,7 +159,7 @@ def add_adapter(model: nn.Module, lora: LoraConfig, base: str, freeze: list[str]
 def save_adapter(model: nn.Module, weights: dict[str, torch.Tensor], folder: Path) -> None:
     """Write a peft folder: adapter_model.safetensors from the gathered `weights`, and adapter_config.json.
 
-    Raises `UserError` where a weight is missing or empty: a sharded model saved without gathering gives such files.
+    Raises `UserError` where a weight is missing or empty, as in a sharded model that was not gathered.
     """
     trained_names(model, weights, f"{folder}: the adapter")
     model.save_pretrained(folder, state_dict=weights, save_embedding_layers=False)

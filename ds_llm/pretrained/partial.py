@@ -1,8 +1,8 @@
-"""The trained part of a model whose other weights stayed as they were: a small folder that is loaded onto its base.
+"""The trained part of a model with frozen weights: a small folder that is loaded onto its base model.
 
-`partial_model.safetensors` holds the trained weights whole, under the names that they have in the model;
-`partial_config.json` names the base (`base_model_name_or_path`) and identifies its weight files. Whatever takes a
-model takes such a folder, as it takes an adapter's.
+`partial_model.safetensors` holds the whole trained weights under their names in the model. `partial_config.json` names
+the base (`base_model_name_or_path`) and identifies its weight files. Every command that takes a model takes such a
+folder too.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ SHA256_DIGITS = 64
 
 
 def mark(model: nn.Module, base: str) -> None:
-    """Have a run save only the weights of `model` that require gradients; `base`: what it was loaded from."""
+    """Make a run save only the weights of `model` that require gradients. base: name of the loaded model."""
     model.partial_base = base
 
 
 def is_partial(model: nn.Module) -> bool:
-    """Whether `mark` was called for it."""
+    """Whether `mark` was called for the model."""
     return getattr(model, "partial_base", None) is not None
 
 
 def save(model: nn.Module, weights: dict[str, torch.Tensor], folder: Path) -> None:
     """Write the folder from the gathered `weights`.
 
-    Raises `UserError` where a weight is missing or empty: a sharded model saved without gathering gives such files.
+    Raises `UserError` where a weight is missing or empty, as in a sharded model that was not gathered.
     """
     names = trained_names(model, weights, f"{folder}: the trained part")
     folder.mkdir(parents=True, exist_ok=True)
@@ -48,9 +48,9 @@ def save(model: nn.Module, weights: dict[str, torch.Tensor], folder: Path) -> No
 
 @torch.no_grad()
 def load(model: nn.Module, folder: Path, base: str) -> nn.Module:
-    """Put the trained part in `folder` into its base model, loaded from `base`, in place; returns the model.
+    """Load the trained part in `folder` onto its base model, in place, and return it. base: name of the loaded base.
 
-    Raises `UserError` where the base is another model than the part was trained on, or the file is damaged.
+    Raises `UserError` where the part was trained on another model, or the file is damaged.
     """
     asked = json.loads((folder / PARTIAL_FILE).read_text()).get("base_identity", "")
     found = identity(base)

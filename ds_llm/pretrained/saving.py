@@ -1,4 +1,4 @@
-"""A trained model on disk, in the format that fits what was trained of it."""
+"""Saves a trained model in the format for what was trained: whole, adapter, partial or compact."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from ds_llm.sparsity.model import is_sparse
 
 
 def needs_trained_only(model: nn.Module) -> bool:
-    """Whether `save` takes the trained weights alone: of adapters, and of a model that is saved in part."""
+    """Whether `save` needs only the trained weights, as for adapters and partial models."""
     return is_adapter(model) or partial.is_partial(model)
 
 
 def save(model: nn.Module, weights: dict[str, Tensor], tokenizer, folder: Path) -> None:
-    """Write `weights`, as gathered, into `folder`: a Hugging Face, peft, partial or compact one, with the tokenizer."""
+    """Write gathered `weights` and the tokenizer as a Hugging Face, peft, partial or compact folder."""
     if partial.is_partial(model):
         partial.save(model, weights, folder)
     elif is_adapter(model):

@@ -1,7 +1,7 @@
-"""Where a model lies that a user named, and what kind it is.
+"""Finds the model that a user names, and its kind.
 
-A model is named by a hub name, a Hugging Face folder, the output folder of a run or of one of its checkpoints (their
-`model/` is taken), a `.gguf` file, or a folder with a peft adapter or with the trained part of a model.
+A name is a hub name, a Hugging Face folder, the output folder of a run or one of its checkpoints (their `model/` is
+used), a `.gguf` file, or a folder with a peft adapter or with the trained part of a model.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ BOOST_FILES = ("ensemble_weights.json", "submodel_weights.json")
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model lies: `name` is a folder or hub name, `gguf` the file in it; `adapter` the file that describes an
-    adapter, or the trained part of a model."""
+    """A model's files. name: folder or hub name. gguf: the file in it, if any. adapter: the file that describes an
+    adapter or the trained part of a model, if any."""
 
     name: str
     gguf: str | None = None
     adapter: str | None = None
 
     def base(self) -> str:
-        """Name of the model an adapter belongs to."""
+        """Name of an adapter's base model."""
         try:
             name = json.loads(Path(self.adapter).read_text())["base_model_name_or_path"]
         except (OSError, ValueError, RecursionError) as error:
@@ -54,7 +54,7 @@ class Source:
 
 
 def locate(path: str | os.PathLike) -> Source:
-    """Resolve what the user named to what transformers can read; see the module for what may be named."""
+    """Resolve a user's name (see the module) to files that transformers can read. Raises `UserError` for a bad one."""
     name = os.path.expanduser(str(path))
     local = Path(name)
     if not name:
@@ -89,7 +89,7 @@ def _locate_folder(folder: Path) -> Source:
 
 
 def check_index(folder: Path) -> None:
-    """`UserError` where the index of a model's weight files names one outside the folder."""
+    """Raise `UserError` where the index of a model's weight files names one outside of the folder."""
     for path in (folder / f"{name}.index.json" for name in WEIGHT_FILES):
         if not path.is_file():
             continue
@@ -114,7 +114,7 @@ def _adapter(hub_name: str) -> str | None:
 
 
 def _go_offline_without_network() -> None:
-    """Take hub names from the cache alone where the hub's address does not resolve: every file would be retried."""
+    """Use only the cache for hub names where the hub's address does not resolve; each file would be retried."""
     if constants.HF_HUB_OFFLINE or getproxies():
         return
     try:
@@ -136,7 +136,7 @@ def did_you_mean(close: list) -> str:
 
 
 def detect_model_type(path: str | os.PathLike) -> str:
-    """ "qwen_boost" for a boosted model, else "standard"; of an adapter, what its base is.
+    """ "qwen_boost" for a boosted model, else "standard"; for an adapter, the kind of its base model.
 
     A boosted model has one of `BOOST_KEYS` in its config.json, or an architecture there with "Boost" or "Ensemble" in
     its name, or one of `BOOST_FILES` beside it. A file that cannot be read counts as standard.
@@ -163,7 +163,7 @@ def detect_model_type(path: str | os.PathLike) -> str:
 
 
 def base_name(path: str) -> str:
-    """The name under which an adapter finds its base again from any folder: a hub name, or an absolute path."""
+    """The name of a base model that works in any working folder: a hub name, or an absolute path."""
     source = locate(path)
     name = Path(source.name)
     if not name.is_dir():

@@ -1,4 +1,4 @@
-"""A sparse model on disk as it is in memory: kept values and bits, and the dense rest as it is.
+"""A sparse model on disk: kept values and mask bits of pruned weights, dense tensors for the rest.
 
 A compact folder is a Hugging Face model folder with `sparse.safetensors` in place of `model.safetensors`. For a pruned
 weight NAME the file holds `NAME.values` [nnz] and `NAME.bits` uint8 (see `ds_llm.kernels.packed_mask.PackedMask`), and
@@ -34,9 +34,9 @@ TABLE = "sparsity.json"
 def save(model: nn.Module, weights: dict[str, Tensor] | None, folder: str | os.PathLike) -> None:
     """Write a compact folder from the gathered `weights` of a model that `sparsify` has prepared.
 
-    weights: parameters and persistent buffers by name, on the CPU; None: the model's own, which is there whole. Masked
-    adapters are merged into the values. Raises `UserError`, before anything is written, where a tensor does not keep
-    exactly the weights it started with.
+    weights: parameters and persistent buffers by name, on the CPU; None: the model's own, which are not sharded. Masked
+    adapters are merged into the values. Raises `UserError`, before anything is written, where a tensor does not have
+    exactly the kept weights with which it started.
     """
     if weights is None:
         persistent = model.state_dict().keys()
@@ -84,7 +84,7 @@ def load_masks(folder: str | os.PathLike) -> dict[str, PackedMask]:
 
 
 def stored_masks(folder: str | os.PathLike) -> dict[str, PackedMask] | None:
-    """The masks in a model folder, of a compact checkpoint or of the mask file of `launch/prune.py`; None without."""
+    """The masks of a compact checkpoint, or of the mask file of `launch/prune.py`; None where a folder has neither."""
     if is_compact(folder):
         return load_masks(folder)
     return mask_files.load_masks(folder) if mask_files.mask_file(folder).is_file() else None
@@ -92,8 +92,10 @@ def stored_masks(folder: str | os.PathLike) -> dict[str, PackedMask] | None:
 
 @torch.no_grad()
 def load_dense(folder: str | os.PathLike, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """All tensors of a compact folder by name, pruned ones as dense tensors with exact zeros; floating ones cast to
-    `dtype` where one is given. Raises `UserError` for a damaged file."""
+    """All tensors of a compact folder by name; pruned ones are dense with exact zeros.
+
+    dtype: floating tensors are cast to it; None: as saved. Raises `UserError` for a damaged file.
+    """
     with _opened(folder) as (file, shapes):
         state = {}
         for key in file.keys():  # noqa: SIM118

@@ -1,9 +1,9 @@
-"""Layers that train only the kept weights of a pruned model, held as one vector of values and a bit mask each.
+"""Layers that train only the kept weights of a pruned model, each held as a vector of values and a bit mask.
 
-A pruned `weight` [..., C] is replaced by the parameter `weight_values` [nnz] and the mask `weight_mask`. The forward
-pass expands them to the dense weight for the matrix product; the backward pass compacts the dense gradient. Values,
-gradients and whatever an optimizer or ZeRO makes of them have the size of the kept weights, and a pruned weight cannot
-come back. Values carry `dense_shape`, the shape of the weight they stand for.
+The parameter `weight_values` [nnz] and the mask `weight_mask` replace a pruned `weight` [..., C]. The forward pass
+expands them to the dense weight for the matrix product; the backward pass compacts the dense gradient. Values,
+gradients and optimizer states have the size of the kept weights, and a pruned weight stays 0. `dense_shape` of the
+values is the shape of the dense weight.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from ds_llm.kernels.sparse_update import PackedMask, compact, expand, expand_int
 
 
 class SparseLinear(nn.Module):
-    """A linear layer y = x W^T + b of which only the kept weights of W are held and trained.
+    """A linear layer y = x W^T + b that holds and trains only the kept weights of W.
 
     values [nnz] in row-major order of mask.shape = (out_features, in_features); bias [out_features] or None. The dense
-    weight exists during a product only: neither pass keeps it for the other.
+    weight exists only during a product: the forward pass does not keep it for the backward pass.
     """
 
     sparse_leaves = ("weight",)
@@ -41,7 +41,7 @@ class SparseLinear(nn.Module):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, mask: PackedMask) -> SparseLinear:
-        """The layer that computes what `linear` does, whose weight must be 0 where the mask keeps nothing."""
+        """The layer equal to `linear`, whose weight must be 0 wherever the mask is 0."""
         return cls(compact(linear.weight.detach(), mask), mask, linear.bias)
 
     def add_lora(self, rank: int, scale: float, init: str) -> None:
@@ -60,14 +60,14 @@ class SparseLinear(nn.Module):
             nn.init.kaiming_uniform_(self.lora_A, a=5**0.5)
 
     def effective_values(self) -> Tensor:
-        """The kept weights [nnz] that the product is made with."""
+        """The kept weights [nnz] in use: with an adapter, the merged ones."""
         if self.lora_A is None:
             return self.weight_values
         return merged(self.weight_values, self.weight_mask, self.lora_A, self.lora_B, self.lora_scale)
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight [out_features, in_features], made anew at every access; its gradient reaches the values."""
+        """The dense weight [out_features, in_features], expanded at every access; differentiable in the values."""
         return expand(self.effective_values(), self.weight_mask)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -118,10 +118,10 @@ _memory = threading.local()
 
 
 def _scratch(shape: torch.Size, like: Tensor) -> Tensor | None:
-    """Memory on the CPU for one dense weight, the same at every call of a thread; None on other devices.
+    """A buffer on the CPU for one dense weight, the same at every call in a thread; None on other devices.
 
-    Pages fresh from the system cost more than what is written into them: a third of a layer's own time. Nothing that is
-    returned or saved for the backward pass may be a view of it.
+    A new allocation costs a third of a layer's time, because its pages are new. Returned tensors and those saved for
+    the backward pass must not be views of the buffer.
     """
     if like.device.type != "cpu" or torch.compiler.is_compiling():
         return None
@@ -132,22 +132,22 @@ def _scratch(shape: torch.Size, like: Tensor) -> Tensor | None:
 
 
 def merged(values: Tensor, mask: PackedMask, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """values + scale * mask * (b a) at the kept places: [nnz], of a [rank, C] and b [R, rank]."""
+    """values + scale * mask * (b a) at the kept positions: [nnz], of a [rank, C] and b [R, rank]."""
     return values + scale * compact(b @ a, mask)
 
 
 def values_parameter(values: Tensor, mask: PackedMask) -> nn.Parameter:
-    """The trainable values of a mask. Optimizers are to treat them as the matrix of `dense_shape` that they are."""
+    """The trainable values of a mask. Optimizers treat them as a matrix of `dense_shape`, with weight decay."""
     parameter = nn.Parameter(values)
     parameter.dense_shape = mask.shape
     return parameter
 
 
 def make_sparse(module: nn.Module, leaf: str, mask: PackedMask) -> None:
-    """Let any module hold the parameter `leaf` as values and mask, in place; its own code still reads a dense `leaf`.
+    """Replace the parameter `leaf` of any module by values and a mask, in place; its code still reads a dense `leaf`.
 
-    For what is no plain linear layer: stacks of experts, heads, embeddings. Where the weight is a stack (three
-    dimensions) the module's forward pass is run again in the backward pass rather than keeping the dense weights.
+    For modules other than linear layers: stacks of experts, heads, embeddings. For a stack (three dimensions) the
+    backward pass runs the module's forward pass again, so that the dense weights are not kept.
     """
     weight = getattr(module, leaf)
     stack = weight.dim() > 2

@@ -1,10 +1,10 @@
-"""Which weights of a model are kept: the mask file beside a pruned model, and masks read from a model's zeros.
+"""Masks of kept weights: the mask file beside a pruned model, and masks from a model's zeros.
 
 `masks.safetensors` holds a uint8 tensor [rows, ceil(columns / 8)] per pruned parameter, under the parameter's name as
 in `model.named_parameters()`: bit i of byte j tells whether column 8 j + i is kept, and bits past the last column are 0
 (the layout of `ds_llm.kernels.packed_mask.PackedMask`). Rows are the product of the leading dimensions, so experts
-[E, R, C] have E * R. The file's metadata holds strings: `format`, `version`, `shapes` (JSON, shape by name), and what
-the writer adds: method, density, pattern, scope and versions.
+[E, R, C] have E * R. The file's metadata holds strings: `format`, `version`, `shapes` (JSON, shape by name), and from
+the writer method, density, pattern, scope and versions.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def save_masks(folder: str | os.PathLike, masks: Mapping[str, PackedMask | Tenso
 
 
 def _ordered(content: bytes) -> bytes:
-    """A safetensors file with its metadata in order of the keys: the library writes them in a random one."""
+    """A safetensors file with sorted keys of the metadata; the library writes them in a random order."""
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
@@ -60,9 +60,9 @@ def _ordered(content: bytes) -> bytes:
 
 
 def load_masks(source: str | os.PathLike) -> dict[str, PackedMask]:
-    """Masks by parameter name, on the CPU, of a mask file or of the folder it lies in.
+    """Masks by parameter name, on the CPU. source: a mask file or its folder.
 
-    Raises `UserError` for a file that is missing, damaged or no mask file.
+    Raises `UserError` for a file that is missing, damaged or not a mask file.
     """
     path = mask_file(source)
     if not path.is_file():
@@ -93,13 +93,13 @@ def read_meta(source: str | os.PathLike) -> dict[str, str]:
 
 
 def mask_file(source: str | os.PathLike) -> Path:
-    """Path of the mask file that `source` names: the file itself or the folder it lies in."""
+    """Path of a mask file. source: the file or its folder."""
     path = Path(os.path.expanduser(str(source)))
     return path / FILE if path.is_dir() or path.suffix != ".safetensors" else path
 
 
 def from_bits(bits: Tensor, shape: list[int]) -> PackedMask:
-    """The mask of `shape` with these packed bits. Raises ValueError where they do not fit."""
+    """The mask of `shape` with these packed bits. Raises ValueError where their number is wrong."""
     columns = shape[-1]
 
     if bits.dtype != torch.uint8 or bits.dim() != 2:
@@ -116,12 +116,12 @@ def masks_from_zeros(
     min_zero_share: float = ZERO_SHARE,
     include: Iterable[str] = (),
 ) -> dict[str, PackedMask]:
-    """Masks of the weights that are pruned already, by name: kept is what is not exactly 0.
+    """Masks, by name, of weights that are pruned already: weights that are not exactly 0 are kept.
 
-    source: a causal language model, whose linear layers and experts are looked at (with `include` also its "head" or
-    "embeddings"); or (name, tensor) pairs, of which all tensors of two or more dimensions are. Weights with a smaller
-    share of zeros than `min_zero_share` are dense and get no mask. A kept weight that is 0 cannot be told from a pruned
-    one here; only a mask file can.
+    source: a causal language model, of which linear layers and experts are examined (with `include` also the "head" or
+    the "embeddings"); or (name, tensor) pairs, of which all tensors with two or more dimensions are. Weights with a
+    smaller share of zeros than `min_zero_share` are dense and get no mask. A kept weight with the value 0 counts as
+    pruned here; only a mask file can say otherwise.
     """
     if isinstance(source, nn.Module):
         source = ((target.name, target.weight) for target in prunable(source, include))

@@ -1,4 +1,4 @@
-"""Compact training of whole models: which weights are held as values and masks, and what that saves."""
+"""Compact training of whole models: replaces pruned weights by values and masks, and reports the memory it saves."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ds_llm.sparsity.linear import SparseLinear, make_sparse
 
 
 class SparseTensor(NamedTuple):
-    """A pruned weight of a model: its `name` in the dense model, the module that holds it and its name in there."""
+    """A pruned weight: its `name` in the dense model, the module that holds it, and its name in that module."""
 
     name: str
     module: nn.Module
@@ -31,23 +31,23 @@ class SparseTensor(NamedTuple):
 def sparsify(model: nn.Module, masks: Mapping[str, PackedMask]) -> nn.Module:
     """Hold the masked weights of a model as values and masks, in place; returns the model.
 
-    masks: by name of the parameter, as of `ds_llm.sparsity.masks.load_masks`. Raises `UserError` for a mask that is not
-    of this model, for a weight that its mask drops though it is not 0, and for embeddings tied to the output head,
-    which are to stay dense.
+    masks: by name of the parameter, as from `ds_llm.sparsity.masks.load_masks`. Raises `UserError` for a mask of
+    another model, for a weight that is not 0 where its mask is 0, and for embeddings tied to the output head, which
+    must stay dense.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    places = {}
+    names = {}
     for name, parameter in parameters.items():
-        places.setdefault(id(parameter), []).append(name)
+        names.setdefault(id(parameter), []).append(name)
     for name, mask in masks.items():
         if name not in parameters:
             raise UserError(f"masks: the model has no weight {name}: they belong to another model")
         weight = parameters.pop(name)
         if weight.shape != mask.shape:
             raise UserError(f"masks: {name} is {list(weight.shape)} in the model and {list(mask.shape)} in the mask")
-        if len(places[id(weight)]) > 1:
+        if len(names[id(weight)]) > 1:
             raise UserError(
-                f"masks: {' and '.join(places[id(weight)])} are one weight; tied embeddings must stay dense in training"
+                f"masks: {' and '.join(names[id(weight)])} are one weight; tied embeddings must stay dense in training"
             )
         check_zeros(name, weight, mask)
         path, _, leaf = name.rpartition(".")
@@ -63,14 +63,14 @@ def sparsify(model: nn.Module, masks: Mapping[str, PackedMask]) -> nn.Module:
 
 
 def check_zeros(name: str, weight: Tensor, mask: PackedMask) -> None:
-    """Raise `UserError` unless `weight` is 0 wherever its mask keeps nothing."""
+    """Raise `UserError` unless `weight` is 0 wherever its mask is 0."""
     lost = int(weight.count_nonzero()) - int(compact(weight.detach(), mask).count_nonzero())
     if lost:
         raise UserError(f"masks: {lost:,} weights of {name} that the mask drops are not 0; prune the model with it")
 
 
 def sparse_tensors(model: nn.Module) -> Iterator[SparseTensor]:
-    """The weights that are held as values and masks, in the order of the model's modules."""
+    """The weights held as values and masks, in the order of the model's modules."""
     for path, module in model.named_modules():
         for leaf in getattr(type(module), "sparse_leaves", ()):
             yield SparseTensor(f"{path}.{leaf}" if path else leaf, module, leaf)
@@ -82,7 +82,7 @@ def is_sparse(model: nn.Module) -> bool:
 
 
 def freeze_dense(model: nn.Module) -> None:
-    """Leave only the kept values of pruned weights trainable."""
+    """Freeze all weights but the kept values of pruned ones."""
     values = {id(tensor.values) for tensor in sparse_tensors(model)}
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.requires_grad and id(parameter) in values)
@@ -91,8 +91,8 @@ def freeze_dense(model: nn.Module) -> None:
 def add_lora(model: nn.Module, targets: list[str], rank: int, scale: float, init: str) -> int:
     """Train masked adapters of the pruned linear layers and nothing else; returns their number.
 
-    targets: ["all-linear"] for all pruned linear layers, or ends of their names. Raises `UserError` for one that no
-    pruned linear layer has.
+    targets: ["all-linear"] for all pruned linear layers, or ends of their names. Raises `UserError` for a target that
+    matches no pruned linear layer.
     """
     model.requires_grad_(False)
     layers = {name: m for name, m in model.named_modules() if isinstance(m, SparseLinear)}
@@ -109,8 +109,8 @@ def add_lora(model: nn.Module, targets: list[str], rank: int, scale: float, init
 
 
 def summary(model: nn.Module, dtype: str) -> dict[str, float]:
-    """What compact training holds: weights `kept` of the `prunable` ones in `layers` tensors, their share `density`,
-    and bytes of the state, `state_bytes` against `dense_state_bytes`.
+    """Size of compact training: weights `kept` of the `prunable` ones in `layers` tensors, their share `density`, and
+    bytes of the state, `state_bytes`, against those of dense training, `dense_state_bytes`.
 
     The state is a weight, its gradient, Adam's two moments and, in 16 bits, the fp32 master copy: 16 bytes per trained
     weight (summed over all ranks); 4 per frozen one, 2 with the `dtype` bf16 or fp16; and the masks. Dense training

@@ -1,4 +1,4 @@
-"""Which weights of a causal language model can be pruned, and the blocks they lie in."""
+"""The prunable weights of a causal language model, and its blocks."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ OUT, IN = "down_proj", ("gate_up_proj", "up_proj")  # the 3-D parameters of expe
 
 @dataclass(frozen=True)
 class Target:
-    """A weight that can be pruned.
+    """A prunable weight.
 
-    `name` is that of the parameter in `model.named_parameters()`; `weight` is [rows, columns], or [experts, rows,
-    columns] of a stack of experts; columns are the inputs. `kind` is linear, experts or embedding.
+    name: of the parameter in `model.named_parameters()`. weight: [rows, columns], or [experts, rows, columns] for a
+    stack of experts; columns are the inputs. kind: linear, experts or embedding.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Target:
 def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """The model's blocks in order, each with its name: the list with as many modules as the model has layers.
 
-    Raises `UserError` for a model without such a list, and for a boosted one, which has several.
+    Raises `UserError` for a model without such a list, and for a boosted model, which has several.
     """
     if isinstance(model, QwenBoostForCausalLM):
         raise UserError(BOOSTED)
@@ -57,7 +57,7 @@ def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
 def block_targets(prefix: str, block: nn.Module) -> list[Target]:
     """The prunable weights of one block, in order: linear layers but routers, and experts.
 
-    Raises `UserError` for weights stored transposed ([inputs, outputs]) or packed: what a row is differs there.
+    Raises `UserError` for weights that are stored transposed ([inputs, outputs]) or packed, whose rows differ.
     """
     found = []
     for path, module in block.named_modules():
@@ -93,7 +93,7 @@ def prunable(model: nn.Module, include: Iterable[str] = ()) -> list[Target]:
 
 
 def ends(model: nn.Module, include: Iterable[str]) -> list[Target]:
-    """The output head and the embeddings as targets, those that are asked for."""
+    """The output head and the embeddings as targets, where `include` names them."""
     include, found = set(include), []
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
@@ -107,7 +107,7 @@ def ends(model: nn.Module, include: Iterable[str]) -> list[Target]:
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Whether a module is a stack of experts: 3-D weights, and a forward that is told the routing."""
+    """Whether a module is a stack of experts: it has 3-D weights, and its forward takes the routing."""
     if not (isinstance(module, Experts) or apply_gate(module)):
         return False
     stacks = {name for name, p in module.named_parameters(recurse=False) if p.dim() == 3}
@@ -115,12 +115,12 @@ def is_experts(module: nn.Module) -> bool:
 
 
 def expert_input(module: nn.Module) -> str:
-    """Name of the parameter that the experts' inputs meet."""
+    """Name of the first weight of the experts, which multiplies their inputs."""
     return next(name for name in IN if getattr(module, name, None) is not None)
 
 
 def expert_rows(module: nn.Module, args: tuple, kwargs: dict) -> tuple[Tensor, Tensor]:
-    """Hidden states [T, H] and chosen experts [T, K] of a call of experts, whichever way round its arguments are.
+    """Hidden states [T, H] and chosen experts [T, K] from the arguments of a call of experts, in either order.
 
     Ours take (hidden, weights, experts), those of transformers (hidden, experts, weights).
     """
@@ -131,7 +131,7 @@ def expert_rows(module: nn.Module, args: tuple, kwargs: dict) -> tuple[Tensor, T
 
 
 def expert_hidden(module: nn.Module, rows: Tensor, expert: int) -> Tensor:
-    """What expert number `expert` makes of its input rows [T, H] and multiplies by its `down_proj`: [T, I]."""
+    """The hidden activations [T, I] of expert `expert` for input rows [T, H]: the input of its `down_proj`."""
     name = expert_input(module)
     bias = getattr(module, f"{name}_bias", None) if getattr(module, "has_bias", False) else None
     out = nn.functional.linear(rows, getattr(module, name)[expert], None if bias is None else bias[expert])
