@@ -22,6 +22,6 @@ def count_tokens(batch: dict[str, torch.Tensor]) -> int:
 
 
 def count_processed(batch: dict[str, torch.Tensor]) -> int:
-    """Tokens of a micro-batch that are no padding, whether they carry loss or not."""
+    """Tokens of a micro-batch without padding, with or without loss."""
     mask = batch.get("attention_mask", batch.get("token_mask"))
     return batch["labels"].numel() if mask is None else int(mask.sum())

@@ -1,10 +1,10 @@
-"""Conversations as tokens, and which of them the assistant says, for any chat template.
+"""Conversations as tokens, with a mask of the assistant's answers, for any chat template.
 
-A template is a program, so the turns are found by experiment, on text: the conversation is rendered once as it is, and
-once more for each answer with that answer replaced by a marker. Where the two texts differ lies the answer, and nothing
-else may differ; what the template puts before it is known from its generation prompt, and the token that ends the turn
-from what follows. Templates that rewrite earlier turns, trim, insert a system message or a date therefore need no
-special case. Templates with `{% generation %}` say themselves where the answers are.
+A template is a program, so this module finds the answers by experiment on the rendered text. It renders the
+conversation as it is, and once more for each answer with that answer replaced by a marker. The answer is where the two
+texts differ, and nothing else may differ. The generation prompt shows the header before an answer, and the text behind
+it shows the token that ends the turn. So templates that rewrite earlier turns, trim, or insert a system message or a
+date need no special case. Templates with `{% generation %}` mark the answers themselves.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ _MARK = "\ue000\ue001\ue002"  # private-use characters: neither a template nor a
 
 
 class Unmaskable(RowError):
-    """A conversation for which it cannot be told which tokens the assistant says; `reason` is a key of REASONS."""
+    """A conversation whose answers cannot be found in the rendered text; `reason` is a key of REASONS."""
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """input_ids [n], and trained [n]: whether token i carries loss (as the token to predict, not shifted)."""
+    """input_ids [n]; trained [n]: whether token i carries loss when it is predicted (not shifted)."""
 
     input_ids: list[int]
     trained: list[bool]
@@ -47,7 +47,7 @@ class Encoded:
 
 @dataclass(frozen=True, slots=True)
 class _Template:
-    """A chat template: its text, what it puts before an answer, what ends a turn ("" if nothing), special tokens."""
+    """A chat template: its text, the header before an answer, the end of a turn ("" if none), special tokens."""
 
     text: str
     header: str
@@ -135,7 +135,7 @@ def find_answers(tokenizer, messages: list[dict], tools: list[dict] | None = Non
 
 @lru_cache(maxsize=16)
 def _template(tokenizer, text: str) -> _Template:
-    """What a plain question and answer show of the template."""
+    """The template's header and end of turn, from a plain question and answer."""
     question = {"role": "user", "content": _MARK}
     without = render(tokenizer, [question], chat_template=text)
     header = render(tokenizer, [question], chat_template=text, add_generation_prompt=True)
@@ -165,7 +165,7 @@ def _any_of(tokens: set[str]) -> re.Pattern:
 
 
 def _common(a: str, b: str) -> int:
-    """Length of the longest common beginning."""
+    """Length of the common prefix."""
     low, high = 0, min(len(a), len(b))
     while low < high:
         middle = (low + high + 1) // 2
@@ -190,7 +190,7 @@ def _check_contents(template: _Template, messages: list[dict], tools: list[dict]
 
 
 def _marked_spans(tokenizer, template: _Template, messages, tools) -> list[tuple[int, int]]:
-    """What the template itself marks by `{% generation %}`, without the header."""
+    """The spans that the template marks by `{% generation %}`, without the header."""
     if not re.search(r"\{%-?\s*generation\s*-?%\}", template.text):
         return []
     from ds_llm.compat.transformers import render_jinja_template
@@ -207,15 +207,15 @@ def _marked_spans(tokenizer, template: _Template, messages, tools) -> list[tuple
 
 
 def _after(text: str, header: str, start: int) -> int:
-    """`start`, or where the header ends that it is the beginning or the middle of."""
+    """`start`, or the end of the header where `start` lies in one."""
     at = text.rfind(header, max(0, start - len(header)), start + len(header)) if header else -1
     return start if at < 0 else at + len(header)
 
 
 def _whole_turn(template: _Template, text: str, start: int, end: int, i: int) -> tuple[int, int]:
-    """A span that the template marks, cut behind its end-of-turn token, or extended through the one that follows.
+    """A span that the template marks, cut behind its end-of-turn token or extended to include it.
 
-    Where not even a plain answer ends with a token, the span is what it was marked to be.
+    In a template whose turns end without a token the span stays as marked.
     """
     inside = list(template.special.finditer(text, start, end))
     if inside and not text[inside[-1].end() : end].strip():
@@ -229,7 +229,7 @@ def _whole_turn(template: _Template, text: str, start: int, end: int, i: int) ->
 
 
 def _locate(tokenizer, template: _Template, messages, tools, text: str, i: int, done: int) -> tuple[int, int]:
-    """[start, end) in `text` of what the assistant says in message i; the answer before it ends at `done`."""
+    """[start, end) in `text` of the assistant's message i; the answer before it ends at `done`."""
     problem = Unmaskable("answer not found", f"message {i + 1} does not show in the rendered text")
     for changed in _changes(messages[i]):
         try:
@@ -249,7 +249,7 @@ def _locate(tokenizer, template: _Template, messages, tools, text: str, i: int, 
 
 
 def _changes(message: dict) -> list[dict]:
-    """The message with a marker in place of what it says: as plain text, or in the arguments of its tool calls."""
+    """Variants of the message with a marker for its content: as plain text, or in the arguments of its tool calls."""
     plain = {"role": message["role"], "content": _MARK}
     if not message.get("tool_calls"):
         return [plain]
@@ -261,7 +261,7 @@ def _changes(message: dict) -> list[dict]:
 
 
 def _behind_header(tokenizer, template: _Template, messages, tools, text, i: int, done: int, content: int) -> int:
-    """Where the answer whose content begins at `content` begins: there, or sooner, where its header ends."""
+    """Start of the answer whose content begins at `content`: there, or earlier, where its header ends."""
     at = text.rfind(template.header, done, content) if template.header else -1
     start = content if at < 0 else at + len(template.header)
     if start < content and i and messages[i - 1]["role"] != "assistant":
@@ -274,7 +274,7 @@ def _behind_header(tokenizer, template: _Template, messages, tools, text, i: int
 
 
 def _behind_before(tokenizer, template: _Template, messages, tools, text: str, i: int) -> int:
-    """Where message i begins in `text`: behind the messages before it, and behind as much of the header as is there."""
+    """Start of message i in `text`: behind the earlier messages and the part of the header that follows them."""
     before = render(tokenizer, messages[:i], tools) if i else ""
     if not text.startswith(before):
         raise Unmaskable("answer not found", f"message {i + 1} has no header, and changes what is rendered before it")
@@ -282,9 +282,9 @@ def _behind_before(tokenizer, template: _Template, messages, tools, text: str, i
 
 
 def _difference(template: _Template, text: str, other: str, name: str) -> tuple[int, int]:
-    """[start, end) of the part of `text` that differs in `other`, where a marker is in one message only.
+    """[start, end) of the part of `text` that differs from `other`, which has a marker in one message.
 
-    Special tokens are not cut in two. `Unmaskable` when more than that message differs, such as the time of day.
+    Does not cut special tokens in two. Raises `Unmaskable` where other parts differ too, such as the time of day.
     """
     start, rest = _common(text, other), _common(text[::-1], other[::-1])
     before, _, after = other[start : len(other) - rest].partition(_MARK)
@@ -319,7 +319,7 @@ def _turn_end(tokenizer, template: _Template, messages, tools, text: str, i: int
 
 
 def tokenise(tokenizer, text: str, spans: list[tuple[int, int]]) -> Encoded:
-    """Tokens of a rendered text; trained is every token that holds a character of a span. No special token is added."""
+    """Tokens of a rendered text, without added special tokens. Every token with a character of a span is trained."""
     if not tokenizer.is_fast:
         return _tokenise_stepwise(tokenizer, text, spans)
     out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
@@ -333,7 +333,7 @@ def tokenise(tokenizer, text: str, spans: list[tuple[int, int]]) -> Encoded:
 
 
 def _tokenise_stepwise(tokenizer, text: str, spans: list[tuple[int, int]]) -> Encoded:
-    """The same for tokenizers without offsets: the tokens of the text up to each boundary must begin the whole's."""
+    """`tokenise` for tokenizers without offsets: the tokens of each prefix must be a prefix of all tokens."""
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     trained = [False] * len(ids)
     for span in spans:

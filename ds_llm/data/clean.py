@@ -1,4 +1,4 @@
-"""Cleaning: valid rows with text of a wanted length, each text once; every other row is named with its reason."""
+"""Cleaning: keeps valid rows with text of the wanted length, each text once, and lists every dropped row."""
 
 from __future__ import annotations
 

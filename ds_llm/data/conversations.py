@@ -49,7 +49,7 @@ REASONS = {
 
 
 class RowError(Exception):
-    """A row that cannot be used: `reason` is one of a few names to count by, `detail` says what and where."""
+    """A row that cannot be used. reason: one of a few names, for counts. detail: what is wrong and where."""
 
     def __init__(self, reason: str, detail: str = ""):
         super().__init__(f"{reason} ({detail})" if detail else reason)
@@ -60,11 +60,11 @@ class RowError(Exception):
 
 
 class Malformed(RowError):
-    """A row that is not of its format; `reason` is a key of REASONS."""
+    """A row that does not follow its format; `reason` is a key of REASONS."""
 
 
 def detect(row: dict) -> str | None:
-    """The format of a row by its fields, the most telling first; None when it has the fields of none."""
+    """The format of a row, by its fields; None where it has the fields of no format."""
     for name, fields in FIELDS.items():
         if all(row.get(field) is not None for field in fields):
             return name
@@ -179,7 +179,7 @@ def _message(value, where: str) -> dict:
 
 
 def _content(value, where: str) -> str:
-    """Content as one text: null is empty, a list of text parts is joined."""
+    """Content as one text: null becomes empty, text parts are joined."""
     if value is None:
         return ""
     if isinstance(value, str):

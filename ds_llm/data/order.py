@@ -1,4 +1,4 @@
-"""The order of samples as a pure function of (seed, epoch, position): nothing to save, nothing to replay.
+"""The order of samples: a pure function of (seed, epoch, position), without state to save or to replay.
 
 Position p of a run (p = samples consumed so far) belongs to epoch p // n. Within an epoch the samples are sorted by a
 64-bit hash of (seed, epoch, sample), the SplitMix64 finaliser (Steele et al., 2014), so the order depends neither on
@@ -54,6 +54,6 @@ class SampleOrder:
 def micro_batch(order: SampleOrder, start: int, micro_step: int, rank: int, world_size: int, size: int) -> np.ndarray:
     """Samples of one rank in one micro-step of the optimizer step whose first sample is at position `start`.
 
-    The global batch is the same set of positions for every split of it into ranks and micro-steps.
+    The global batch has the same positions for every split into ranks and micro-steps.
     """
     return order.take(start + (micro_step * world_size + rank) * size, size)

@@ -1,6 +1,6 @@
 """Rows of equal cost from documents of unequal length: packs of whole documents, or padded groups of similar length.
 
-Both plans are pure functions of the lengths, made before the samples are ordered: a pack, or a group, is a sample.
+Both are pure functions of the lengths, computed before the samples are ordered: a pack or a group is a sample.
 """
 
 from __future__ import annotations
@@ -101,8 +101,8 @@ class PackedSamples:
     def batch(self, indices) -> dict[str, Tensor]:
         """`input_ids`, `labels`, `position_ids` int64 [B, S] of the packs `indices`; S is the longest of them.
 
-        Positions restart at 0 with every document, which keeps their attention apart. What fills a shorter row is a
-        document of its own without labels; `token_mask` [B, S] is False there. It is left out when no row is shorter.
+        Positions restart at 0 with every document, which separates their attention. A shorter row is filled with
+        another document without labels, where `token_mask` [B, S] is False; without shorter rows there is no mask.
         """
         rows = [[self.documents.example(i) for i in self.packs[index]] for index in indices]
         used = [sum(len(ids) for ids, _ in row) for row in rows]

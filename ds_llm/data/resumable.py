@@ -1,8 +1,7 @@
-"""Outputs that survive being killed: unfinished work lies in `.partial` files beside a record of how far it is good.
+"""Outputs that survive a kill: `.partial` files with unfinished work, and a record of how much of them is valid.
 
 For the output `FILE`: `FILE.partial.json` is the record (settings, position in the inputs, lengths of the partial
-files); `.FILE.lock` keeps two runs apart; `FILE.stats.json` is written last and says that the output is whole and
-which settings it was made from.
+files); `.FILE.lock` excludes a second run; `FILE.stats.json` is written last, with the settings of the whole output.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ def dump(content: dict) -> bytes:
 
 
 class AppendFile:
-    """A `.partial` file that grows; opened at `size` bytes it drops whatever an interrupted run wrote behind them."""
+    """A `.partial` file that grows. Opening it at `size` bytes drops what an interrupted run wrote behind them."""
 
     def __init__(self, target: Path, size: int = 0):
         self.target, self.path = target, partial(target)
@@ -66,7 +65,7 @@ class AppendFile:
         self.size += self.file.write(data)
 
     def save(self) -> int:
-        """Bring everything written to the disk; the size in bytes."""
+        """Flush the file to the disk. Returns its size in bytes."""
         self.file.flush()
         os.fsync(self.file.fileno())
         return self.size
@@ -78,8 +77,8 @@ class AppendFile:
 class Run:
     """One resumable run for `output`; see `resumable`.
 
-    finished: the output is there already, made from the same settings, and `statistics` are its. state: what the
-    interrupted run saved last, empty for a new one.
+    finished: the output exists already, with the same settings, and `statistics` are its statistics. state: the last
+    state that an interrupted run saved, empty for a new run.
     """
 
     def __init__(self, output: Path, settings: dict, overwrite: bool):
@@ -114,12 +113,12 @@ class Run:
         return monotonic() - self._saved >= seconds
 
     def save(self, state: dict) -> None:
-        """Record how far the partial files, which are on the disk already, are good."""
+        """Record how much of the partial files, which are flushed already, is valid."""
         write_atomically(self.record, dump({"settings": self.settings, "state": state}))
         self._saved = monotonic()
 
     def discard(self, files: list[AppendFile]) -> None:
-        """Remove the unfinished work, when going on with it cannot help."""
+        """Remove the unfinished work, where continuing it is of no use."""
         for file in files:
             file.close()
             file.path.unlink(missing_ok=True)
@@ -148,7 +147,7 @@ class Run:
         return self.statistics
 
     def _publish(self, moves: list[list[str]], scratch: list[str]) -> None:
-        """Rename what is not renamed yet; called again after a kill at any point it ends the same."""
+        """Rename the files that are not renamed yet. A second call after a kill gives the same result."""
         waiting = [(source, target) for source, target in moves if os.path.exists(source)]
         for _, target in waiting[1:]:  # a reader never sees an index or statistics of other contents
             Path(target).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""From raw records to documents: each record is either a `Document` or a `Reject` with its reason and its number."""
+"""Raw records as documents: each becomes a `Document` or a `Reject` with its number and reason."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def _line(number: int, line: bytes) -> tuple[int, dict] | Reject:
 
 
 def load_json(text: str):
-    """The value of a JSON text. `ValueError` when it is none (NaN and infinities are none), or too deep."""
+    """The value of a JSON text. Raises `ValueError` for invalid JSON, NaN, infinities and too many levels."""
     try:
         value = json.loads(text, parse_constant=_no_constant)
     except RecursionError:
@@ -159,7 +159,7 @@ def _kind(value) -> str:
 def to_json(row: dict) -> bytes:
     """A row as one line of UTF-8 JSON without the newline.
 
-    What JSON lacks and Parquet has: dates and decimals become strings, bytes base64, NaN and infinities null.
+    Values of Parquet that JSON lacks: dates and decimals become strings, bytes base64, NaN and infinities null.
     """
     try:
         text = json.dumps(row, ensure_ascii=False, allow_nan=False, default=_plain)

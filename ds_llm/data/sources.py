@@ -1,4 +1,4 @@
-"""Where rows come from: local files, or a data set of the Hugging Face hub; what they hold, as a hash; built results.
+"""Sources of rows: local files or data sets of the Hugging Face hub, hashes of their content, cached results.
 
 A source is a file, a folder or a glob as `ds_llm.data.files` reads them, or the name of a data set on the hub:
 `owner/name`, `owner/name/config` and either with `:split` behind it (`train` when there is none). A folder that
@@ -45,7 +45,7 @@ class Source:
         return self.dataset.data.nbytes if self.dataset is not None else sum(file.size for file in self.files)
 
     def changed(self) -> bool:
-        """Whether a file is no more the one that was found: its size or the time of its last change differs."""
+        """Whether the size or modification time of a file has changed since it was found."""
         found = [(file, file.path.stat()) for file in self.files]
         return any((stat.st_size, stat.st_mtime_ns) != (file.size, file.modified) for file, stat in found)
 
@@ -72,7 +72,7 @@ class Source:
 
 
 def resolve(names: Iterable[str | os.PathLike]) -> list[Source]:
-    """The sources of these names, in order. `UserError` when one is neither there nor loadable."""
+    """The sources of these names, in order. Raises `UserError` for a name that cannot be found or loaded."""
     names = [os.fspath(name) for name in names]
     if not names:
         raise UserError("no data given: name files, folders, globs or data sets of the hub")
@@ -124,7 +124,7 @@ def _local(name: str, folder: str, split: str, saved: bool):
 
 
 def digests(sources: list[Source], cache: Path) -> list[str]:
-    """sha256 (hex) of what each source holds: file contents in order, or what `datasets` knows the data set by.
+    """sha256 (hex) of each source: of its files' contents in order, or of the data set's fingerprint in `datasets`.
 
     A file is read once: its hash is kept in `cache` for as long as path, size and modification time stay the same.
     """
@@ -153,7 +153,7 @@ def digests(sources: list[Source], cache: Path) -> list[str]:
 
 @contextmanager
 def _saying(folder: Path) -> Iterator[None]:
-    """Makes an `OSError`, as on a full or read-only disk, a `UserError`."""
+    """Turn an `OSError` of the block, as on a full or read-only disk, into a `UserError`."""
     try:
         yield
     except OSError as error:
@@ -161,10 +161,10 @@ def _saying(folder: Path) -> Iterator[None]:
 
 
 def build_once(cache: Path, key: str, build: Callable[[Path], None]) -> Path:
-    """The folder of `key` in `cache`, made by `build(folder)` when it is not there.
+    """The folder of `key` in `cache`; `build(folder)` creates it where it is missing.
 
-    One process builds while others that want the same wait; the folder appears when it is whole. No process group is
-    needed, and none may be waiting: with several processes, call this before they meet in a collective.
+    One process builds while others that need the same folder wait. The folder appears when it is whole. This needs no
+    process group. With several processes call it before their first collective, so that none waits there.
     """
     folder = cache / key[:32]
     with _saying(folder):

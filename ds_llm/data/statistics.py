@@ -1,4 +1,4 @@
-"""What preparation counted: lengths of documents, dropped rows; as JSON, as a table and as a picture."""
+"""Statistics of the preparation: lengths of documents and dropped rows, as JSON, table and picture."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def write_rejects(out: AppendFile, file: Path, rejects: list[Reject], state: dic
 
 
 def nothing_left(state: dict) -> str:
-    """Why no document came of the input."""
+    """The reason why the input gave no document."""
     if not state["records"]:
         return "the input holds no rows"
     reasons = ", ".join(f"{reason} {count:,}" for reason, count in state["dropped"].items())

@@ -1,4 +1,4 @@
-"""Supervised samples: conversations and texts as tokens with the labels of what is to be learnt.
+"""Supervised samples: conversations and texts as tokens, with labels for the trained tokens.
 
 Made once per data, tokenizer and options, in a folder of the cache:
 
@@ -161,7 +161,7 @@ def prepare(
 
 
 def find_format(source: Source, formats: Sequence[str]) -> str:
-    """The format of most of a source's first rows. `UserError` when that is none of `formats`."""
+    """The format of most of a source's first rows. Raises `UserError` where it is not among `formats`."""
     first = list(islice(source.rows(), FORMAT_ROWS))
     names = Counter(filter(None, map(conversations.detect, first)))
     name = names.most_common(1)[0][0] if names else None
@@ -288,7 +288,7 @@ def _open(path: Path, dtype: str = "u1") -> np.ndarray:
 
 
 def _nothing(names: list, folder: Path, report: dict) -> str:
-    """Why nothing would be trained."""
+    """The reason why nothing would be trained."""
     where = ", ".join(map(str, names))
     if not report["rows"]:
         return f"{where}: holds no rows"

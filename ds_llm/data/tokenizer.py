@@ -1,4 +1,4 @@
-"""Training and loading tokenizers."""
+"""Trains, loads and saves tokenizers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CHAT_TEMPLATE = (
 
 
 def load_tokenizer(path: str | os.PathLike):
-    """The tokenizer in a folder, or of that name on the hub. `UserError` when there is none."""
+    """The tokenizer in a folder or of a hub name. Raises `UserError` where there is none."""
     from transformers import AutoTokenizer
 
     try:
@@ -43,8 +43,10 @@ def load_tokenizer(path: str | os.PathLike):
 
 
 def save_tokenizer(tokenizer, folder: str | os.PathLike) -> None:
-    """Write a tokenizer's files into `folder`. `OSError` where they cannot be written: the library for fast tokenizers
-    raises a bare `Exception` with the number of the error in its text."""
+    """Write a tokenizer's files into `folder`. Raises `OSError` where they cannot be written.
+
+    The library of fast tokenizers raises a bare `Exception` with the error number in its text instead.
+    """
     try:
         tokenizer.save_pretrained(folder)
     except Exception as error:

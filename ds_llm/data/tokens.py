@@ -1,4 +1,4 @@
-"""Token files: `NAME.bin` holds the tokens, `NAME.idx` says where documents begin and which tokenizer made them.
+"""Token files: `NAME.bin` holds the tokens, `NAME.idx` the bounds of documents and the tokenizer.
 
 `NAME.bin` is a flat array of little-endian uint16 (vocabularies up to 65,536) or uint32; each document is followed by
 the end-of-text token. `NAME.idx` is one line of JSON (the fields of `TokenFile.meta`), padded with blanks to a multiple
@@ -32,10 +32,10 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 def tokenizer_hash(tokenizer) -> str:
-    """sha256 (hex) of what decides which ids a text becomes.
+    """sha256 (hex) of all parts of a tokenizer that decide the ids of a text.
 
-    tokenizer: a transformers tokenizer, or a folder or name for `AutoTokenizer`. Vocabulary, merges, added tokens,
-    normaliser and pre-tokeniser count; chat template, truncation, padding and special-token templates do not.
+    These are vocabulary, merges, added tokens, normaliser and pre-tokeniser; chat template, truncation, padding and
+    special-token templates do not count. tokenizer: of transformers, or a folder or name for `AutoTokenizer`.
     """
     if isinstance(tokenizer, (str, os.PathLike)):
         from ds_llm.data.tokenizer import load_tokenizer
@@ -59,8 +59,8 @@ def index_path(path: str | os.PathLike) -> Path:
 class TokenWriter:
     """Writes a token file document by document; it appears under its name only when `close` has finished.
 
-    Used as a context manager it closes on success and removes the unfinished files on an exception. `state`, what
-    `save` returned, continues the unfinished files of an interrupted writer.
+    As a context manager it closes on success and removes the unfinished files on an exception. state: from `save` of an
+    interrupted writer, whose unfinished files are continued.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class TokenWriter:
         self.documents += len(lengths)
 
     def save(self) -> dict:
-        """Bring what was appended to the disk; the state to continue from."""
+        """Flush the appended tokens to the disk. Returns the state from which a writer can continue."""
         for file in self.files:
             file.save()
         return {"tokens": self.token_count, "documents": self.documents}
@@ -127,7 +127,7 @@ class TokenWriter:
         return np.diff(np.fromfile(self._boundaries.path, "<i8"))
 
     def seal(self) -> None:
-        """Write the index, still as a partial file, and close; the caller puts the files in place."""
+        """Write the index, still as a partial file, and close. The caller renames the files."""
         self.save()
         self.meta |= {"tokens": self.token_count, "documents": self.documents, "sha256": self._sha.hexdigest()}
         header = json.dumps(self.meta, sort_keys=True).encode()
@@ -141,7 +141,7 @@ class TokenWriter:
             os.fsync(out.fileno())
 
     def close(self) -> None:
-        """Put both files in place: the index goes last, so a `.bin` without `.idx` is an unfinished one."""
+        """Rename both files to their final names, the index last: a `.bin` without `.idx` is unfinished."""
         self.seal()
         index = index_path(self.path)
         index.unlink(missing_ok=True)
@@ -216,7 +216,7 @@ class TokenFile:
 
     @property
     def tokenizer_path(self) -> str | None:
-        """Folder or hub name of the tokenizer that made the file: where it lies relative to the file, or lay then."""
+        """Folder or hub name of the file's tokenizer: its folder relative to the file, or its path at that time."""
         relative = self.meta.get("tokenizer_relative")
         if relative and (self.path.parent / relative).is_dir():
             return os.path.normpath(self.path.parent / relative)
@@ -233,8 +233,10 @@ class TokenFile:
             )
 
     def check_untouched(self) -> None:
-        """Raise `UserError` when the tokens were written to after their index and are no more what it says; a file
-        that is older than its index is taken to be whole."""
+        """Raise `UserError` where the tokens changed after their index was written.
+
+        A file that is older than its index counts as unchanged.
+        """
         if self.path.stat().st_mtime_ns > index_path(self.path).stat().st_mtime_ns:
             console.print(f"{self.path}: is newer than its index; comparing its checksum")
             self.verify()
@@ -250,7 +252,7 @@ class TokenFile:
             )
 
     def verify(self) -> None:
-        """Read the whole file: `UserError` when its checksum, boundaries or token ids are not what the index says."""
+        """Read the whole file. Raises `UserError` where checksum, boundaries or token ids do not match the index."""
         digest = hashlib.sha256()
         for start in range(0, len(self.tokens), COPY_BYTES):
             part = np.asarray(self.tokens[start : start + COPY_BYTES])

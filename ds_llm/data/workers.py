@@ -1,4 +1,4 @@
-"""Input files through worker processes, results in the order of the input."""
+"""Processes input files in worker processes, with results in the order of the input."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ def process(
 def ordered(make: Callable[..., Callable], arguments: tuple, batches: Iterable, workers: int) -> Iterator[tuple]:
     """Yield (batch, result) in the order of `batches`; each worker builds its function once, by `make(*arguments)`.
 
-    `make` is a module-level function and its module imports little: workers are fresh interpreters. With one worker
-    the work happens in this process. At most four batches per worker are under way, so memory stays bounded. A worker
-    that dies is a `UserError`; workers end when this process does, however it ends.
+    make: a module-level function in a module with few imports, since workers are fresh interpreters. One worker means
+    this process. At most four batches per worker are in progress, which bounds the memory. Raises `UserError` where a
+    worker dies. Workers end with this process, however it ends.
     """
     if workers <= 1:
         function = make(*arguments)
@@ -75,11 +75,11 @@ def ordered(make: Callable[..., Callable], arguments: tuple, batches: Iterable, 
 
 
 def _submit(pool: ProcessPoolExecutor, batch):
-    """Submit with Ctrl-C held back until that is done, since it may start workers.
+    """Submit a batch, with Ctrl-C held back meanwhile, since this may start workers.
 
-    A worker that starts meanwhile inherits that this thread blocks the signal, and leaves the interrupt to its parent.
-    Blocking alone does not hold it back here: another thread, such as that of the progress bar, takes it and Python
-    interrupts this one, which then leaves a worker with half of what it needs to start.
+    A worker that starts now inherits the blocked signal and leaves the interrupt to its parent. Blocking the signal is
+    not enough: another thread, such as the progress bar's, may receive it, and Python then interrupts this thread while
+    a worker is only half started.
     """
     if threading.current_thread() is not threading.main_thread():  # which alone is interrupted
         return pool.submit(_call, batch)

@@ -4,7 +4,7 @@ NAMES = ("Completion", "Generator", "Prompt", "SamplingParams")  # the Python AP
 
 
 def __getattr__(name: str):
-    """The names of the Python API, without the cost of transformers for who wants the options alone."""
+    """The names of the Python API, imported on first use: the options alone need no transformers."""
     if name not in NAMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from ds_llm.generation import generator

@@ -238,7 +238,7 @@ class Generator:
         return [found[i : i + several] for i in range(0, len(found), several)]
 
     def _config(self, params: SamplingParams, max_new_tokens: int) -> GenerationConfig:
-        """Every value is given: what is left out, transformers would take from the model's own defaults."""
+        """Sets every value, because transformers takes missing ones from the model's own defaults."""
         sample = params.temperature > 0
         unused = range(len(self.tokenizer), self.model.get_output_embeddings().out_features)
         return GenerationConfig(
@@ -265,7 +265,7 @@ class Generator:
         )
 
     def _end_tokens(self) -> set[int]:
-        """Tokens that end an answer: the tokenizer's, the model's, and what ends a turn in the chat template."""
+        """Tokens that end an answer: those of the tokenizer and the model, and the chat template's end of turn."""
         ends = {self.tokenizer.eos_token_id}
         for config in (self.model.config.get_text_config(), self.model.generation_config):
             value = getattr(config, "eos_token_id", None)
@@ -331,7 +331,7 @@ class _Stop(StoppingCriteria):
 
 
 class _Writer:
-    """Gives the text of a growing list of tokens to `callback`, as far as later tokens cannot change it."""
+    """Passes the text of a growing list of tokens to `callback`, up to where later tokens may still change it."""
 
     def __init__(self, cut, stop: Sequence[str], callback: Callable[[str], None]):
         self.cut, self.stop, self.callback, self.sent = cut, stop, callback, 0
@@ -351,7 +351,7 @@ class _Writer:
 
 
 class _Unpadded(LogitsProcessor):
-    """Applies a processor to each row without its padding, so that a row of a batch gets what it gets alone."""
+    """Applies a processor to each row without its padding, so that a row gets the same result in any batch."""
 
     def __init__(self, processor: LogitsProcessor, padding: list[int]):
         self.processor, self.padding = processor, padding

@@ -1,4 +1,4 @@
-"""Where prompts come from: a file of them, or a person at a terminal."""
+"""Prompts from a file, or from a person at a terminal."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SHOWN = 5  # bad rows named on stderr; the output names them all
 
 @dataclass
 class Row:
-    """A prompt of a file: its line number from 1, the fields it came with, and what is wrong with it if anything is."""
+    """A prompt of a file: its line number from 1, its row's fields, and its error, if any."""
 
     line: int
     values: dict = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""How text is sampled: the options, their bounds and their command-line form. Imports nothing heavy."""
+"""Options of sampling: their bounds and their command-line form. Imports no torch."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""What a run will need of memory, before anything is allocated: `launch/train.py --plan`.
+"""Plans the memory of a run before anything is allocated: `launch/train.py --plan`.
 
-Per process ("rank"), in bytes. What is there all the time is counted from the sizes of the model and DeepSpeed's ZeRO
-stage (Rajbhandari et al. 2020, arXiv:1910.02054); what a forward and backward pass needs besides is found by
-`ds_llm.memory.passes`; what DeepSpeed copies while it reduces gradients and steps is counted as its code does it.
+All figures are bytes per rank. Weights, gradients and optimizer states follow from the model and the ZeRO stage
+(Rajbhandari et al. 2020, arXiv:1910.02054). `ds_llm.memory.passes` measures the forward and backward pass. Copies that
+DeepSpeed makes while it reduces gradients and steps are counted as in its code.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ GB = 1e9
 
 @dataclass(frozen=True)
 class Setting:
-    """How the state is laid out: ZeRO stage, what is offloaded to the CPU, recomputation of layers."""
+    """ZeRO stage, offload to the CPU, recomputation of layers."""
 
     stage: int
     offload: bool = False  # of masters, moments and their gradients; under ZeRO 3 of the weights too
@@ -68,8 +68,11 @@ class Estimate:
 
 
 class Planner:
-    """Estimates of a configuration for `world` ranks. touched: count of DeepSpeed's buckets only what is written to, as
-    resident memory of a CPU does; else all that they reserve, as on a GPU."""
+    """Estimates of a configuration for `world` ranks.
+
+    touched: count only the part of DeepSpeed's buckets that is written to, as the resident memory on a CPU does; false:
+    count all that they reserve, as on a GPU.
+    """
 
     def __init__(self, config: Config, world: int, touched: bool):
         self.config, self.world, self.touched = config, world, touched
@@ -184,8 +187,10 @@ class Planner:
 
 
 def settings(world: int) -> list[Setting]:
-    """From the fastest to the most frugal. A single process has nobody to share its state with; among several, ZeRO 1
-    costs no more communication than none."""
+    """Settings from the fastest to the one with the least memory.
+
+    One process cannot shard its state. Among several, ZeRO 1 needs no more communication than ZeRO 0.
+    """
     stages = (1, 2, 3) if world > 1 else (0,)
     resident = [Setting(stage, False, again) for again in (False, True) for stage in stages]
     return resident + [Setting(stage, True, again) for again in (False, True) for stage in (2, 3)]
@@ -210,7 +215,7 @@ def choose(planner: Planner, card: float) -> tuple[Setting, Planner] | None:
 
 
 def overrides(setting: Setting, config: Config) -> str:
-    """The `key=value` that ask for a setting and a micro-batch."""
+    """The `key=value` overrides for a setting and a micro-batch."""
     parts = [f"zero={setting.stage}", f"train.batch_size={config.train.batch_size}"]
     if setting.checkpointing:
         parts.append("train.activation_checkpointing=true")

@@ -1,1 +1,1 @@
-"""The training loop, what it records, and the modes."""
+"""The training loop, its records, and the training modes."""

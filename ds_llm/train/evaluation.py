@@ -1,4 +1,4 @@
-"""Batches of an evaluation dealt over ranks: their figures do not depend on the number of processes."""
+"""Deals the batches of an evaluation over ranks; the figures do not depend on the number of processes."""
 
 from __future__ import annotations
 

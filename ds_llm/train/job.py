@@ -15,16 +15,16 @@ from ds_llm.data.batches import Samples, count_tokens
 
 @dataclass
 class Job:
-    """What a mode hands to the trainer.
+    """Everything the trainer needs from a mode.
 
-    `objective(**batch)` returns the `MicroStep` of a micro-batch, with sums of what `metrics` names; the trainer
-    divides the loss and these sums by `count(batch)` over the global batch: how many of `unit` (token, pair) it holds.
-    `evaluate(engine)` returns the figures of an evaluation, `goal` among them, of which the lowest is the best;
-    `sample(engine)` a list of {"prompt", "text"}. `prepare(engine, stop)` runs before training, while the engine still
-    holds the start model; it calls the collective `stop()` now and then and returns False where that says to end. Every
-    rank calls all three, or they are None. `begin_step(engine, batches, valid)`, collective too, sees this rank's
-    micro-batches of a step before their forward passes; valid: what `count` gives of the global batch. The scheduled
-    learning rate is multiplied by `lr_factor`; `info` is recorded with the run's start.
+    objective(**batch): returns the `MicroStep` of a micro-batch, with sums of the figures that `metrics` names. The
+    trainer divides the loss and these sums by the sum of `count(batch)` over the global batch, a number of `unit`s
+    (token, pair). evaluate(engine): figures of an evaluation, among them `goal`, of which the lowest is the best.
+    sample(engine): a list of {"prompt", "text"}. prepare(engine, stop): runs before training, while the engine holds
+    the start model; calls the collective `stop()` from time to time and returns False where it returns True.
+    begin_step(engine, batches, valid): gets this rank's micro-batches before their forward passes; valid: the counted
+    units of the global batch. These four are collective, or None. lr_factor: multiplies the scheduled learning rate.
+    info: recorded at the run's start.
     """
 
     model: nn.Module
@@ -45,15 +45,18 @@ class Job:
 
 
 class Figures(NamedTuple):
-    """Names of what evaluations and steps record beside what they do in every mode."""
+    """Names of the mode's own figures in the records of evaluations and of steps."""
 
     evaluated: Sequence[str]
     steps: Sequence[str]
 
 
 class Shown(NamedTuple):
-    """Prepared samples for the eye: how many there are; `parts(i)`, of sample i the titles, ids int64 [n] and labels
-    int64 [n] (shifted) of what it is trained on; what became of the rows, one line or `Supervised.report`."""
+    """Prepared samples, as `prepare.py show` prints them.
+
+    count: number of samples. parts(i): title, ids int64 [n] and shifted labels int64 [n] of each sequence of sample i.
+    report: what happened to the rows, one line or `Supervised.report`.
+    """
 
     count: int
     parts: Callable[[int], Iterable[tuple[str, np.ndarray, np.ndarray]]]

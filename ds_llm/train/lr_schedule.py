@@ -1,4 +1,4 @@
-"""Learning rate as a pure function of the step: nothing to save, nothing to replay."""
+"""The learning rate: a pure function of the step, without state to save or to replay."""
 
 from __future__ import annotations
 

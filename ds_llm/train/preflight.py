@@ -1,4 +1,4 @@
-"""All that is checked before a run begins, in order: what each process finds alone, then what takes all of them."""
+"""All checks before a run begins: first those of each process by itself, then those of all together."""
 
 from __future__ import annotations
 
@@ -23,24 +23,27 @@ from ds_llm.train.modes import module
 
 @dataclass(frozen=True)
 class Checked:
-    """A configuration that can be trained: the module of its mode, what that module's `check` gave, and what adds
-    generated answers to the evaluations of a job."""
+    """A checked configuration.
+
+    mode: the mode's module. data: what its `check` returned. add_generations: adds generated answers to a job's
+    evaluations.
+    """
 
     mode: ModuleType
     data: Any
     add_generations: Callable[[Job], None]
 
     def build(self, config: Config) -> Job:
-        """Make the model and join it with the data."""
+        """Build the model and combine it with the data."""
         job = self.mode.build(config, self.data)
         self.add_generations(job)
         return job
 
 
 def preflight(config: Config) -> Checked:
-    """Find every mistake that a process can find alone, before it waits for others or builds a model.
+    """Find every mistake that a process can find by itself, before it waits for others or builds a model.
 
-    Takes into `config` what its DeepSpeed JSON says. Raises `ConfigError` or `UserError`.
+    Copies values of the DeepSpeed JSON into `config`. Raises `ConfigError` or `UserError`.
     """
     for note in adopt(config, world_size()):
         console.print(note)
@@ -53,7 +56,7 @@ def preflight(config: Config) -> Checked:
 
 
 def meet(config: Config, output: Path, fingerprint: dict) -> Start:
-    """Join the other processes and find where the run in `output` stands; collective.
+    """Join the other processes and find the checkpoint from which the run in `output` continues. Collective.
 
     Fits `config` to the number of processes, see `ds_llm.checkpoint.elastic`. Raises `ConfigError` or `UserError`.
     """
@@ -63,7 +66,7 @@ def meet(config: Config, output: Path, fingerprint: dict) -> Start:
 
 
 def small_data(global_batch: int, samples: int) -> list[str]:
-    """What to warn of where a step takes more than all samples."""
+    """A warning where a step takes more samples than there are."""
     if global_batch <= samples:
         return []
     return [

@@ -1,4 +1,4 @@
-"""What is known of a run at its start: shown on the screen, and saved beside its results."""
+"""Facts about a run at its start: shown on the console, and saved beside its results."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ds_llm.train.job import Job
 
 
 def record(config: Config, output: Path, environment: dict, deepspeed: dict) -> None:
-    """Save what the run was: the resolved configuration, DeepSpeed's JSON, versions and commit."""
+    """Save the resolved configuration, DeepSpeed's JSON, versions and commit of a run."""
     try:
         (output / "config.yaml").write_text(to_yaml(config))
         (output / "deepspeed.json").write_text(json.dumps(deepspeed, indent=2))
@@ -24,7 +24,7 @@ def record(config: Config, output: Path, environment: dict, deepspeed: dict) -> 
 
 
 def describe(config: Config, job: Job, world: int, device: str, global_batch: int, steps: int) -> dict:
-    """Say on the screen what will be trained on what; returns it for the record of the run's start."""
+    """Print model, data and batch sizes of a run. Returns them for the record of its start."""
     sizes = [(hardware.whole_shape(p).numel(), p.requires_grad) for p in job.model.parameters()]
     parameters, trained = sum(n for n, _ in sizes), sum(n for n, learns in sizes if learns)
     share = f" ({trained / 1e6:.2f}M trained)" if trained < parameters else ""

@@ -1,6 +1,6 @@
-"""Steps that must not change the weights, weights that must not be saved, and what is to blame for them.
+"""Skips bad optimizer steps, refuses to save weights that are not finite, and names the samples at fault.
 
-Every function that says so is collective: all ranks decide alike.
+All ranks decide alike; functions marked as collective need all of them.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from ds_llm.config.sections import StabilityConfig
 from ds_llm.distributed.collectives import gather
 from ds_llm.errors import UserError
 
-SHOWN = 8  # samples that are named
+SHOWN = 8  # most samples to name
 
 
 def veto(options: StabilityConfig, state: dict, loss: float, aux: float, valid: float, unit: str) -> str | None:
-    """Why a step with these figures, reduced over the ranks, must not change the weights; None where it may."""
+    """The reason to skip a step with these figures, which are reduced over the ranks; None for a good step."""
     if not valid:
         return f"no supervised {unit} in the batch"
     if not math.isfinite(loss) or not math.isfinite(aux):
@@ -37,7 +37,7 @@ def veto(options: StabilityConfig, state: dict, loss: float, aux: float, valid: 
 
 
 def count(options: StabilityConfig, state: dict, reason: str | None, loss: float, fault: bool) -> None:
-    """Take a step, skipped for `reason` or applied, into the run's state."""
+    """Update the run's state after a step. reason: why it was skipped, None if applied. fault: it counts as bad."""
     if reason is None:
         state["bad_steps"] = 0
         if options.spike_factor:
@@ -48,7 +48,7 @@ def count(options: StabilityConfig, state: dict, reason: str | None, loss: float
 
 
 def given_up(state: dict, output: Path, reason: str) -> UserError:
-    """The end of a run of which too many steps in a row were skipped."""
+    """The error that ends a run after too many skipped steps in a row."""
     return UserError(
         f"training stopped at step {state['step']}: {state['bad_steps']} steps in a row skipped, the last because "
         f"{reason}; {_good(output)}. Lower optim.lr or look at the data of these steps"
@@ -56,9 +56,9 @@ def given_up(state: dict, output: Path, reason: str) -> UserError:
 
 
 def blame(picks: Sequence[Sequence[int]], losses: Sequence[torch.Tensor]) -> str:
-    """ " in samples 3, 17 and 2 more": those of the micro-batches whose loss is not finite; collective.
+    """ " in samples 3, 17 and 2 more": the samples of micro-batches with a loss that is not finite. Collective.
 
-    picks: of each micro-batch of this rank the numbers of its samples; losses: its summed loss.
+    picks: the sample numbers of each micro-batch of this rank. losses: the summed loss of each.
     """
     mine = [int(i) for pick, loss in zip(picks, losses, strict=True) if not torch.isfinite(loss).all() for i in pick]
     found = sorted(set().union(*gather(mine)))
@@ -68,8 +68,10 @@ def blame(picks: Sequence[Sequence[int]], losses: Sequence[torch.Tensor]) -> str
 
 @torch.no_grad()
 def check_weights(model: nn.Module, output: Path, step: int, source: str | None) -> None:
-    """Raise `UserError` where a weight of `model` is NaN or infinite on any rank: nothing can be learned from it, and
-    saving it would in time push out the good checkpoints. Collective. source: what the model was loaded from."""
+    """Raise `UserError` where a weight of `model` is NaN or infinite on any rank. Collective.
+
+    Such a model cannot learn, and its checkpoints would replace the good ones. source: name of the loaded model.
+    """
     bad = None
     for name, parameter in model.named_parameters():
         held = own_part(parameter)

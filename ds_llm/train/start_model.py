@@ -16,8 +16,8 @@ from ds_llm.progress import console
 def start_model(config: Config, tokenizer, dtype: str | None = None) -> nn.Module:
     """The model at `model.path`, ready for training: kernels, loss head, adapters, recomputation as configured.
 
-    Adapters leave out the parts that `model.freeze` names. dtype: what the weights are loaded in; None: fp32, and with
-    adapters `train.dtype`, as frozen weights need no fp32 copy.
+    Parts that `model.freeze` names get no adapters. dtype: of the loaded weights; None: fp32, or with adapters
+    `train.dtype`, because frozen weights need no fp32 copy.
     """
     lora = config.lora
     model = load_model(

@@ -1,4 +1,4 @@
-"""The figures of a training step: what a micro-batch gives, what a step counts, what both add up to over ranks."""
+"""The figures of a training step: of a micro-batch, of a rank, and of all ranks."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from ds_llm.engine.processes import all_reduce
 
 
 class MicroStep(NamedTuple):
-    """What an objective returns of a micro-batch. DeepSpeed wraps the tensors of an output and keeps a named tuple.
+    """The output of an objective for a micro-batch. A named tuple, because DeepSpeed wraps the tensors of an output.
 
-    The first four are those of `ds_llm.models.head.LMLoss`: `loss_sum` summed over what `Job.count` counts, `aux_loss`
-    a scalar to be averaged over the micro-batches of the global batch, `aux_report` (scalar) and `expert_counts`
-    [layers, E] None without experts. `figures` [len(Job.metrics)]: sums of these metrics, None where there are none.
+    The first four are those of `ds_llm.models.head.LMLoss`. loss_sum: scalar, summed over the units that `Job.count`
+    counts. aux_loss: scalar, averaged over the micro-batches of the global batch. aux_report (scalar) and expert_counts
+    [layers, E] are None without experts. figures [len(Job.metrics)]: sums of these metrics, None without metrics.
     """
 
     loss_sum: Tensor
@@ -30,8 +30,11 @@ class MicroStep(NamedTuple):
 
 
 class Counted(NamedTuple):
-    """Of a global batch: units that carry loss, tokens that do, tokens that are no padding; and whether any process was
-    asked to stop."""
+    """Counts of a global batch.
+
+    valid: units with loss. tokens: tokens with loss. processed: tokens without padding. stop: somebody asked a process
+    to stop.
+    """
 
     valid: float
     tokens: float
@@ -40,9 +43,9 @@ class Counted(NamedTuple):
 
 
 def count_batches(engine: Engine, batches: Sequence[dict[str, Tensor]], count: Callable, stop: bool) -> Counted:
-    """Count the global batch of which this rank holds `batches`, by `Job.count`, in one collective.
+    """Count the global batch in one collective. batches: of this rank. count: `Job.count`.
 
-    stop: whether this process was asked to stop; ranks that hold the same rows each have a say in it.
+    stop: whether this process was asked to stop.
     """
     mine = [sum(map(counter, batches)) * engine.layout.counts for counter in (count, count_tokens, count_processed)]
     valid, tokens, processed, stops = all_reduce([*mine, float(stop)])
@@ -51,8 +54,10 @@ def count_batches(engine: Engine, batches: Sequence[dict[str, Tensor]], count: C
 
 @dataclass(frozen=True)
 class StepFigures:
-    """A step over all ranks: `loss` and the `metrics` by name per counted unit, `aux_loss` and `aux_report` per
-    micro-batch, `expert_load` the share of tokens [layers][E] that each expert got; the last two None without experts.
+    """Figures of a step over all ranks.
+
+    loss, metrics (by name): per counted unit. aux_loss, aux_report: per micro-batch. expert_load: share of the tokens
+    that each expert got, [layers][E]. aux_report and expert_load are None without experts.
     """
 
     loss: float
@@ -64,7 +69,7 @@ class StepFigures:
 
 @dataclass
 class StepSums:
-    """What the micro-batches of a step add up to on this rank; `metrics` names the figures of its `MicroStep`s."""
+    """Sums over a step's micro-batches on this rank. metrics: names of the figures of each `MicroStep`."""
 
     metrics: tuple[str, ...]
     losses: list[Tensor] = field(default_factory=list)  # of each micro-batch, float64 scalars
@@ -74,7 +79,7 @@ class StepSums:
     expert_counts: Tensor | None = None
 
     def add(self, found: MicroStep) -> None:
-        """Take in a micro-batch."""
+        """Add a micro-batch."""
         self.losses.append(found.loss_sum.detach().double())
         self.aux_loss += found.aux_loss.detach().double()
         if found.figures is not None:

@@ -35,14 +35,14 @@ RESULTS = ("baseline", "best", "best_step", "texts_at_best", "evals_without_gain
 
 
 class Trainer:
-    """Trains a job from wherever its output folder stands to the end, an early stop or an interruption.
+    """Trains a job, new or continued, until its end, an early stop or an interruption.
 
-    All that a continued run needs is in `state`, plain JSON: the step (and with it the position in the data, the
-    learning rate and the random seeds, which are functions of it), the evaluations so far, the recent losses.
+    `state` is plain JSON and all that a continued run needs: the step, the evaluations so far, the recent losses. The
+    position in the data, the learning rate and the random seeds are functions of the step.
     """
 
     def __init__(self, config: Config, job: Job, fingerprint: dict, interrupt: Interrupt, asked: dict):
-        """asked: the configuration as it was given, where `config` is what it was fitted to (see
+        """asked: the configuration as the user gave it; `config` is fitted to the processes (see
         `ds_llm.checkpoint.elastic`)."""
         self.config, self.job, self.interrupt = config, job, interrupt
         self.identity = {"config": asked, "fingerprint": fingerprint}
