@@ -1,6 +1,6 @@
-"""Models made of other models: what `launch/convert.py` does. Every result is checked by its logits before it is there.
+"""Boosted models of several models, and their parts: `launch/convert.py`.
 
-All comparisons are in float32 on the same random tokens.
+The logits of every result are checked before its folder appears, in float32 on the same random tokens.
 """
 
 from __future__ import annotations
@@ -27,8 +27,11 @@ from ds_llm.pretrained.loading import load_model, load_tokenizer, match_tokenize
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was written, and largest differences of logits: `made`: of the result to what it should give; `rounding`: of
-    the folder read back to the result before it was cast to `dtype`. `largest`: the largest logit."""
+    """A written model and its largest differences of logits.
+
+    made: of the result to its expected logits. rounding: of the folder read back to the result before the cast to
+    `dtype`. largest: the largest logit.
+    """
 
     folder: Path
     dtype: str
@@ -48,10 +51,10 @@ def boost(
 ) -> Conversion:
     """Fuse models of one vocabulary into a boosted one (`ds_llm.models.boost`), in the order given, at folder `out`.
 
-    models: at least two, each whatever `load_model` takes. fusion_lambda: weight of the second of two; more get equal
-    ones. connection: None, linear or gated: how each is fed by its predecessor; it changes nothing before it is
-    trained. dtype: auto for that of the first model's file. The tokenizer is the last model's. Raises `UserError` where
-    the models do not fit together, or the result's logits are not the vote of theirs.
+    models: at least two names for `load_model`. fusion_lambda: weight of the second of two models; more models get
+    equal weights. connection: None, linear or gated: how a model gets its predecessor's states; without effect before
+    it is trained. dtype: auto for that of the first model's file. The tokenizer is the last model's. Raises `UserError`
+    where the models do not fit together, or the result's logits are not the vote of theirs.
     """
     if len(models) < 2:
         raise UserError("a boosted model takes at least two models")
@@ -93,9 +96,8 @@ def extract(
 ) -> Conversion:
     """Write sub-model `index` (from 0; -1 is the last) of a boosted model as a model of its own to folder `out`.
 
-    Raises `UserError` for a sub-model that is fed by its predecessor, as it is not itself without it;
-    drop_connection: take it all the same, which leaves the connection's weights out. `made` then says how much that
-    changes its logits.
+    Raises `UserError` for a sub-model with a connection to its predecessor, which it needs. drop_connection: write it
+    without the connection's weights; `made` is then how much that changes its logits.
     """
     out = free_folder(out)
     model = load_model(source, "fp32")
@@ -126,7 +128,7 @@ def extract(
 
 
 def load_part(model: QwenBoostForCausalLM, index: int) -> nn.Module:
-    """Sub-model `index` as a model of its own, without what feeds it; its weights are those of `model`."""
+    """Sub-model `index` as a separate model without its connection; it shares the weights of `model`."""
     part = model.sub_models[index]
     if not (model.config.is_llmboost and index):
         return part
@@ -140,7 +142,7 @@ def load_part(model: QwenBoostForCausalLM, index: int) -> nn.Module:
 
 
 def _alone(model: QwenBoostForCausalLM, index: int, probe: torch.Tensor) -> torch.Tensor:
-    """Logits of a sub-model where it is, fed by its predecessor if it is."""
+    """Logits of a sub-model within the boosted model, with its connection if it has one."""
     hidden = model.get_decoder()(input_ids=probe).last_hidden_state
     sizes = [part.config.get_text_config().hidden_size for part in model.sub_models]
     scale, _ = logit_transform(model.sub_models[index])

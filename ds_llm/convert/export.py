@@ -26,11 +26,11 @@ TOLERANCE = 1e-4  # of the largest logit: float32 rounding in a merge stays well
 
 @dataclass(frozen=True)
 class Export:
-    """What was written, and the largest differences between logits of random tokens, computed in float32.
+    """A written model, and the largest differences between logits of random tokens, computed in float32.
 
-    `base`: of an adapter, or of the trained part of a model. `effect`: adapter on against adapter off; `merge`: merged
-    against adapter on (both None without an adapter);
-    `rounding`: the folder read back against the model before it was cast to `dtype`. `largest`: the largest logit.
+    base: name of the base model of an adapter or of a trained part. effect: adapter on against adapter off. merge:
+    merged against adapter on; both are None without an adapter. rounding: the folder read back against the model before
+    the cast to `dtype`. largest: the largest logit.
     """
 
     folder: Path
@@ -77,7 +77,7 @@ def export(source: str | os.PathLike, out: str | os.PathLike, dtype: str = "auto
 
 
 def _masks(place: Source, compact: bool) -> dict[str, PackedMask] | None:
-    """The masks that the written model is to have."""
+    """The masks of the written model; None for a dense one."""
     if place.adapter:
         if compact or compact_checkpoint.stored_masks(locate(place.base()).name) is not None:
             raise UserError(
@@ -92,7 +92,7 @@ def _masks(place: Source, compact: bool) -> dict[str, PackedMask] | None:
 
 
 def output_dtype(source, dtype: str) -> str:
-    """The asked type, or for auto that of the file of the model or of the adapter's base."""
+    """The given dtype, or for auto that of the file of the model or of the adapter's base."""
     if dtype != "auto":
         return dtype
     place = locate(source)
@@ -104,7 +104,7 @@ def output_dtype(source, dtype: str) -> str:
 
 
 def probe_tokens(model: nn.Module, tokenizer) -> torch.Tensor:
-    """Random tokens to compare models on, always the same for a vocabulary: int64 [2, 48], or as many as fit."""
+    """Random tokens for comparing models, the same for equal vocabularies: int64 [2, 48], or as many as fit."""
     limit = max_positions(model.config) or PROBE[1]
     size = (PROBE[0], min(PROBE[1], limit))
     return torch.randint(len(tokenizer), size, generator=torch.Generator().manual_seed(0))

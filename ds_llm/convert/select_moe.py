@@ -1,6 +1,6 @@
-"""Select-MoE models made of mixture-of-experts models, and the comparison of the two: part of `launch/convert.py`.
+"""Select-MoE models from mixture-of-experts models, and the comparison of the two: `launch/convert.py`.
 
-The weight files stay what they are, byte for byte: they are copied, and a small file with the gates stands beside them.
+The weight files are copied byte for byte; a small file beside them holds the gates.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ KEPT = (  # files beside the weights that belong to the model
 
 @dataclass(frozen=True)
 class SelectConversion:
-    """What was written: the folder, how many of the model's layers have a gate, weight files, bytes of the original's
-    weights, numbers in the gates."""
+    """A written Select-MoE model: its folder, number of layers and of gates, weight files, bytes of the original's
+    weights, weights of the gates."""
 
     folder: Path
     gates: int
@@ -94,7 +94,7 @@ def select_moe(
 
 
 def _folder(model: str | os.PathLike) -> Path:
-    """The local folder of a model with whole weights; one from the hub is fetched."""
+    """The local folder of a model with whole weights; downloads a model of the hub."""
     source = locate(model)
     if source.adapter or source.gguf:
         raise UserError(
@@ -130,7 +130,7 @@ def _new_gates(config: SelectMoeConfig, seed: int) -> dict[str, Tensor]:
 
 
 def _weights(folder: Path) -> tuple[list[Path], dict[str, list[str]] | None]:
-    """The weight files, and the tensors that an index says are in each (None without one)."""
+    """The weight files, and the tensors in each by the index (None without an index)."""
     check_index(folder)
     for pattern in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{pattern}.index.json"
@@ -216,7 +216,7 @@ class Comparison:
 
 @torch.no_grad()
 def compare(original: str | os.PathLike, converted: str | os.PathLike, dtype: str = "fp32") -> Comparison:
-    """Hold a Select-MoE model against the model it was made of, loaded in `dtype` one after the other."""
+    """Compare a Select-MoE model with its original, loaded in `dtype` one after the other."""
     tokenizer = load_tokenizer(original)
     first = load_model(original, dtype).eval()
     probe = probe_tokens(first, tokenizer)

@@ -1,1 +1,1 @@
-"""Evaluation protocols."""
+"""Evaluation: perplexity, generated answers, benchmarks of lm-eval."""

@@ -33,11 +33,10 @@ KEY = "eval.generation_metrics"
 
 
 def generate(generator: Generator, prompts: Sequence[list[int]], max_new_tokens: int, batch_size: int) -> list[str]:
-    """The greedy answer to each of these encoded prompts, the same list on every rank.
+    """The greedy answer to each of these encoded prompts, the same list on every rank. Collective.
 
-    Batches are dealt to the ranks of the process group; what is in them does not depend on how many ranks there are,
-    so the answers do not either. Every rank must call it. A `generator` that is synced has every rank run equally many
-    batches.
+    Batches are dealt to the ranks; their content, and so the answers, do not depend on the number of ranks. With a
+    synced `generator` every rank runs equally many batches.
     """
     together = dist.is_initialized()
     mine, world = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
@@ -60,9 +59,9 @@ def generate(generator: Generator, prompts: Sequence[list[int]], max_new_tokens:
 
 
 def prepare(config: Config, tokenizer) -> Callable[[Job], None]:
-    """Read and check what `eval.generation_metrics` needs; returns a function that adds them to a job's evaluation.
+    """Read and check the data for `eval.generation_metrics`. Returns a function that adds them to a job's evaluation.
 
-    Without these metrics it adds nothing. Raises `ConfigError` or `UserError`.
+    Without metrics that function does nothing. Raises `ConfigError` or `UserError`.
     """
     options = config.eval
     if not options.generation_metrics:
@@ -174,7 +173,7 @@ def _positions(path: str) -> int | None:
 
 
 def _check_words(references: References, metrics: Sequence[str], tokenizer: str, option: str) -> None:
-    """Refuse figures that would be 0 whatever is generated."""
+    """Raise `UserError` where ROUGE would be 0 for any generated text."""
     if "rouge" not in metrics or tokenizer != "13a":
         return
     empty = sum(not any(c.isascii() and c.isalnum() for c in answer) for answer in references.answers)

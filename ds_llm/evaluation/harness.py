@@ -1,7 +1,7 @@
-"""Benchmarks of lm-eval on any model that can be loaded here: what `launch/evaluate.py harness` does.
+"""Benchmarks of lm-eval on any loadable model: `launch/evaluate.py harness`.
 
 Prompts, metrics and standard errors are lm-eval's (Gao et al., "A framework for few-shot language model evaluation",
-doi:10.5281/zenodo.10256836), the model and its log-likelihoods are ours (`ds_llm.evaluation.harness_model`).
+doi:10.5281/zenodo.10256836). The model and its log-likelihoods are ours (`ds_llm.evaluation.harness_model`).
 """
 
 from __future__ import annotations
@@ -122,9 +122,9 @@ def _evaluate(path, tokenizer, loaded, device, limit, batch_size, dtype, chat_te
 
 
 def load_tasks(specs: Sequence[str]) -> dict:
-    """lm-eval's tasks and groups of these names, patterns, files and folders; their data sets are loaded.
+    """lm-eval's tasks and groups with these names, patterns, files and folders, with their data sets loaded.
 
-    Raises `UserError` for what is not there, broken, or named twice, and for a data set that cannot be had.
+    Raises `UserError` for missing, broken and repeated tasks, and for a data set that cannot be loaded.
     """
     from ds_llm.compat.lm_eval import TaskManager
 
@@ -181,7 +181,7 @@ def _add(built: dict, manager, name: str, spec: str) -> None:
 
 
 def compare(found: dict[str, dict]) -> list[dict]:
-    """What lm-eval returned for each model, as one entry for each task and metric; the first model is compared."""
+    """lm-eval's results for each model as one entry per task and metric, with the differences of the first model."""
     first = found[THIS]
     entries = []
     for task, metrics in first["results"].items():
@@ -233,8 +233,10 @@ def _row_values(found: dict, task: str, metric: str, kind: str) -> list[float] |
 
 
 def _paired_stderr(mine: list[float] | None, other: list[float] | None, difference: float) -> float | None:
-    """Standard error of the mean difference over the rows, which both models share: much smaller than that of two
-    independent samples. None where the metric is no mean over the rows."""
+    """Standard error of the mean paired difference over the rows; None where the metric is no mean over rows.
+
+    Both models have the same rows, so it is much smaller than for two independent samples.
+    """
     if not mine or not other or len(mine) != len(other) or len(mine) < 2:
         return None
     differences = [a - b for a, b in zip(mine, other, strict=True)]
@@ -244,7 +246,7 @@ def _paired_stderr(mine: list[float] | None, other: list[float] | None, differen
 
 
 def describe(result: dict) -> str:
-    """A table: a column of values and standard errors for each model, and the first one's differences from the rest."""
+    """A table with values and standard errors of each model, and the differences of the first to the others."""
     others = [name for name in result["models"] if name != THIS]
     shown = Table(box=None, pad_edge=False)
     for title in ("task", "metric"):
@@ -277,7 +279,7 @@ def _reason(error: Exception) -> str:
 
 
 def _prepare() -> None:
-    """Silence what lm-eval logs of every step, and keep it from forking: a process with threads may hang in it."""
+    """Silence lm-eval's log, and keep it from forking, in which a process with threads may hang."""
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
     if os.environ.get("DS_LLM_VERBOSE") != "1":
         logging.getLogger("lm_eval").setLevel(logging.ERROR)

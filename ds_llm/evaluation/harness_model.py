@@ -1,8 +1,8 @@
-"""A loaded model as lm-eval calls it, over the ranks of a job; imports lm-eval.
+"""A loaded model with the interface of lm-eval, over the ranks of a job; imports lm-eval.
 
-lm-eval sees one process everywhere: every rank is given all requests and returns all answers. The rows are dealt to the
-ranks inside, in batches that do not depend on how many there are, so every number of ranks gives the same bits, as in
-`ds_llm.evaluation.perplexity`. The output head runs on the scored tokens only, and its logits exist a chunk at a time.
+For lm-eval every rank is the only process: it gets all requests and returns all answers. This class deals the rows to
+the ranks in batches that do not depend on the number of ranks, so every number of ranks gives the same bits, as in
+`ds_llm.evaluation.perplexity`. The output head computes only the scored tokens, with the logits of a chunk at a time.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ Request = tuple[tuple[str, str] | None, list[int], list[int]]  # texts, tokens o
 class HarnessModel(HFLM):
     """A causal language model of `ds_llm.pretrained.loading` for `lm_eval.evaluator.evaluate`.
 
-    model: on its device. tokenizer: its own. batch_size: rows per forward pass and rank. What stands before a
-    continuation is cut on the left where both are longer than the model's positions; `truncated` counts such requests.
-    Prompts are tokenised by lm-eval, with the special tokens that the tokenizer adds.
+    model: on its device. tokenizer: the model's. batch_size: rows per forward pass and rank. A context is cut on the
+    left where it and the continuation exceed the model's positions; `truncated` counts such requests. lm-eval tokenises
+    the prompts, with the special tokens that the tokenizer adds.
     """
 
     def __init__(self, model: torch.nn.Module, tokenizer, batch_size: int):
@@ -42,7 +42,7 @@ class HarnessModel(HFLM):
         self._ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
     def loglikelihood(self, requests: list, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Of each continuation behind its context, as `_loglikelihood_tokens`; without lm-eval's own bar."""
+        """`_loglikelihood_tokens` of texts, without lm-eval's own progress bar."""
         return super().loglikelihood(requests, disable_tqdm=True)
 
     @torch.no_grad()
@@ -118,7 +118,7 @@ class HarnessModel(HFLM):
         return totals
 
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
-        """The text that the model writes behind each prompt; the ranks share the prompts."""
+        """The model's continuation of each prompt; the ranks share the prompts."""
         rank, world = self._ranks
         mine, texts = requests[rank::world], []
         step = self.batch_size * GENERATION_BATCHES

@@ -1,4 +1,4 @@
-"""Perplexity of a model on files: what `launch/evaluate.py perplexity` does."""
+"""Perplexity of a model on files: `launch/evaluate.py perplexity`."""
 
 from __future__ import annotations
 
@@ -138,7 +138,10 @@ def measure(
 def circumstances(
     model_path: str | os.PathLike, data: Sequence, rejected: Sequence[tuple], model: torch.nn.Module, batch_size: int
 ) -> dict:
-    """What a measurement was made of and on, for its JSON; `rejected` lists (file, line or row number, reason)."""
+    """Model, data, versions and machine of a measurement, for its JSON file.
+
+    rejected: (file, line or row number, reason) of rows that were left out.
+    """
     return {
         "model": str(model_path),
         "data": [str(path) for path in data],
@@ -162,9 +165,9 @@ def describe(result: Perplexity) -> str:
 
 @contextmanager
 def process_group() -> Iterator[torch.device]:
-    """The device of this process; while the block runs, in a process group when a launcher started several.
+    """Yield this process's device. With several processes they form a process group while the block runs.
 
-    A group of the caller's own is left as it is.
+    A process group that is open already stays open.
     """
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))

@@ -128,7 +128,7 @@ def perplexity_of_tokens(
 
 
 def check_windows(token_length: int, stride: int, batch_size: int, max_windows: int) -> None:
-    """Raise `UserError` for arguments that `perplexity_of_tokens` cannot work with."""
+    """Raise `UserError` for impossible arguments of `perplexity_of_tokens`."""
     if token_length < 2:
         raise UserError(f"token length {token_length}: a window needs 2 tokens or more")
     if not 1 <= stride <= token_length:

@@ -1,4 +1,4 @@
-"""`eval.prompts`: checked before a model is built, answered at every evaluation."""
+"""Checks `eval.prompts` before a model is built, and answers them at every evaluation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ds_llm.generation.generator import Generator, SamplingParams
 
 
 def check_prompts(config: Config, tokenizer, limit: int | None, chat: bool) -> None:
-    """Refuse prompts that leave no room for an answer within the model's `limit` positions; chat: see `sampling`."""
+    """Raise an error for prompts that leave no room for an answer within `limit` positions. chat: see `sampling`."""
     for prompt in config.eval.prompts:
         message = _as_prompt(prompt, tokenizer, chat)
         if isinstance(message, str):

@@ -1,4 +1,4 @@
-"""How close generated texts are to reference texts: BLEU and chrF by sacrebleu, ROUGE by rouge-score.
+"""Metrics of generated texts against references: BLEU and chrF by sacrebleu, ROUGE by rouge-score.
 
 All figures are on the scale 0 to 100, higher is better. They are those of the published tools with their defaults:
 corpus BLEU (Papineni et al. 2002; Post 2018, arXiv:1804.08771), chrF2 (Popović 2015), and the mean over the rows of the
@@ -32,7 +32,7 @@ def compare(texts: Sequence[str], references: Sequence[str], names: Sequence[str
 
 
 def signatures(names: Sequence[str], tokenizer: str = "13a") -> dict[str, str]:
-    """How each metric is computed, in the notation of its package, to be stated beside its figure."""
+    """The signature of each metric in the notation of its package, to state beside its figure."""
     from importlib.metadata import version
 
     found = {}
@@ -59,7 +59,7 @@ def _corpus(name: str, texts: Sequence[str], references: Sequence[str], tokenize
 
 
 class _Words:
-    """A tokenizer of sacrebleu in the form that rouge-score asks for."""
+    """A tokenizer of sacrebleu with the interface of rouge-score."""
 
     def __init__(self, name: str):
         self._split = _sacrebleu("bleu", name).tokenizer

@@ -1,4 +1,4 @@
-"""Pruning a loaded model block by block, with one block on the device at a time."""
+"""Prunes a loaded model block by block, with one block on the device at a time."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ CALIBRATED = ("wanda", "sparsegpt")
 
 @dataclass(frozen=True)
 class Pruned:
-    """What was done to one weight.
+    """The result of pruning one weight.
 
-    `mask` has its shape. `tokens`: how many its calibration saw, of each expert; empty without calibration. `dead`:
-    inputs that were 0 on all of them. `unseen`: experts that no token was routed to, which were pruned by magnitude.
+    mask: of the weight's shape. tokens: number of calibration tokens, per expert; empty without calibration. dead:
+    number of inputs that were 0 on all of them. unseen: experts without calibration tokens, pruned by magnitude.
     """
 
     mask: PackedMask
@@ -144,7 +144,7 @@ class _Work:
         return {target.name: done[target.name] for target in targets}
 
     def _summary(self, sums: Tensor, name: str):
-        """What the method needs of a matrix's inputs: the sums of squares for Wanda, a `Curvature` for SparseGPT."""
+        """Statistics of a matrix's inputs for the method: sums of squares for Wanda, a `Curvature` for SparseGPT."""
         if self.method == "sparsegpt":
             return curvature(sums, self.damping, name)
         if not torch.isfinite(sums).all():
@@ -152,7 +152,7 @@ class _Work:
         return sums
 
     def _matrix(self, weight: Tensor, summary) -> tuple[Tensor, Tensor]:
-        """The pruned matrix and its mask; by magnitude where nothing is known of its inputs."""
+        """The pruned matrix and its mask; by magnitude without statistics of its inputs."""
         if summary is None:
             return weight.clone(), select(magnitude_scores(weight), self.pattern)
         if self.method == "wanda":
@@ -167,7 +167,7 @@ def _matrices(weight: Tensor) -> Tensor:
 
 @contextmanager
 def _in_float32(model: nn.Module, blocks: Sequence[nn.Module]) -> Iterator[None]:
-    """What lies outside the blocks in float32, on the CPU."""
+    """Cast the modules outside of the blocks to float32 on the CPU while the block runs."""
     inner = {id(t) for block in blocks for t in (*block.parameters(), *block.buffers())}
     outer = [t for t in (*model.parameters(), *model.buffers()) if id(t) not in inner and t.is_floating_point()]
     before = [tensor.dtype for tensor in outer]

@@ -1,4 +1,4 @@
-"""Calibration: windows of text, and what the inputs of a model's layers look like on them, one block at a time."""
+"""Calibration: draws windows of text, and sums statistics of the layers' inputs on them, a block at a time."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ class Inputs:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Sum up the inputs of every forward pass of the block within."""
+        """Sum statistics of the inputs in every forward pass of the block while the context is open."""
         handles, experts = [], {}
         for target in self._targets:
             if target.kind == "experts":
@@ -214,7 +214,7 @@ class Blocks:
         return self.model(input_ids=self.tokens[sequence : sequence + 1], use_cache=False)
 
     def _record(self, sequence: int) -> tuple[list[_Call], list]:
-        """Of one sequence: what each block is given beside the hidden states, and what it returns beside them."""
+        """For one sequence, each block's arguments and results beside the hidden states."""
         calls, rest, stack, last = [], [], ExitStack(), None
 
         def before(block, args, kwargs):
@@ -271,7 +271,7 @@ class Blocks:
             yield
 
     def head_inputs(self) -> Iterator[Tensor]:
-        """What the output head is given [L, H] for all sequences, from the outputs of the last block."""
+        """Inputs [L, H] of the output head for all sequences, from the outputs of the last block."""
         for i in range(len(self.tokens)):
             try:
                 for block, rest in zip(self.blocks, self._rest, strict=True):
@@ -287,12 +287,12 @@ class Blocks:
 
 
 class _Reached(Exception):
-    """The first block is reached: the rest of the forward pass is not needed."""
+    """Ends a forward pass at the first block: the rest is not needed."""
 
 
 @dataclass(frozen=True)
 class _Call:
-    """How a block is called: arguments beside the hidden states, which come first or by the name `hidden_states`."""
+    """The arguments of a block beside the hidden states, which come first or by the name `hidden_states`."""
 
     args: tuple
     kwargs: dict
@@ -333,7 +333,7 @@ def _hidden(output) -> Tensor:
 
 
 def _equal(one: _Call, other: _Call) -> bool:
-    """Whether two calls give a block the same beside the hidden states."""
+    """Whether two calls have equal arguments beside the hidden states."""
     (mine, shape), (theirs, other_shape) = (tree_flatten((call.args, call.kwargs)) for call in (one, other))
     return shape == other_shape and all(
         torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a is b or a == b

@@ -1,4 +1,4 @@
-"""Pruning a causal language model: what `launch/prune.py` does."""
+"""Prunes a causal language model: `launch/prune.py`."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def prune(source: str | os.PathLike, out: str | os.PathLike, options: Options) -
 
 
 def _calibration(source: str | os.PathLike, tokenizer, options: Options) -> tuple[Windows | None, dict | None]:
-    """The calibration sequences, and how they were drawn, for the report; warns of rows without a usable text."""
+    """The calibration sequences, and for the report how they were drawn. Warns of rows without usable text."""
     if options.method not in CALIBRATED:
         return None, None
     positions = max_positions(load_model_config(source))
@@ -217,7 +217,7 @@ def _refuse_pruned(source: str | os.PathLike, model: nn.Module) -> None:
 
 
 def _warn(done: Mapping[str, Pruned]) -> None:
-    """Say on the screen what makes a calibration weak."""
+    """Warn of weaknesses of the calibration."""
     unseen = sum(one.unseen for one in done.values())
     if unseen:
         console.print(

@@ -1,4 +1,4 @@
-"""Which weights of one matrix to keep: by magnitude, by Wanda's score, and SparseGPT with its update of the others.
+"""Chooses the weights of a matrix to keep: by magnitude, by Wanda's score, or by SparseGPT, which updates them too.
 
 A matrix is [R, C], C the inputs. All functions compute in float32 on the weight's device; of equal scores the weight of
 the lower index is pruned first, so results do not vary between runs.
@@ -21,7 +21,7 @@ BLOCK = 128  # columns that SparseGPT chooses and updates at a time
 
 @dataclass(frozen=True)
 class Pattern:
-    """How many weights stay, and among which they are compared.
+    """How many weights to keep, and within which groups to compare them.
 
     `density` is the share kept. `n` of each `m` consecutive inputs of a row are kept where given; else the best of each
     row (scope "row") or of the whole matrix ("layer"), `round(density * C)` or `round(density * R * C)` of them.

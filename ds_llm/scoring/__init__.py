@@ -1,1 +1,1 @@
-"""Scores of data by models, computed once by all ranks together and kept on disk."""
+"""Scores of data sets by models, computed by all ranks together and kept on disk."""

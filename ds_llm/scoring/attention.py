@@ -1,6 +1,6 @@
-"""Attention of packed documents on a CPU: one after the other, so that nothing is computed between them or on padding.
+"""Attention of packed documents on a CPU: one document after the other.
 
-A block-diagonal mask costs the square of the whole row, and rows padded to one length cost the padding in every layer.
+A block-diagonal mask costs the square of the whole row, and padded rows cost the padding in every layer.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ NAME = "ds_llm_documents"
 
 
 def attend_by_document(model: nn.Module) -> bool:
-    """Let a model on a CPU use `document_attention`; whether it does. Its inputs must then be one row of documents."""
+    """Make a model on a CPU use `document_attention`, for inputs of one row of documents. Returns whether it does."""
     body = backbone(model)
     if body.config.model_type not in MODEL_TYPES or chosen_attention(body.config) != "sdpa":
         return False

@@ -1,8 +1,8 @@
-"""Which rows go through the model together, and on which rank.
+"""Plans batches of rows, and deals them to ranks.
 
-The batches are a function of the rows and the budget alone: rows by falling cost, cut where the longest row of a batch
-times their number would pass the budget. So the same rows meet in a batch on every number of ranks and after every
-interruption, and a batch is computed to the same numbers.
+The batches are a function of the rows and the token budget: rows by falling cost, cut where the longest row of a batch
+times their number would exceed the budget. So a batch holds the same rows on any number of ranks and after any
+interruption, and its scores are the same.
 """
 
 from __future__ import annotations
@@ -21,8 +21,11 @@ QUADRATIC_TOKENS = 8192  # length at which attention about doubles the cost of a
 
 @dataclass
 class Plan:
-    """bounds: int64 [batches + 1]; batch b is the rows `index.order[bounds[b]:bounds[b + 1]]`. tokens: int64 [batches],
-    through the model without padding. padded: int64 [batches], if every row was as long as the longest."""
+    """Batches of rows.
+
+    bounds: int64 [batches + 1]; batch b holds the rows `index.order[bounds[b]:bounds[b + 1]]`. tokens: int64 [batches],
+    of each batch without padding. padded: int64 [batches], with every row padded to the longest.
+    """
 
     bounds: np.ndarray
     tokens: np.ndarray
@@ -58,7 +61,10 @@ def make(index: Index, tokens_per_batch: int) -> Plan:
 
 
 def assign(plan: Plan, batches: np.ndarray, ranks: int) -> list[np.ndarray]:
-    """Share batches out: the dearest first, each to the rank with the least so far; int64 arrays in falling cost."""
+    """Deal batches to ranks, the most expensive first, each to the rank with the least cost so far.
+
+    Returns int64 batch numbers per rank, by falling cost.
+    """
     mean = plan.padded[batches] / np.maximum(1, np.diff(plan.bounds)[batches])
     costs = plan.padded[batches] * (1 + mean / QUADRATIC_TOKENS)
     load = [(0.0, rank) for rank in range(ranks)]
@@ -71,7 +77,7 @@ def assign(plan: Plan, batches: np.ndarray, ranks: int) -> list[np.ndarray]:
 
 
 def auto_limit(index: Index) -> int:
-    """The largest budget that auto considers: a power of two that still leaves enough batches to share out."""
+    """The largest budget for `auto`: the largest power of two that leaves `FEWEST_BATCHES` batches."""
     total = int(index.rows["cost"].sum(dtype=np.int64))
     limit = SMALLEST_AUTO
     while limit < LARGEST_AUTO and 2 * limit * FEWEST_BATCHES <= total:
@@ -80,7 +86,7 @@ def auto_limit(index: Index) -> int:
 
 
 def probe_rows(index: Index, tokens: int) -> np.ndarray:
-    """Rows that fill a budget with the longest there are, repeated where there are too few; at least one."""
+    """The longest rows that fill a budget, repeated where there are too few; at least one row."""
     longest = int(index.rows["cost"][index.order[0]])
     count = max(1, tokens // longest)
     return np.resize(np.asarray(index.order[:count], np.int64), count)

@@ -1,8 +1,8 @@
-"""How the ranks of a scoring run work together: stages that rank 0 announces, progress, and no collective.
+"""Coordinates the ranks of a scoring run without collectives: rank 0 announces stages, the others report progress.
 
-What they tell each other goes over the connections of `ds_llm.distributed.heartbeat`. A rank whose machine does not see
-the folder of rank 0 gets what it needs from there, and its scores go there at once, batch by batch: all parts lie with
-rank 0.
+Messages use the connections of `ds_llm.distributed.heartbeat`. A rank whose machine does not see rank 0's folder
+fetches the files that it needs from rank 0 and sends its scores there batch by batch, so that all parts are with rank
+0.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from ds_llm.scoring.parts import Part
 
 CHECK_SECONDS, POLL_SECONDS = 0.5, 0.1
 STAGES = ("started", "indexed", "ready", "finished")
-MARK = ".here"  # file in rank 0's folder by which a rank knows whether it sees that one
-COPIED = "of-rank-0"  # folder for what it has brought, on a machine that does not
+MARK = ".here"  # file in rank 0's folder that shows a rank whether it sees that folder
+COPIED = "of-rank-0"  # folder for copies, on a machine that does not see it
 
 
 class Elsewhere(UserError):
-    """Another rank has failed or is gone."""
+    """Another rank has failed or is lost."""
 
 
 class Ranks:
-    """One rank's view of all. progress: what this rank has done, shown to rank 0.
+    """All ranks of a scoring run, as one of them sees them. progress: this rank's own, sent to rank 0.
 
-    peers: the connections; None in a process alone. stop: says why this process was asked to stop, or None; then
-    `check` raises `UserError`. Waiting and checking raise `Elsewhere` when the job must end.
+    peers: the connections; None for one process. stop: returns the reason why this process was asked to stop, or None;
+    with a reason `check` raises `UserError`. Waiting and checking raise `Elsewhere` where the job must end.
     """
 
     def __init__(self, peers: Peers | None, folder: Path, stop: Callable[[], str | None] = lambda: None):
@@ -56,20 +56,20 @@ class Ranks:
             peers.services["append"] = self._append
 
     def close(self) -> None:
-        """Let go of what is of use only while the run lasts."""
+        """Release what only a running job needs."""
         for part in self._parts.values():
             part.close()
 
     # -- rank 0 -------------------------------------------------------------------------------------------------------
 
     def announce(self, stage: str, **content) -> None:
-        """Tell all that the run is at `stage`, and what they need for it."""
+        """Announce `stage` and its content to all ranks."""
         if self.peers is not None:
             self.peers.own |= {"content": {**content, "mark": self._mark}}
             self.peers.own["stage"] = stage
 
     def wait_for_all(self, show: Callable[[], None]) -> None:
-        """Wait until every rank has done its share, with `show()` now and then."""
+        """Wait until every rank has done its share; calls `show()` from time to time."""
         watchdog.waiting("waiting for the other ranks")
         while not all(self._others(number).get("done") for number in range(1, self.count)):
             self.check(force=True)
@@ -85,7 +85,7 @@ class Ranks:
         return self.peers.states.get(number, {}).get("progress", {})
 
     def receive(self, part: Callable[[int], Part]) -> None:
-        """Take the scores of ranks that do not see the folder; part: opens that of a rank."""
+        """Accept the scores of ranks that do not see the folder. part: opens the part of a rank."""
         self._open = part
 
     def _append(self, rank: int, what: dict, payload: bytes) -> tuple[dict, bytes]:
@@ -97,7 +97,7 @@ class Ranks:
     # -- the other ranks ----------------------------------------------------------------------------------------------
 
     def wait_for(self, stage: str) -> tuple[str, dict]:
-        """Wait until rank 0 has announced `stage` or a later one; returns which, and what it told."""
+        """Wait until rank 0 has announced `stage` or a later one. Returns the stage and its content."""
         watchdog.waiting(f"waiting for rank 0 ({stage})")
         while True:
             zero = self.peers.states.get(0, {})
@@ -110,7 +110,7 @@ class Ranks:
             time.sleep(POLL_SECONDS)
 
     def fetch(self, names: list[str]) -> Path:
-        """The folder that holds files of rank 0's: that one, or a copy, which the ranks of a machine share."""
+        """A folder with these files of rank 0: its own, or a copy that the ranks of a machine share."""
         if self.shared:
             return self.folder
         folder = self.folder / COPIED
@@ -134,7 +134,7 @@ class Ranks:
             return False
 
     def forget(self) -> None:
-        """Remove what `fetch` has brought."""
+        """Remove the copies that `fetch` made."""
         if not self.shared:
             shutil.rmtree(self.folder / COPIED, ignore_errors=True)
             with contextlib.suppress(OSError):
@@ -143,7 +143,7 @@ class Ranks:
     # -- all ----------------------------------------------------------------------------------------------------------
 
     def check(self, force: bool = False) -> None:
-        """Raise with the reason when the run cannot end well; cheap, looks at most twice a second."""
+        """Raise with the reason where the run cannot succeed. Cheap: it looks at most twice a second."""
         if not force and time.monotonic() - self._checked < CHECK_SECONDS:
             return
         self._checked = time.monotonic()

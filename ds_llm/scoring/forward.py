@@ -1,9 +1,9 @@
-"""The forward pass of scoring: samples in, one row of columns for each out.
+"""The forward pass of scoring: from samples to a row of columns for each.
 
-With flash-attn, and on a CPU with `document_attention`, the samples of a batch go through the model as one row of
-documents that do not see each other. Elsewhere they are rows padded at their end, without a mask: attention is causal,
-so what is behind a sample cannot reach it; a batch is split where samples of different lengths would pad each other too
-much. The output head runs on scored positions only, and its logits exist one chunk at a time (`linear_token_stats`).
+With flash-attn, and on a CPU with `document_attention`, the samples of a batch form one row of documents that do not
+see each other. Elsewhere they are rows padded at the end without a mask, since causal attention does not see later
+tokens; a batch with too much padding is split. The output head computes only the scored positions, with the logits of
+one chunk at a time (`linear_token_stats`).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _EMPTY = Sample(np.zeros(1, np.int64), np.zeros(1, bool))  # a token, none that 
 
 
 class Pass(nn.Module):
-    """Backbone and output head as one module, so that whatever wraps it (ZeRO-3) has all weights at hand."""
+    """Backbone and output head as one module, so that a wrapper such as ZeRO-3 has all weights."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -144,11 +144,11 @@ class Scorer:
         return rows
 
     def idle(self) -> None:
-        """Take part in one `score` of the other ranks, where `collective`, without a sample of one's own."""
+        """Take part in a `score` of the other ranks without a sample, where `collective`."""
         self.score([_EMPTY])
 
     def close(self) -> None:
-        """Release what the wrapped model holds; the scorer is of no use afterwards."""
+        """Release the wrapped model. Do not use the scorer afterwards."""
         self._open.close()
 
     def __enter__(self) -> Scorer:
@@ -173,7 +173,7 @@ class Scorer:
         raise UserError("metric 'ifd': the tokenizer has neither a beginning-of-text nor an end-of-text token")
 
     def _shard(self, run: Pass, offload: bool) -> tuple[Callable, torch.device]:
-        """ZeRO-3 around the pass: what to call for one, and where its tensors belong."""
+        """Wrap the pass in ZeRO-3. Returns the function to call and the device of its tensors."""
         from ds_llm.engine import processes, startup
         from ds_llm.engine.inference import inference
 
@@ -227,7 +227,7 @@ class Scorer:
             yield group
 
     def _arrange(self, samples: list[Sample]) -> tuple[np.ndarray, np.ndarray, dict[str, Tensor | int]]:
-        """Token ids [B, S], the row of each sample's first token in them, and what the backbone must know besides."""
+        """Token ids [B, S], the row of each sample's first token, and further arguments of the backbone."""
         lengths = np.array([len(sample) for sample in samples])
         if self._packed:
             starts = np.cumsum(lengths) - lengths
@@ -243,8 +243,8 @@ class Scorer:
         return ids, np.arange(len(samples)) * ids.shape[1], extra
 
     def _together(self, samples: list[Sample], options: dict) -> Batch:
-        """A forward pass of the samples. Ranks that share layers pass the samples of each of them in turn, so that
-        every rank has its own; only that rank runs the head on them."""
+        """A forward pass of the samples. Ranks that share layers run the samples of each rank in turn, and only that
+        rank runs the head on them."""
         if self._group is None:
             return self._forward(samples, options, self._statistics)
         given: list = [None] * dist.get_world_size(self._group)

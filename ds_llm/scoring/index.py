@@ -1,12 +1,14 @@
-"""The rows of a data set on disk, tokenised once: read in any order with the memory of a few of them.
+"""The rows of a data set on disk, tokenised once and readable in any order with little memory.
 
-| file | content | | --- | --- | | tokens.bin | uint32, the tokens of all rows one after the other; bit 31 says that a
-token counts | | rows.bin | one `samples.ROW` for each input row: `end` (of its tokens in tokens.bin), `cost` (tokens
-through the model), `scored` (tokens that count), `kind`, `truncated` | | errors.jsonl | `{"idx", "file", "line",
-"reason", "detail"}` of the rows that are not scored, in order | | order.npy | uint32, the rows to score by falling
-cost, equal ones by their number | | index.json | the key and the counts; written last |
+| file | content |
+| --- | --- |
+| tokens.bin | uint32, the tokens of all rows one after the other; bit 31 marks a scored token |
+| rows.bin | a `samples.ROW` per input row: `end` (in tokens.bin), `cost` (tokens through the model), `scored`, ... |
+| errors.jsonl | `{"idx", "file", "line", "reason", "detail"}` of the rows that are not scored, in order |
+| order.npy | uint32, the rows to score by falling cost, equal ones by their number |
+| index.json | the key and the counts; written last |
 
-An interrupted index goes on behind the last batch of records that reached the disk.
+An interrupted index continues behind the last batch of records on the disk.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ SORT_ROWS = 1 << 20  # rows that are sorted in memory at a time
 
 
 class Index:
-    """An index that is whole. rows: `ROW` [n]; order: the rows to score, by falling cost. Both are memory maps.
+    """A finished index. rows: `ROW` [n]. order: the rows to score, by falling cost. Both are memory maps.
 
     counts: `rows`, `tokens` (through the model once each), `scored_tokens`, `truncated`, `lost_tokens` (scored ones
     cut away), `without_answer`, `errors` (by reason), `example` (the first bad row).
@@ -69,10 +71,10 @@ def build(
     arguments: tuple,
     check: Callable[[], None] = lambda: None,
 ) -> Index:
-    """The index in `folder`: the one of this key that is there, or one that goes on or starts anew.
+    """The index in `folder`. Reuses a finished one with this key, continues an unfinished one, or builds a new one.
 
-    key: what the content depends on, as a hash. arguments: those of `samples.encoder`. check: called again and again,
-    raises to end it. `UserError` when a row has a field already that the output adds.
+    key: hash of everything that the content depends on. arguments: those of `samples.encoder`. check: called often; it
+    raises to end the work. Raises `UserError` where a row already has a field that the output adds.
     """
     done = _read(folder / "index.json")
     if done and done["key"] == key:
@@ -155,7 +157,7 @@ def _append(state: dict, files: list[AppendFile], block: Block, origin: str) -> 
 
 
 def _sort(rows: np.ndarray, path: Path) -> None:
-    """Counting sort by cost, falling and stable, in pieces: memory for the distinct costs and one piece."""
+    """Stable counting sort by falling cost, a piece at a time: it holds the distinct costs and one piece in memory."""
     top = 0
     for start in range(0, len(rows), SORT_ROWS):
         top = max(top, int(rows["cost"][start : start + SORT_ROWS].max(initial=0)))

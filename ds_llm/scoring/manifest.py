@@ -1,4 +1,4 @@
-"""What a scoring run is, known by every rank before anything expensive, and whether a folder belongs to it."""
+"""The identity of a scoring run, known before any expensive work, and the manifest that a folder keeps of it."""
 
 from __future__ import annotations
 
@@ -35,8 +35,11 @@ WEIGHTS = (".safetensors", ".bin", ".gguf", ".json")
 
 @dataclass
 class Job:
-    """settings: what the scores depend on, but for the data and the weights, which are read later. columns: those of
-    the metrics that hold a number; arrays: the others."""
+    """A checked scoring run.
+
+    settings: everything that the scores depend on, without data and weights, which are read later. columns: the
+    metrics' columns that hold a number. arrays: their other columns.
+    """
 
     config: ScoreConfig
     folder: Path
@@ -71,13 +74,13 @@ class Job:
         return self.tokenizer, c.metric, c.tokens, c.template, self.settings["max_length"], c.truncate, taken
 
     def index_key(self, data: list[str]) -> str:
-        """What the index depends on, as a hash; data: hashes of the sources."""
+        """Hash of everything that the index depends on. data: hashes of the sources."""
         *_, taken = self.encoder_arguments()
         return hashlib.sha256(json.dumps([self.settings, data, taken], sort_keys=True).encode()).hexdigest()
 
 
 def prepare(config: ScoreConfig) -> Job:
-    """Raise `UserError` for all that can be wrong with options and files, short of reading rows and weights."""
+    """Check options and files without reading rows and weights. Raises `UserError`."""
     model_config = load_model_config(config.model)
     metrics = create(config.metric, model_config)
     columns = [name for metric in metrics for name in metric.columns()]
@@ -116,7 +119,7 @@ def prepare(config: ScoreConfig) -> Job:
 
 
 def _without_output(source: Source, own: tuple[Path, Path]) -> Source:
-    """A source without what this run writes, which a folder or a pattern may find as well."""
+    """A source without this run's own outputs, which a folder or a pattern may match."""
     own = tuple(os.path.realpath(path) + os.sep for path in own)
     kept = tuple(file for file in source.files if not (os.path.realpath(file.path) + os.sep).startswith(own))
     if source.files and not kept:
@@ -125,7 +128,7 @@ def _without_output(source: Source, own: tuple[Path, Path]) -> Source:
 
 
 def lock(job: Job) -> AbstractContextManager:
-    """Keep the output for this run; rank 0 does, for all. `UserError` when another run has it."""
+    """Lock the output for this run, on rank 0. Raises `UserError` where another run holds it."""
     if rank():
         return nullcontext()
     try:
@@ -138,7 +141,7 @@ def lock(job: Job) -> AbstractContextManager:
 
 
 def read_json(path: Path) -> dict:
-    """Content of a file; empty where it is not there."""
+    """The content of a JSON file; empty where it is missing."""
     try:
         return json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -148,10 +151,9 @@ def read_json(path: Path) -> dict:
 
 
 def open_manifest(job: Job, data: list[str]) -> dict:
-    """The manifest of the run in the folder, as far as it can be this one; empty for a new run.
+    """The manifest of the run in the folder, if it is this run; empty for a new run. Does not compare the weights.
 
-    `UserError` when the folder or the output belong to another run; with `overwrite` these are removed. The weights are
-    not looked at here.
+    Raises `UserError` where the folder or the output belong to another run; with `overwrite` they are removed.
     """
     manifest = read_json(job.folder / "manifest.json") if not job.config.overwrite else _lenient(job.folder)
     known = {**job.settings, "data": data}
@@ -181,7 +183,7 @@ def open_manifest(job: Job, data: list[str]) -> dict:
 
 
 def start_over(job: Job) -> None:
-    """Remove the output and the run it is of."""
+    """Remove the output and the folder of its run."""
     job.out.unlink(missing_ok=True)
     remove(job.folder, RESULTS)
 
@@ -195,7 +197,7 @@ def remove(folder: Path, names: tuple[str, ...]) -> None:
 
 
 def check_weights(job: Job, manifest: dict, fingerprint: str) -> dict:
-    """The manifest when it is of a model with these weights, or an empty one after starting over."""
+    """The manifest if it is of a model with these weights; else starts over and returns an empty one."""
     if not manifest or manifest["settings"]["model"] == fingerprint:
         return manifest
     if not job.config.overwrite:
@@ -214,13 +216,13 @@ def finish(job: Job, manifest: dict) -> dict:
 
 
 def same_files(job: Job, manifest: dict) -> bool:
-    """Whether a finished run's model is known to be this one without reading its weights."""
+    """Whether a finished run had the same model files, without reading the weights."""
     now = model_files(job.config.model)
     return now is not None and now == manifest["finished"]["model_files"]
 
 
 def model_files(path: str) -> list | None:
-    """Name, size and time of change of each file of a model folder; None where it is no folder, or an adapter."""
+    """Name, size and modification time of each file of a model folder; None for other names and for adapters."""
     source = locate(path)
     if source.adapter or not Path(source.name).is_dir():
         return None
@@ -234,7 +236,7 @@ def _shown(job: Job) -> dict:
 
 
 def _lenient(folder: Path) -> dict:
-    """The manifest where it can be read: what is to be overwritten may be damaged."""
+    """The manifest, or an empty one where it cannot be read: a run to overwrite may be damaged."""
     try:
         return read_json(folder / "manifest.json")
     except UserError:

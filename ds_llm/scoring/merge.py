@@ -1,7 +1,7 @@
-"""From the parts of all ranks to one output in the order of the input, with the memory of a slice of it.
+"""Merges the parts of all ranks into one output in the order of the input, with a slice of it in memory.
 
-The records of the parts hold rows in the order of the plan. They are first dealt out into buckets, each for a stretch
-of the input; then the buckets are sorted one after the other and meet the input, which is read once more.
+The parts hold rows in the order of the plan. First these go into buckets, each for a range of the input. Then each
+bucket is sorted and joined with the input, which is read once more.
 """
 
 from __future__ import annotations
@@ -36,9 +36,10 @@ ROW = "__row"  # column of a bucket that says which input row it is
 
 @dataclass
 class Output:
-    """What is written where. schema: of the records of a part. fields: metric's column -> name in the output;
-    token_columns: those with a list for each row, which go to `tokens.parquet`; arrays: column -> the file for its
-    arrays."""
+    """The output files. schema: of the records of a part. fields: metric's column -> name in the output.
+
+    token_columns: columns with a list per row, written to `tokens.parquet`. arrays: column -> file for its arrays.
+    """
 
     out: Path
     folder: Path
@@ -75,10 +76,10 @@ def merge(
     sources: list[Source],
     check: Callable[[], None] = lambda: None,
 ) -> Counter:
-    """Write the output, `rows.parquet`, `tokens.parquet` and the arrays; returns how many rows have which error.
+    """Write the output, `rows.parquet`, `tokens.parquet` and the arrays. Returns the number of rows per error.
 
-    check: called again and again, raises to end it.
-    `UserError` when scores are missing, or the input is no more what was indexed. Files appear when they are whole.
+    check: called often; it raises to end the work. Raises `UserError` where scores are missing or the input has changed
+    since it was indexed. Files appear when they are whole.
     """
     count = index.counts["rows"]
     scratch = output.folder / "merge"
@@ -103,7 +104,7 @@ def merge(
 
 
 def _deal(output: Output, index: Index, plan: Plan, settings: dict, scratch: Path, width: int) -> None:
-    """Write the rows of all parts to the buckets of their stretches of the input."""
+    """Write the rows of all parts to buckets, each for a range of the input."""
     schema = pa.schema([(ROW, pa.int64()), *output.schema])
     with ExitStack() as stack:
         writers: dict[int, pa.RecordBatchWriter] = {}
@@ -142,7 +143,7 @@ def _bucket(path: Path, output: Output) -> pa.Table:
 
 
 def input_lines(sources: list[Source]) -> Iterator[bytes]:
-    """Every input row as a line of JSON; whatever bytes where it is none."""
+    """Every input row as a line of JSON; the raw bytes where it is no JSON."""
     for source in sources:
         for _, batch in source.batches():
             if batch.kind == "lines":

@@ -1,7 +1,7 @@
-"""What can be measured of a sample in a model's forward pass, and the one interface through which metrics are added.
+"""Metrics of a sample in a model's forward pass, and the interface for new ones.
 
-A metric is a class with a name under `register`. It sees a `Batch`: what the backbone returned (hidden states, router
-logits) for sequences whose tokens lie at known rows, and the entropy and log-probability of every scored token. It
+A metric is a class that `register` knows by its name. It gets a `Batch`: the backbone's output (hidden states, router
+logits) for sequences whose tokens are at known rows, and the entropy and log-probability of every scored token. It
 returns one value per sample and column. Any number of metrics share one forward pass.
 """
 
@@ -27,9 +27,9 @@ DIGITS = 7  # significant ones of a score: what single precision carries
 
 @dataclass
 class Sample:
-    """Tokens and which of them count: `input_ids` int [n], `scored` bool [n], not shifted.
+    """Tokens of a sample: `input_ids` int [n], and `scored` bool [n] (not shifted), the tokens that count.
 
-    A token is scored by the distribution that the tokens before it give, so the first never counts.
+    The tokens before a token predict it, so the first one never counts.
     """
 
     input_ids: np.ndarray
@@ -50,7 +50,7 @@ class Sample:
 
 @dataclass
 class Batch:
-    """What one forward pass gave for N sequences.
+    """The result of one forward pass for N sequences.
 
     samples: the sequences. starts: int64 [N]; the tokens of sequence i are the rows `starts[i]` to
     `starts[i] + len(samples[i]) - 1` of `hidden` and of everything else that has a row per token; rows between them are
@@ -104,7 +104,7 @@ class Batch:
 
 
 def number(value: float) -> float | None:
-    """A score as it is stored: `DIGITS` significant digits; None for NaN and infinity, which JSON has no word for."""
+    """A score as stored: `DIGITS` significant digits; None for NaN and infinity, which JSON lacks."""
     return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
 
 
@@ -143,7 +143,7 @@ METRICS: dict[str, type[Metric]] = {}
 
 
 def register(metric: type[Metric]) -> type[Metric]:
-    """Make a metric known by its name; a class decorator."""
+    """Class decorator that registers a metric by its name."""
     METRICS[metric.name] = metric
     return metric
 
@@ -214,7 +214,7 @@ def without_prompt(sample: Sample, prefix: int) -> Sample:
 
 
 def sequences(sample: Sample, metrics: Iterable[str], prefix: int) -> list[Sample]:
-    """What is passed through the model for a sample: itself and, for metrics that need it, its answer alone."""
+    """The sequences that the model computes for a sample: itself and, for metrics that need it, its answer alone."""
     twice = any(METRICS[name].unconditional for name in metrics)
     return [sample, without_prompt(sample, prefix)] if twice else [sample]
 

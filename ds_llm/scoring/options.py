@@ -1,4 +1,4 @@
-"""What a scoring run is told: `ScoreConfig`, read like a run's configuration from YAML and `score.key=value`."""
+"""Options of a scoring run: `ScoreConfig`, read like a run's configuration from YAML and `score.key=value`."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Options:
 def load(path: str | None = None, overrides: list[str] = (), flags: dict[str, Any] | None = None) -> ScoreConfig:
     """Defaults, the section `score` of a YAML file, `score.key=value` overrides, `flags` by bare key, in this order.
 
-    Raises `ConfigError` for what is unknown, of the wrong type, impossible or missing.
+    Raises `ConfigError` for unknown keys, wrong types, impossible and missing values.
     """
     found = options.load(Options, path, overrides)
     for name, value in (flags or {}).items():
@@ -81,7 +81,7 @@ def load(path: str | None = None, overrides: list[str] = (), flags: dict[str, An
 
 
 def check(config: ScoreConfig) -> None:
-    """Raise `ConfigError` for options that are missing or do not go together; nothing is opened for it."""
+    """Raise `ConfigError` for missing options and impossible combinations. Opens no file."""
     for name, flag in (("model", "--model"), ("data", "--data"), ("out", "--out")):
         if not getattr(config, name):
             raise ConfigError(f"score.{name}: not given; use {flag}")

@@ -1,8 +1,7 @@
-"""Files that ranks append their scores to, made to be killed at any byte.
+"""Files to which ranks append their scores; a kill at any byte does no harm.
 
-A part begins with a header that says which run it belongs to, and goes on with one record per batch: length, checksum,
-number of the batch, values. A part is written by one process and never again; what a kill or a power failure leaves
-behind its last whole record is not read.
+A part begins with a header that identifies its run, followed by a record per batch: length, checksum, number of the
+batch, values. One process writes a part, and no other continues it. Bytes behind the last whole record are ignored.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ class Part:
         os.close(folder)
 
     def append(self, batch: int, payload: bytes) -> None:
-        """Add the values of a batch; they survive this process, and soon after the machine."""
+        """Add the values of a batch. They survive a kill at once, and a power failure after `SYNC_SECONDS`."""
         self._write(_record(batch, payload))
 
     def close(self) -> None:
@@ -73,9 +72,9 @@ def read(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def records(folder: Path, settings: dict) -> Iterator[tuple[int, bytes]]:
-    """(batch, payload) of every whole record in the parts of a folder; of a batch that is there twice, the first.
+    """(batch, payload) of every whole record in the parts of a folder; the first one of each batch.
 
-    `UserError` for a part of another run. Parts that end before their header does hold nothing and are passed over.
+    Raises `UserError` for a part of another run. Skips parts that end within their header.
     """
     seen = set()
     for path in sorted(folder.glob("part-*.bin")):
@@ -92,7 +91,7 @@ def records(folder: Path, settings: dict) -> Iterator[tuple[int, bytes]]:
 
 
 def differences(old: dict, new: dict) -> str:
-    """`model ('a', not 'b') and metric`: what differs between the settings of two runs; empty when nothing does."""
+    """The different settings of two runs, as `model ('a', not 'b') and metric`; empty where all are equal."""
     parts = []
     for name in sorted(old.keys() | new.keys()):
         if old.get(name) != new.get(name):

@@ -1,7 +1,7 @@
-"""The page of a scoring run: one HTML file without network, made from the scored rows in one pass over them.
+"""The page of a scoring run: one self-contained HTML file, from one pass over the scored rows.
 
-Counts and means are of all rows; figures and quantiles are of a random sample of at most `SAMPLE_ROWS` of them, which
-keeps the memory bounded however many rows there are.
+Counts and means are of all rows. Figures and quantiles are of a random sample of at most `SAMPLE_ROWS` rows, which
+bounds the memory.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 @dataclass
 class Score:
-    """What the pass over the rows keeps of one field: counts, moments, the rows at both ends."""
+    """Counts, moments and the rows at both ends of one field, from the pass over the rows."""
 
     name: str
     count: int = 0
@@ -199,7 +199,7 @@ def _metric(name: str) -> str | None:
 
 
 def _relation(x: np.ndarray, y: np.ndarray, first: str, second: str, alike: bool) -> str:
-    """How two scores of the rows go together; which is lower, only where they are of one metric."""
+    """How two scores of the rows are related; for scores of one metric also which one is lower."""
     both = np.isfinite(x) & np.isfinite(y)
     x, y = x[both], y[both]
     if len(x) < 3:
@@ -214,7 +214,7 @@ def _relation(x: np.ndarray, y: np.ndarray, first: str, second: str, alike: bool
 
 
 def text_of(record: dict) -> str:
-    """What a row says, for a reader: its text, prompt and answer or turns, cut to `MOST_CHARACTERS`."""
+    """The readable content of a row: its text, prompt and answer, or turns, cut to `MOST_CHARACTERS`."""
     turns = record.get("messages") or record.get("conversations")
     if isinstance(turns, list):
         parts = [

@@ -1,4 +1,4 @@
-"""How a mixture of experts routes a sample, and what its quality gates make of it."""
+"""Metrics of a mixture of experts: the routing of a sample, and the scores of its quality gates."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scoring a data set by a model on any number of ranks, continued wherever it was killed: `score`.
+"""Scores a data set by a model, on any number of ranks, and continues after a kill at any point.
 
 OUT.d/
     manifest.json     what the scores depend on, every attempt with versions and commit, and whether it is finished
@@ -63,11 +63,11 @@ def compute_entropy_for_model(
 
 
 def score(config: ScoreConfig, stop: Callable[[], str | None] = lambda: None) -> dict:
-    """Score every row of the data; each rank of a job calls it. Returns the statistics, once the output is there.
+    """Score every row of the data; each rank of a job calls it. Returns the statistics when the output is written.
 
-    stop: says why this process should stop, or None. Whatever ends a run, the same call goes on where it was, on any
-    number of ranks, to the same bytes; a finished run is left as it is. `UserError` when the output or its folder
-    belong to another run, when no row can be scored, and when a rank fails.
+    stop: returns the reason why this process should stop, or None. After any end the same call continues the run, on
+    any number of ranks, to the same bytes; a finished run stays as it is. Raises `UserError` where the output or its
+    folder belong to another run, where no row can be scored, and where a rank fails.
     """
     options.check(config)
     if config.zero3:
@@ -186,7 +186,7 @@ def _scorer(job: Job) -> Scorer:
 
 
 def _budget(job: Job, manifest: dict, scorer: Scorer, index: Index) -> int:
-    """Tokens of a batch: what this run had before, what is asked for, or what fits."""
+    """Tokens of a batch: as earlier in this run, as configured, or as many as fit."""
     if manifest:
         return manifest["settings"]["tokens_per_batch"]
     if job.config.tokens_per_batch != "auto":
@@ -246,7 +246,7 @@ def _output(job: Job, scorer: Scorer) -> Output:
 
 
 def _finish(job: Job, ranks: Ranks, what: str) -> dict:
-    """Clear away what only an unfinished run needs, and let the other ranks go."""
+    """Remove the files of an unfinished run, and release the other ranks."""
     jobs.remove(job.folder, jobs.WORK)
     console.print(f"{job.out}: {what}")
     if (report := job.folder / "report.html").is_file():

@@ -1,4 +1,4 @@
-"""Rows as tokens to score: what of a row goes through the model, and which of its tokens count."""
+"""Rows as tokens to score: the tokens for the model, and which of them count."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def _unicode(text: str, where: str) -> str:
 
 
 def _conversation(tokenizer, row: dict, format: str, tokens: str) -> Sample | RowError:
-    """By the chat template. A conversation in which nobody answers is a sample of which no token counts."""
+    """A sample by the chat template. In a conversation without an answer no token counts."""
     messages, tools = conversations.to_messages(row, format)
     if tokens != "all":
         try:
@@ -149,7 +149,7 @@ def _conversation(tokenizer, row: dict, format: str, tokens: str) -> Sample | Ro
 
 
 def _plain(tokenizer, row: dict, format: str, tokens: str) -> Sample | RowError:
-    """Prompt and completion one after the other, behind the beginning-of-text token where the tokenizer adds one."""
+    """A sample of prompt and completion, after the beginning-of-text token where the tokenizer adds one."""
     texts = [row.get("prompt"), row.get("completion")]
     for name, text in zip(("prompt", "completion"), texts, strict=True):
         if text is None:

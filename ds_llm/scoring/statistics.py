@@ -1,4 +1,4 @@
-"""What a scoring run counted: said before the model is loaded, and kept as JSON for the report."""
+"""Counts of a scoring run: printed before the model is loaded, and saved as JSON for the report."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 
 
 def describe_rows(index: Index) -> None:
-    """Say what of the rows will be scored. `UserError` when nothing will."""
+    """Print how much of the rows will be scored. Raises `UserError` where it is nothing."""
     c = index.counts
     bad = sum(c["errors"].values())
     reasons = ", ".join(f"{reason} {count:,}" for reason, count in c["errors"].items())
@@ -39,7 +39,7 @@ def describe_rows(index: Index) -> None:
 
 
 def collect(output: Output, index: Index, plan: Plan, errors: Counter, more: dict) -> dict:
-    """Counts, and for each column of numbers in `rows.parquet` its distribution; `more` is taken along."""
+    """Counts, the distribution of each column of numbers in `rows.parquet`, and the entries of `more`."""
     counts = index.counts
     with pq.ParquetFile(output.rows_path) as file:
         numbers = [

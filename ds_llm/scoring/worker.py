@@ -1,4 +1,4 @@
-"""A rank's way through its batches: forward passes, records, and what to do where memory does not suffice."""
+"""A rank's loop over its batches: forward passes, records, smaller passes where the memory does not suffice."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ class Worker:
 
     @property
     def imbalance(self) -> float:
-        """How much more the rank with the most has than the mean, by the estimated cost; 0 is even."""
+        """Excess of the most loaded rank over the mean estimated cost; 0 is even."""
         loads = [float(self.batches.padded[share].sum()) for share in self.shares]
         return max(loads) / max(1e-9, sum(loads) / len(loads)) - 1
 
     def run(self, part: Part, ranks: Ranks, show: Callable[[], None] = lambda: None) -> None:
-        """Score the share, a record in `part` for each batch; `ranks` is told and asked between passes."""
+        """Score this rank's share, with a record in `part` per batch; reports to `ranks` between passes."""
         watchdog.timed("scoring")
         steps = max(map(len, self.shares)) if self.scorer.collective else len(self.share)
         for step in range(steps):
@@ -65,7 +65,7 @@ class Worker:
             show()
 
     def _score(self, samples: list[Sample], rows: np.ndarray) -> list[dict]:
-        """Scores of samples; in halves where memory does not suffice for all, from then on at once."""
+        """Scores of samples; halves a pass that does not fit the memory, and all later ones of that size."""
         longest = max(map(len, samples))
         if len(samples) > 1 and self.most is not None and longest * len(samples) > self.most:
             middle = len(samples) // 2
@@ -91,7 +91,7 @@ def _column(values: list, kind: pa.DataType) -> pa.Array:
 
 
 def attempt(scorer, samples: list[Sample]) -> list[dict] | None:
-    """Scores of samples, or None, with the memory freed, where it did not suffice."""
+    """Scores of samples; None, with the memory freed, where the memory did not suffice."""
     try:
         return scorer.score(samples)
     except torch.OutOfMemoryError:
@@ -103,10 +103,9 @@ def attempt(scorer, samples: list[Sample]) -> list[dict] | None:
 
 
 def tokens_that_fit(scorer, index: Index) -> int:
-    """What `tokens_per_batch=auto` means here: the largest power of two with which the longest rows pass.
+    """Tokens of a batch for `tokens_per_batch=auto`: on a GPU the largest power of two that fits, by trial.
 
-    It is tried out on a GPU. On a CPU, and where ranks pass through the model together, it is a fixed number. Either
-    way it is at most what leaves enough batches to share out.
+    On a CPU, and where ranks run the model together, it is a fixed number. It is at most `batches.auto_limit`.
     """
     limit = plan.auto_limit(index)
     if scorer.collective or not torch.cuda.is_available():
@@ -115,7 +114,7 @@ def tokens_that_fit(scorer, index: Index) -> int:
 
 
 def largest(fits: Callable[[int], bool], limit: int) -> int:
-    """The largest budget up to `limit` that fits, doubled from the smallest; that one where none does."""
+    """The largest budget up to `limit` that fits, by doubling from the smallest; the smallest where none fits."""
     size = plan.SMALLEST_AUTO
     while 2 * size <= limit and fits(2 * size):
         size *= 2
