@@ -1,1 +1,1 @@
-"""The boosting recipe: rows drawn by entropy, models that vote."""
+"""The boosting recipe: rows resampled by entropy, models that vote."""

@@ -1,9 +1,9 @@
-"""The boosting recipe, from a base model to a stronger one of its size: what `launch/boost.py` runs.
+"""The boosting recipe, from a base model to a stronger one of the same size: `launch/boost.py`.
 
 entropy_0 -> sft -> entropy_1 -> [resample_1 -> weighted -> entropy_2 ->] merge -> resample -> fuse -> fused -> extract,
-then plain (as many steps of fine-tuning without all that) and compare. Each stage is a command or a function that
-leaves something in the output folder. OUTPUT/.stages/NAME.json says with which settings it was finished, so a rerun
-goes on behind the last finished stage, and an unfinished one continues as its command does.
+then plain (fine-tuning alone, for as many steps) and compare. Each stage is a command or a function with a result in
+the output folder. OUTPUT/.stages/NAME.json holds the settings of a finished stage. A rerun continues behind the last
+finished stage; an unfinished one continues as its command does.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ class BoostingConfig:
 
 @dataclass(frozen=True)
 class Stage:
-    """One step: `product` is what it leaves; `settings`, with those of `after`, all that this depends on; `run` does
-    it."""
+    """One stage. product: its result. settings: with those of the stages in `after`, everything that the result depends
+    on. run: does the work."""
 
     name: str
     product: Path
@@ -77,7 +77,7 @@ class Recipe:
                 raise ConfigError(f"skip: '{name}' is no stage of this recipe; they are {', '.join(self.stages)}")
 
     def run(self) -> dict | None:
-        """Run what is not finished; returns the report, None where compare is skipped.
+        """Run the unfinished stages. Returns the report; None where compare is skipped.
 
         Raises `UserError` where a stage fails (with its command's exit code) or was finished with other settings.
         """
@@ -105,7 +105,7 @@ class Recipe:
         return json.loads(report.read_text()) if "compare" not in self.config.skip and report.is_file() else None
 
     def redo(self, name: str) -> None:
-        """Remove what a stage and those that depend on it left."""
+        """Remove the results of a stage and of those that depend on it."""
         if name not in self.stages:
             raise ConfigError(f"--redo {name}: is no stage of this recipe; they are {', '.join(self.stages)}")
         gone = {name}
@@ -222,7 +222,7 @@ class Recipe:
         return Stage(name, product, asdict(config), after, run)
 
     def _plain(self, trained: tuple[str, ...]) -> Stage:
-        """Fine-tune the base on the data as it is, for as many steps as all trainings took together."""
+        """Fine-tune the base on the unchanged data, for as many steps as all other trainings together."""
         from ds_llm.checkpoint import folder as checkpoint
 
         c = self.config

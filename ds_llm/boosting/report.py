@@ -1,4 +1,4 @@
-"""What boosting gained: held-out losses of all models of the recipe, side by side."""
+"""Held-out losses of all models of the boosting recipe, side by side."""
 
 from __future__ import annotations
 

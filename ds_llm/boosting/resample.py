@@ -1,8 +1,8 @@
-"""Drawing rows anew, with replacement, by how their entropy changed from one model to the next.
+"""Resamples rows with replacement, by the change of their entropy from one model to the next.
 
-`adaboost` favours rows that a model has begun to learn; `brownboost` hard rows on which it gets on, but less those that
-stay hard or easy for long (after Freund 2001, "An adaptive version of the boost by majority algorithm"); `uniform`
-draws all alike, for comparison. Entropies are in nats; weights and probabilities are float64.
+`adaboost` favours rows that a model has begun to learn. `brownboost` favours hard rows on which it improves, and less
+those that stay hard or easy for long (after Freund 2001, "An adaptive version of the boost by majority algorithm").
+`uniform` draws all rows alike, for comparison. Entropies are in nats; weights and probabilities are float64.
 """
 
 from __future__ import annotations
@@ -115,8 +115,8 @@ def draw(probabilities: np.ndarray, count: int, seed: int) -> np.ndarray:
 
 @dataclass
 class Scores:
-    """Rows that all files score: `idx` int64 [n] ascending, `values` float64 [n] per field. `missing`: number of rows
-    that only some have a score for."""
+    """Rows with scores in all files: `idx` int64 [n] ascending, `values` float64 [n] per field. `missing`: number of
+    rows with scores in only some of them."""
 
     idx: np.ndarray
     values: dict[str, np.ndarray]
@@ -177,9 +177,11 @@ def _read(name: str, path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclass
 class Report:
-    """Who was drawn how often. `distribution`: number of draws -> rows; `effective`: 1 / sum p^2, the number of equally
-    likely rows that would be drawn as unevenly; `groups`: fifths of the rows by change of entropy from the first model
-    to the last, with their mean draws; `most`: the rows drawn most often."""
+    """Statistics of the draws.
+
+    distribution: number of draws -> rows. effective: 1 / sum p^2, the effective number of rows. groups: fifths of the
+    rows by change of entropy from the first model to the last, with their mean draws. most: the rows drawn most often.
+    """
 
     method: str
     rows: int
@@ -196,10 +198,10 @@ class Report:
 def resample(
     data: Sequence[str | os.PathLike], scores: Scores, out: str | os.PathLike, config: ResampleConfig
 ) -> Report:
-    """Write the rows drawn to `out`, JSON lines in the order of the input, a row as often as it was drawn.
+    """Write the drawn rows to `out`, JSON lines in the order of the input, each as often as it was drawn.
 
-    data: what the scores are of; `idx` is a row's number in it, from 0. Beside it stand OUT.draws.parquet (idx, weight,
-    draws and entropies of every row) and OUT.report.json. Rows without all scores are never drawn, and counted. Raises
+    data: the scored data; `idx` is a row's number in it, from 0. Also writes OUT.draws.parquet (idx, weight, draws and
+    entropies of every row) and OUT.report.json. Rows without all scores are never drawn, and counted. Raises
     `UserError` where the data has fewer rows than were scored.
     """
     out, entropies = Path(out), list(scores.values.values())

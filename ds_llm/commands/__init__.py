@@ -1,1 +1,1 @@
-"""The commands of `launch/`: each `main` reads a command line; nothing heavy is imported before."""
+"""The commands of `launch/`: each `main` parses its command line before it imports heavy libraries."""

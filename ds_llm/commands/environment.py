@@ -1,4 +1,4 @@
-"""Environment variables that libraries read while they are imported: a command sets them before it imports those."""
+"""Environment variables that libraries read when they are imported; commands set them before those imports."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import os
 
 
 def equal_bits() -> None:
-    """Have MKL give the same bits for any number of threads and any alignment of a tensor in memory.
+    """Make MKL give the same bits for any number of threads and any alignment of a tensor in memory.
 
-    Both otherwise choose its instructions, and so the last bits of its matrix products. MKL reads the variable once,
-    when it is loaded with torch. A value that the user has set stays.
+    Otherwise both decide its instructions and so the last bits of its matrix products. MKL reads the variable once,
+    when torch loads it. A value set by the user stays.
     """
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 
 def deepspeed_on_cpu() -> None:
-    """Have DeepSpeed, which peft imports, take the CPU: it otherwise warns where it finds no GPU.
+    """Make DeepSpeed, which peft imports, use the CPU; otherwise it warns where it finds no GPU.
 
-    For commands that run no DeepSpeed engine. A value that the user has set stays.
+    For commands without a DeepSpeed engine. A value set by the user stays.
     """
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 

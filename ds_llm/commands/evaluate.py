@@ -76,7 +76,7 @@ def _named(text: str) -> tuple[str, str]:
 
 
 def _command(commands, name: str, help: str, run: Callable) -> Callable:
-    """Add a command with the options that all of them have; returns its `add_argument`."""
+    """Add a command with the common options. Returns its `add_argument`."""
     parser = commands.add_parser(name, help=help)
     parser.set_defaults(command=run)
     add = parser.add_argument

@@ -32,7 +32,7 @@ def main() -> None:
 
 
 def add_commands(parser: argparse.ArgumentParser) -> None:
-    """Give the parser the subcommands; `arguments.command(arguments)` runs the chosen one."""
+    """Add the subcommands to the parser; `arguments.command(arguments)` runs the chosen one."""
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     fetch = commands.add_parser("fetch", help="fetch a small public corpus or model by name")

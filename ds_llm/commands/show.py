@@ -1,4 +1,4 @@
-"""Prepared samples for the eye: decoded, with the trained tokens marked, and what became of the rows."""
+"""Prints prepared samples, decoded and with marked trained tokens, and counts of the rows."""
 
 from __future__ import annotations
 

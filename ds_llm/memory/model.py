@@ -1,4 +1,4 @@
-"""The model a run would train, without its weights: how many there are, which are trained, and the batch it sees."""
+"""The model of a run without its weights: their numbers, which of them are trained, and the shape of a batch."""
 
 from __future__ import annotations
 
@@ -21,13 +21,15 @@ NF4_BYTES = 0.5 + 4 / 64  # of a weight: 4 bits, and an fp32 scale for each bloc
 
 @dataclass(frozen=True)
 class Outline:
-    """What a run trains. Counts are numbers of weights of the whole model, or of the part that a process has of it
-    where several share experts or layers (`parallel.expert`, `parallel.tensor`), before ZeRO.
+    """The model that a run trains.
 
-    config: of transformers; make: builds the module of such a configuration, as the run would; trained, frozen: weights
-    held with and without gradients; frozen_bytes: what one frozen weight takes, on average; masks: bytes of the masks
-    of a sparse model; expanded: weights of its largest layer, which is made dense for its product; shared: how many of
-    the trained are of shared experts; whole: weights of the whole model where they are not trained + frozen.
+    Numbers of weights are those of one process before ZeRO: of the whole model, or of a part with `parallel.expert` or
+    `parallel.tensor`.
+
+    config: of transformers. make: builds the module of such a configuration, as the run does. trained, frozen: weights
+    with and without gradients. frozen_bytes: mean bytes of a frozen weight. masks: bytes of a sparse model's masks.
+    expanded: weights of the largest sparse layer, which is dense during its product. shared: trained weights of experts
+    that processes share. whole: weights of the whole model where they are not trained + frozen.
     """
 
     config: object
@@ -46,7 +48,7 @@ class Outline:
 
 
 def outline(config: Config) -> Outline:
-    """The outline of a run's model, on torch's meta device. Raises `ConfigError` where its size cannot be told."""
+    """The outline of a run's model, on torch's meta device. Raises `ConfigError` where its size is unknown."""
     architecture, make = _architecture(config)
     with torch.device("meta"):
         model = make(architecture)
@@ -65,7 +67,7 @@ def outline(config: Config) -> Outline:
 
 
 def _part(found: Outline, config: Config, model: nn.Module) -> Outline:
-    """What one process has where several share experts or layers."""
+    """The outline of one process's part with expert or tensor parallelism."""
     parallel = config.parallel
     if parallel.expert > 1:
         experts = sum(p.numel() for p in model.parameters() if p.dim() == 3)
@@ -154,8 +156,8 @@ def _sparse(config: Config, architecture, make, model: nn.Module, low: int) -> O
 
 
 def micro_batch(config: Config) -> tuple[int, int]:
-    """(rows, tokens of a row) of a forward pass; of pairs the chosen and the rejected answers are two rows. Where
-    processes share rows (`parallel.sequence`), tokens of a process's part."""
+    """(rows, tokens of a row) of a forward pass. A pair is two rows, the chosen and the rejected answer. With
+    `parallel.sequence` tokens of a process's part of the row."""
     length, _ = lengths(config)
     length = math.ceil(length / config.parallel.sequence)
     mode = MODES[config.mode]

@@ -1,7 +1,7 @@
-"""Memory of a forward and backward pass without allocating it: the model runs on fake tensors that are only counted.
+"""Memory of a forward and backward pass, measured without allocating it, on fake tensors.
 
-The real module and the real loss run under torch's `FakeTensorMode`, where operators compute shapes and nothing else.
-Every storage that an operator returns is counted until Python lets go of it, which is when a real one would be freed.
+The real module and the real loss run under torch's `FakeTensorMode`, where operators compute only shapes. Every storage
+that an operator returns counts until Python releases it, which is when a real one would be freed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MEASURED_LAYERS = (6, 9)  # layers are alike, so what a deeper model takes is a 
 
 
 class Count(TorchDispatchMode):
-    """Counts bytes of storages that come into being while it is active; `peak` is the most that were alive at once."""
+    """Counts bytes of storages that are created while it is active; `peak` is the largest number alive at once."""
 
     def __init__(self, known: list[Tensor]):
         super().__init__()

@@ -1,4 +1,4 @@
-"""HTML pages of reports: one file each, no scripts, nothing fetched; light or dark as the reader's system is.
+"""HTML pages of reports: one file each, without scripts or network, light or dark by the reader's system.
 
 `FRAME` is what all pages have, `RUN` the page of a training run; `ds_llm.scoring.report_template` is that of scores.
 """
@@ -185,7 +185,7 @@ def render(template: str, **parts) -> str:
 
 
 def save(page: str, target: Path) -> Path:
-    """Replace the file `target` by the page, whole or not at all; `UserError` where it cannot be written."""
+    """Replace the file `target` by the page in one rename. Raises `UserError` where it cannot be written."""
     temporary = target.with_name(target.name + ".tmp")
     try:
         temporary.write_text(page, encoding="utf-8")

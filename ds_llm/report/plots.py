@@ -1,4 +1,4 @@
-"""Plots of a run as SVG that follows the page: colours are CSS variables, text is text, no file is referred to."""
+"""Plots of a run as SVG in the style of the page: colours are CSS variables, text stays text, no other files."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def svg(title: str, paint: Callable[[Figure, Axes], None]) -> str:
 
 
 def binned(steps: np.ndarray, values: np.ndarray, bins: int = POINTS) -> tuple[np.ndarray, ...]:
-    """(step, mean, lowest, highest) of at most `bins` equal groups of neighbouring values; NaN counts for nothing."""
+    """(step, mean, lowest, highest) of at most `bins` equal groups of neighbouring values, without NaN."""
     groups = min(bins, len(steps))
     edges = np.linspace(0, len(steps), groups + 1).astype(int)
     rows = []

@@ -1,4 +1,4 @@
-"""Report of a run: `report.html` in its folder, one file that opens anywhere, made from what the run has written.
+"""Report of a run: `report.html` in its folder, one self-contained file from the run's records.
 
 python -m ds_llm.report runs/pretrain
 """
@@ -34,8 +34,8 @@ LOAD_STEPS = 100  # the heat map of the experts is the mean over so many of the 
 def write(output: Path) -> Path:
     """Make `report.html` from the metrics and settings in the folder of a run; returns its path.
 
-    Every part is optional but `metrics.jsonl`: a run that has just begun, was killed or never evaluated has a report
-    too. Raises `UserError` when there are no metrics, they cannot be read or the report cannot be written.
+    Only `metrics.jsonl` is required: a run that has just begun, was killed or never evaluated has a report too. Raises
+    `UserError` where there are no metrics, they cannot be read or the report cannot be written.
     """
     output = Path(output)
     if not output.is_dir():

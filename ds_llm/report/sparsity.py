@@ -1,4 +1,4 @@
-"""The report's part on sparse models: how many weights of each pruned tensor are kept, as a table and as a picture."""
+"""The report's section on sparse models: kept weights of each pruned tensor, as table and picture."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Choosing what to train on by the scores of its rows."""
+"""Selects rows to train on, by their scores and clusters."""

@@ -26,8 +26,11 @@ METHODS = {
 
 @dataclass
 class Clustering:
-    """labels: int32 [rows], clusters by falling size from 0, `NOISE` for dropped rows. facts: how it went, for people;
-    `curve` in it holds `k`, `value`, `name` and `chosen` where k was chosen."""
+    """Clusters of rows.
+
+    labels: int32 [rows], clusters by falling size from 0, `NOISE` for dropped rows. facts: for the report; `curve` has
+    `k`, `value`, `name` and `chosen` where the number of clusters was chosen.
+    """
 
     labels: np.ndarray
     facts: dict = field(default_factory=dict)
@@ -38,7 +41,7 @@ class Clustering:
 
 
 def cluster(features: Features, config: ClusterConfig) -> Clustering:
-    """Cluster rows, by any method but none. `UserError` where HDBSCAN finds no cluster."""
+    """Cluster rows by the configured method. Raises `UserError` where HDBSCAN finds no cluster."""
     chosen = backend(config)
     facts: dict = {"method": config.method, "backend": chosen}
     labels = METHODS[config.method](features, config, chosen, facts)

@@ -1,8 +1,8 @@
-"""Rows of a feature file as unit vectors, a block at a time: what clustering by cosine works on.
+"""Rows of a feature file as unit vectors, a block at a time, for clustering by cosine.
 
-The coordinates are rounded to multiples of 2^-24, what single precision resolves near 1 and 8,192 times finer than the
-half precision they come from. Sums of up to 2^28 of them are exact in double precision, so a mean direction has the
-same bits in whatever order, on however many processes and on whatever device its rows are summed.
+Coordinates are rounded to multiples of 2^-24, the resolution of single precision near 1, 8,192 times finer than their
+half precision. Sums of up to 2^28 of them are exact in double precision, so a mean direction has the same bits in any
+order, on any number of processes and on any device.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Features:
         return -(-len(self) // self.block_rows)
 
     def usable(self) -> np.ndarray:
-        """bool [rows]: whether a row has a direction, that is only finite numbers, and one that is not 0."""
+        """bool [rows]: whether a row has a direction: all its numbers are finite, and one is not 0."""
         found = np.empty(len(self), bool)
         for number in range(self.blocks):
             part = slice(number * self.block_rows, (number + 1) * self.block_rows)
@@ -64,7 +64,7 @@ class Features:
         return found
 
     def subset(self, keep: np.ndarray) -> Features:
-        """Those of the rows at positions `keep`, ascending."""
+        """The rows at the ascending positions `keep`."""
         return Features(self.path, self.rows[keep], self.device)
 
     def sample(self, count: int, seed: int) -> Features:

@@ -1,9 +1,9 @@
-"""The ways to cluster: K-means, mini-batch K-means, HDBSCAN, Gaussian mixtures, spectral clustering.
+"""Clustering methods: K-means, mini-batch K-means, HDBSCAN, Gaussian mixtures, spectral clustering.
 
-Each takes features, options, the library to use and a dictionary for facts worth telling, and returns a label for each
-row, int64 [rows]. K-means is this package's own (see `spherical`): it runs on a CPU or a GPU, on one process or all of
-a job, to the same labels. The others are scikit-learn's or cuML's. What cannot take many rows (HDBSCAN, spectral
-clustering) takes a random sample, and every other row joins the row of the sample that is nearest to it.
+Each takes features, options, the library and a dictionary for facts to report, and returns a label per row, int64
+[rows]. K-means is our own (see `spherical`) and gives the same labels on CPU and GPU and on any number of processes.
+The others are scikit-learn's or cuML's. HDBSCAN and spectral clustering cannot take many rows: they cluster a random
+sample, and every other row gets the label of its nearest row of the sample.
 """
 
 from __future__ import annotations
@@ -201,7 +201,7 @@ def _cuml_hdbscan(rows: torch.Tensor):
 
 
 def _worth(rows: torch.Tensor, labels: np.ndarray, seed: int) -> dict:
-    """How good a trial is: its silhouette (by cosine, of the rows in clusters) times the share of rows in clusters."""
+    """Quality of a trial: silhouette (by cosine, of the rows in clusters) times the share of rows in clusters."""
     from sklearn.metrics import silhouette_score
 
     inside = np.flatnonzero(labels != NOISE)
@@ -215,7 +215,7 @@ def _worth(rows: torch.Tensor, labels: np.ndarray, seed: int) -> dict:
 
 
 def _spread(features: Features, sample: Features, labels: np.ndarray) -> np.ndarray:
-    """Labels of all rows: those of the sample's rows [sample], and of the nearest of them for the others."""
+    """Labels of all rows, from the labels [sample] of a sample: other rows get that of their nearest sampled row."""
     if sample is features:
         return labels
     found = nearest_labels(features, sample.all(), labels, "joining the nearest sampled rows")

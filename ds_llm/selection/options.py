@@ -1,4 +1,4 @@
-"""What a selection is told: `SelectionConfig`, read like a run's configuration from YAML and `key=value`."""
+"""Options of a selection: `SelectionConfig`, read like a run's configuration from YAML and `key=value`."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def load(path: str | None = None, overrides: list[str] = ()) -> SelectionConfig:
 
 
 def check(config: SelectionConfig) -> None:
-    """Raise `ConfigError` for options that are missing or do not go together; nothing is opened for it."""
+    """Raise `ConfigError` for missing options and impossible combinations. Opens no file."""
     default = ScoreConfig()
     for name in OWN:
         if getattr(config.score, name) != getattr(default, name):
@@ -95,7 +95,7 @@ def _check_cluster(config: ClusterConfig) -> None:
 
 
 def backend(config: ClusterConfig) -> str:
-    """The library that does it here. `ConfigError` where it cannot be used."""
+    """The library for the configured method on this machine. Raises `ConfigError` where it cannot be used."""
     usable = {"torch": True, "sklearn": True, "cuml": "cuml" in BACKENDS[config.method] and _has_cuml()}
     if config.backend == "auto":
         return next(name for name in BACKENDS[config.method] if usable[name])

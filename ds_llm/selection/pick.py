@@ -1,7 +1,7 @@
-"""Which rows to take, and in what order, by their cluster, their quality and their features.
+"""Methods that pick rows by their cluster, their quality and their features.
 
-Every method returns positions of rows, int64 [count], the first choice first. Nothing depends on chance but for
-`random`, and there on the seed: of rows that are equal, the one that comes first in the data goes first.
+Every method returns positions of rows, int64 [count], the first choice first. All but `random`, which has a seed, are
+deterministic: of equal rows the one that comes first in the data is picked first.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def top_k(quality: np.ndarray, count: int) -> np.ndarray:
 
 
 def random(rows: int, count: int, seed: int) -> np.ndarray:
-    """Any rows, all alike."""
+    """Random rows with equal probability."""
     return np.random.default_rng(seed).permutation(rows)[:count]
 
 
@@ -78,7 +78,7 @@ def _components(features: Features) -> torch.Tensor:
 
 
 def _ranks(labels: np.ndarray) -> np.ndarray:
-    """How many rows before it have a row's label, int64 [n]."""
+    """Number of earlier rows with the same label, int64 [n]."""
     order = np.argsort(labels, kind="stable")
     sorted_labels = labels[order]
     starts = np.searchsorted(sorted_labels, sorted_labels, "left")

@@ -1,4 +1,4 @@
-"""The page of a selection: where the clusters lie, how good their rows are, what was picked and what was not."""
+"""The page of a selection: a map of the clusters, the quality of their rows, picked rows and others."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Rows:
 
 
 def figures(labels: np.ndarray, quality: np.ndarray, picked: np.ndarray, drawn: np.ndarray) -> dict:
-    """What the page and report.json say of a pick, beside a random one of the same size."""
+    """Figures of a pick for the page and report.json, beside those of a random pick of the same size."""
     usable = np.flatnonzero(labels != UNUSABLE)
     chosen = np.flatnonzero(picked)
     common = int(picked[drawn].sum())
@@ -60,7 +60,7 @@ def figures(labels: np.ndarray, quality: np.ndarray, picked: np.ndarray, drawn: 
 
 
 def examples(labels: np.ndarray, better: np.ndarray, chosen: np.ndarray) -> list[tuple[str, list[int]]]:
-    """(title, rows) to be shown: of the largest clusters the first picked and the best left, and the worst of all.
+    """(title, rows) to show: of the largest clusters the first picked rows and the best others; the worst of all rows.
 
     better: float64 [rows], higher is better; chosen: rows in the order of the pick.
     """
@@ -131,7 +131,7 @@ def write(out: Path, result: dict, rows: Rows, shown: list[tuple[str, list[int]]
 
 
 def show(out: Path, result: dict) -> None:
-    """Say on the screen what was picked."""
+    """Print a summary of the pick."""
     means, chance = result["mean_quality"], result["random"]
     console.print(
         f"{out}: {result['picked']:,} of {result['usable']:,} rows from {result['clusters_picked']:,} of "
@@ -151,18 +151,18 @@ def _map(rows: Rows, facts: dict) -> tuple[str, str, str]:
     if importlib.util.find_spec("umap") and len(points) > 10:
         from umap import UMAP
 
-        places, how = UMAP(metric="cosine", random_state=0).fit_transform(points), "UMAP"
+        coordinates, how = UMAP(metric="cosine", random_state=0).fit_transform(points), "UMAP"
     else:
         from sklearn.decomposition import PCA
 
         pca = PCA(2, random_state=0) if min(points.shape) > 1 else None
-        places = pca.fit_transform(points) if pca else np.zeros((len(points), 2))
+        coordinates = pca.fit_transform(points) if pca else np.zeros((len(points), 2))
         how = (
             f"the first two principal components, {pca.explained_variance_ratio_.sum():.0%} of the variance"
             if pca
             else ""
         )
-    svg = plots.cluster_map(places, rows.labels[sample.rows], rows.picked[sample.rows])
+    svg = plots.cluster_map(coordinates, rows.labels[sample.rows], rows.picked[sample.rows])
     return "Map of the clusters", svg, f"{len(points):,} rows drawn at random; {how}; rings: picked"
 
 

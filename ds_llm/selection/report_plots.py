@@ -13,15 +13,15 @@ EDGE = 0.002  # share of the values at either end that lies beyond the figure
 COLOURS = matplotlib.colormaps["tab20"].colors
 
 
-def cluster_map(places: np.ndarray, labels: np.ndarray, picked: np.ndarray) -> str:
-    """Rows at places [n, 2] in the colours of their clusters [n]; rings around those picked, bool [n]."""
+def cluster_map(points: np.ndarray, labels: np.ndarray, picked: np.ndarray) -> str:
+    """Rows at points [n, 2] in the colours of their clusters [n]; rings around picked rows, bool [n]."""
 
     def paint(_, axes) -> None:
         for number in np.unique(labels):
             inside = labels == number
             colour = COLOURS[number % len(COLOURS)] if number >= 0 else "#9a9a9a"
-            axes.scatter(*places[inside].T, s=7, color=colour, linewidths=0, alpha=0.8)
-        axes.scatter(*places[picked].T, s=20, facecolors="none", edgecolors=TEXT, linewidths=0.7)
+            axes.scatter(*points[inside].T, s=7, color=colour, linewidths=0, alpha=0.8)
+        axes.scatter(*points[picked].T, s=20, facecolors="none", edgecolors=TEXT, linewidths=0.7)
         axes.set_xticks([])
         axes.set_yticks([])
         axes.spines[:].set_visible(False)
@@ -78,7 +78,7 @@ def shares(kinds: dict[str, np.ndarray], name: str) -> str:
 
 
 def curve(found: dict) -> str:
-    """What was measured at each number of clusters; the chosen one is marked."""
+    """The measured value at each number of clusters, with a mark at the chosen one."""
 
     def paint(_, axes) -> None:
         axes.plot(found["k"], found["value"], color=LINES[0], linewidth=1.5, marker="o", markersize=4)

@@ -1,5 +1,5 @@
-"""Selecting rows to train on: scores and router features, clusters, the pick. Each stage is left out while what it
-depends on is as it was.
+"""Selects rows to train on, in three stages: scores and router features, clusters, the pick. A stage is not repeated
+while its inputs are unchanged.
 
 OUTPUT/
     scores.jsonl, scores.jsonl.d/   quality and router features of every row, see `ds_llm.scoring.run`
@@ -46,11 +46,11 @@ STEP_ROWS = 1000  # between two looks at the progress
 
 
 def select(config: SelectionConfig, interrupt: Interrupt | None = None, overwrite: bool = False) -> dict | None:
-    """Select rows; every rank of a job calls it. Returns what report.json holds on rank 0, None elsewhere.
+    """Select rows; every rank of a job calls it. Returns the content of report.json on rank 0, None elsewhere.
 
-    interrupt: lets scoring save before it stops; what comes behind is short and stops at once. overwrite: replace
-    scores of another model, other data or other options. Whatever ends it, the same call goes on where it was.
-    `UserError` for what cannot be scored or clustered, and where so few rows are usable that none would be picked.
+    interrupt: lets scoring save before it stops; the later stages are short and stop at once. overwrite: replace scores
+    of another model, other data or other options. After any end the same call continues. Raises `UserError` where rows
+    cannot be scored or clustered, and where so few are usable that none would be picked.
     """
     options.check(config)
     output = Path(config.output)
@@ -79,7 +79,7 @@ def select(config: SelectionConfig, interrupt: Interrupt | None = None, overwrit
 
 
 def _scoring(config: SelectionConfig, overwrite: bool):
-    """Options of the scoring run: the score that says what is good, router features, and what else is asked for."""
+    """Options of the scoring run: the quality score, router features, and further configured scores."""
     wanted = {config.select.quality, *config.score.metric}
     if config.cluster.method != "none":
         wanted.add("router")
@@ -114,7 +114,7 @@ def _cluster(config: SelectionConfig, job: Job, output: Path, together: bool) ->
 
 
 def _pick(config: SelectionConfig, job: Job, output: Path, stamp: dict) -> dict:
-    """Pick rows, write them, the table and the page, unless they are there from the same clusters and options."""
+    """Pick rows and write them, the table and the page, unless they exist for the same clusters and options."""
     settings = {"clusters": _hash(stamp), **dataclasses.asdict(config.select)}
     out = output / "selected_data.jsonl"
     before = jobs.read_json(output / "report.json")
@@ -169,7 +169,7 @@ def _pick(config: SelectionConfig, job: Job, output: Path, stamp: dict) -> dict:
 def _choose(
     config: SelectionConfig, job: Job, quality: np.ndarray, labels: np.ndarray, candidates: np.ndarray, count: int
 ) -> np.ndarray:
-    """Positions within `candidates`, of which `quality` is; labels are those of all rows."""
+    """Picked positions within `candidates`. quality: of the candidates. labels: of all rows."""
     how, labels = config.select.pick, labels[candidates]
     if how == "round_robin":
         return pick.round_robin(quality, labels, count)
@@ -217,7 +217,7 @@ def _features(job: Job, rows: np.ndarray | None) -> Features:
 
 
 def _unusable(job: Job, labels: np.ndarray) -> dict[str, int]:
-    """How many rows cannot be picked for which reason."""
+    """Number of rows that cannot be picked, per reason."""
     errors = pq.read_table(job.folder / "rows.parquet", columns=["error"])["error"].to_pylist()
     bad = np.flatnonzero(labels == UNUSABLE)
     return dict(Counter((errors[i] or "no score").partition(" (")[0] for i in bad.tolist()))

@@ -1,8 +1,9 @@
 """K-means by cosine (spherical K-means; Dhillon and Modha 2001, "Concept decompositions for large sparse text data"),
 on one process or on all of a job.
 
-Every process reads only its rows. Per iteration they exchange one sum per cluster of the rows that changed place, and
-counts; these sums are exact (see `features`), so centroids and labels are the same bits on any number of processes.
+Every process reads only its rows. Per iteration they exchange counts and one sum per cluster, of the rows that changed
+their cluster; these sums are exact (see `features`), so centroids and labels have the same bits on any number of
+processes.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def kmeans(
 
 @contextmanager
 def joined() -> Iterator[None]:
-    """A process group of the job while the block runs, one of torch alone; a group that is open stays as it is."""
+    """Open a process group of torch while the block runs, without DeepSpeed; an open group stays open."""
     if dist.is_initialized():
         yield
         return
@@ -107,12 +108,12 @@ def seeds(features: Features, k: int, seed: int) -> Tensor:
 
 
 def nearest(rows: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
-    """Highest cosine [rows] and the centroid that has it, int64 [rows]; of equal ones the first."""
+    """Highest cosine [rows] and its centroid, int64 [rows]; the first one of equal ones."""
     return (rows @ centroids.T).max(1)
 
 
 class _State:
-    """Where this process's rows belong, and the sums of all rows of each cluster."""
+    """The clusters of this process's rows, and the sums of all rows of each cluster."""
 
     def __init__(self, features: Features, own: range, k: int, together: bool):
         self.features, self.own, self.together = features, own, together

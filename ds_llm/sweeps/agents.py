@@ -1,4 +1,4 @@
-"""Real W&B sweeps: W&B's server chooses the values, W&B's agents start the trials on this machine."""
+"""Sweeps of W&B's server: it chooses the values, and W&B's agents start the trials on this machine."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ POLL_SECONDS = 0.5
 
 
 def run(file: SweepFile, output: Path, count: int | None, slots: list[str | None]) -> int:
-    """Create the sweep, or join the one that `output` names, and run an agent in each slot; returns the exit code.
+    """Create the sweep, or join the one saved in `output`, and run an agent in each slot. Returns the exit code.
 
-    Raises `UserError` where W&B cannot be reached: it has no offline sweeps.
+    Raises `UserError` where W&B cannot be reached; it has no offline sweeps.
     """
     if find_spec("wandb") is None:
         raise UserError("--wandb: wandb is not installed; pip install 'ds_llm[wandb]'")
@@ -66,7 +66,7 @@ def run(file: SweepFile, output: Path, count: int | None, slots: list[str | None
 
 
 def definition(file: SweepFile, output: Path) -> dict:
-    """The sweep as W&B is given it: trials log to W&B and have folders named by their W&B run below `output`."""
+    """The sweep's definition for W&B: trials log to W&B, in folders below `output` with the names of their W&B runs."""
     for parameter in file.parameters.values():
         values = [parameter.fields.get("value", 0), *parameter.fields.get("values", [])]
         if any(value is None for value in values):

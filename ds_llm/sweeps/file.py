@@ -1,7 +1,7 @@
-"""The sweep file: W&B's format, read strictly and checked against the configuration of the runs it will start.
+"""The sweep file: W&B's format, read strictly and checked against the configuration of its trials.
 
 https://docs.wandb.ai/models/sweeps/sweep-config-keys. Parameter names are the keys of docs/configuration.md; `command`
-says how a trial is started and with which recipe.
+starts a trial and names the recipe.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ STEP_METRICS = ("loss", "ppl", "grad_norm", "aux_loss", "tokens_per_s", "step_ti
 
 @dataclass(frozen=True)
 class Metric:
-    """The figure trials are compared by: `eval/NAME` of evaluations or `train/NAME` of steps, as in W&B."""
+    """The figure that compares trials: `eval/NAME` of evaluations or `train/NAME` of steps, as in W&B."""
 
     kind: str  # of the records in metrics.jsonl: eval or step
     field: str
@@ -57,7 +57,7 @@ class Metric:
 
 @dataclass(frozen=True)
 class SweepFile:
-    """A sweep file that has been read. raw: as it was written; fixed: `key=value` that all trials get besides."""
+    """The content of a sweep file. raw: as written. fixed: further `key=value` of all trials."""
 
     path: str
     method: str
@@ -80,10 +80,10 @@ class SweepFile:
 
 
 def read(path: str, mode: str | None, overrides: list[str]) -> SweepFile:
-    """Read and check a sweep file. mode: what all trials train, `lora` or one of `Config.mode`; None: as the recipe.
+    """Read and check a sweep file. mode: of all trials, `lora` or one of `Config.mode`; None: the recipe's.
 
-    overrides: `key=value` for all trials. Raises `ConfigError` for whatever would make every trial fail: unknown keys
-    and impossible values, of the file and of the configuration.
+    overrides: `key=value` for all trials. Raises `ConfigError` for unknown keys and impossible values of the file or of
+    the configuration, with which every trial would fail.
     """
     raw = _read_yaml(path)
     for name in raw:
@@ -224,7 +224,7 @@ def _metric(section, config: Config, method: str, path: str) -> Metric:
 
 
 def _known(config: Config) -> list[str]:
-    """The figures that the records of such a run have, by their names in W&B."""
+    """Names in W&B of the figures in the records of such a run."""
     mode, own_evaluated, own_steps = MODES[config.mode], (), ()
     if mode.own_figures:
         from ds_llm.train import modes  # imports torch

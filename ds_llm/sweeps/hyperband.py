@@ -1,8 +1,9 @@
-"""Early end of trials that fall behind, by the `early_terminate` section of a W&B sweep file.
+"""Early stopping of bad trials, by the `early_terminate` section of a W&B sweep file.
 
 W&B's `hyperband` is asynchronous successive halving (Li et al. 2018, arXiv:1810.05934): at certain iterations, the
-bands, a trial goes on only if it is among the best 1/eta of all trials that came so far. An iteration is one value of
-the metric. Optuna's pruners have other bands (powers from a first one, without `max_iter` and `s`) and no `strict`.
+bands, a trial continues only if it is among the best 1/eta of all trials that reached this band. An iteration is one
+value of the metric. Optuna's pruners have other bands (powers of a first one, without `max_iter` and `s`) and no
+`strict`.
 """
 
 from __future__ import annotations
@@ -18,8 +19,7 @@ KEYS = ("type", "min_iter", "max_iter", "s", "eta", "strict")
 class Hyperband:
     """Bands at min_iter * eta^k for all k, or at max_iter / eta^k for k = 1 .. s.
 
-    strict: a trial is judged at each band by its value there, as in the paper; else by its best value so far, which
-    forgives a bad moment.
+    strict: compare the value of a trial at each band, as in the paper; false: compare its best value so far.
     """
 
     min_iter: int | None
@@ -40,7 +40,7 @@ class Hyperband:
         return sorted(band for band in found if 1 <= band <= iterations)
 
     def verdict(self, own: dict[int, float], others: list[dict[int, float]], minimize: bool) -> str | None:
-        """Why a trial is ended, or None.
+        """The reason to end a trial, or None.
 
         own, others: values of the metric by iteration (from 1), of this trial and of all others, ended or not; values
         at bands must be there, others may be missing.

@@ -1,4 +1,4 @@
-"""Report of a sweep: `report.html` in its folder, with every trial, what mattered, and the best one as a recipe."""
+"""Report of a sweep: `report.html` in its folder, with all trials, importances, and the best trial as a recipe."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ds_llm.report.plots import BAD, LINES, TEXT, svg, tick
 from ds_llm.sweeps.space import Parameter
 
 FILE = "report.html"
-FOR_IMPORTANCE = 4  # finished trials without which an importance says nothing
+FOR_IMPORTANCE = 4  # least finished trials for importances
 LABELLED = 12  # values of a list that are named on an axis
 
 PAGE = """{% extends "frame" %}
@@ -58,7 +58,7 @@ PAGE = """{% extends "frame" %}
 
 
 def write(sweep) -> Path:
-    """Make the page of a `ds_llm.sweeps.study.Sweep`, as far as it has come; returns its path."""
+    """Write the page of a `ds_llm.sweeps.study.Sweep` with its trials so far. Returns its path."""
     file, metric = sweep.file, sweep.file.metric
     trials, best = sweep.study.trials, sweep.best()
     counts = {s.name: sum(t.state == s for t in trials) for s in sweep.states}
@@ -149,7 +149,7 @@ def _plots(sweep, trials: list, best) -> list[dict]:
 
 
 def importances(study, names: list[str]) -> dict[str, float]:
-    """Share of each parameter, largest first, 1 in all (Watanabe et al. 2023, PED-ANOVA, as Optuna computes it)."""
+    """Importance of each parameter, largest first, with sum 1 (PED-ANOVA, Watanabe et al. 2023, by Optuna)."""
     from ds_llm.compat.optuna import PedAnovaImportanceEvaluator, get_param_importances
 
     evaluator = PedAnovaImportanceEvaluator(target_quantile=0.5)
@@ -185,7 +185,7 @@ def _bars(axes, shares: dict[str, float]) -> None:
 
 
 def parallel(figure, axes, varying: list[Parameter], done: list, metric) -> None:
-    """An axis for each parameter and one for the metric; a line for each finished trial."""
+    """Parallel coordinates: an axis per parameter and one for the metric, a line per finished trial."""
     import matplotlib
 
     rows = [[t.user_attrs["values"][p.name] for p in varying] for t in done]

@@ -1,4 +1,4 @@
-"""Where trials run: the devices that each of those that run at the same time sees."""
+"""Slots of a sweep: the devices of each trial that runs at the same time."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from ds_llm.errors import ConfigError
 
 
 def slots(gpus: str | None, parallel: int | None) -> list[str | None]:
-    """CUDA_VISIBLE_DEVICES of each place for a trial; None: as it is, on all devices that there are.
+    """CUDA_VISIBLE_DEVICES of each slot; None leaves it as it is.
 
-    gpus: `0,1` for a trial on each, `0+1,2+3` for trials on two GPUs. The numbers are those of the devices that this
+    gpus: `0,1` for a trial on each GPU, `0+1,2+3` for trials on two GPUs. The numbers refer to the devices that this
     process sees: where CUDA_VISIBLE_DEVICES is set, 0 is the first of its devices.
     """
     if gpus is None:

@@ -1,4 +1,4 @@
-"""The parameters of a sweep file: which values a configuration key takes and how they are drawn.
+"""The parameters of a sweep file: values of configuration keys, and how they are drawn.
 
 The distributions are those of W&B's sweep files (https://docs.wandb.ai/models/sweeps/sweep-config-keys). Optuna draws
 numbers uniformly, on a line or a logarithmic one; what it lacks (normal, beta, values with probabilities) is drawn as a
@@ -64,7 +64,7 @@ class Parameter:
         return "log_" in self.distribution
 
     def suggest(self, trial) -> str:
-        """The value that an Optuna trial takes, as it is written behind `name=`; asked again, the same one."""
+        """The value of an Optuna trial, in the form for `name=`. A second call returns the same value."""
         if not self.varies:
             return as_text(self.fields["value"] if self.distribution == "constant" else self.fields["values"][0])
         if self.distribution == "categorical":
@@ -100,7 +100,7 @@ class Parameter:
         return self._number(math.exp(found) if self.logarithmic else found)
 
     def grid(self) -> list[str]:
-        """Every value, of a distribution of `DISCRETE`."""
+        """All values of a distribution in `DISCRETE`."""
         if self.distribution == "constant":
             return [as_text(self.fields["value"])]
         if "values" in self.fields:
@@ -112,7 +112,7 @@ class Parameter:
         return [self._number(i * q) for i in range(round(low / q), round(high / q) + 1)]
 
     def examples(self) -> list[str]:
-        """Values by which a distribution can be checked: all of a list, the ends of a range, the middle of the rest."""
+        """Values for a check of the distribution: all of a list, both ends of a range, the median of others."""
         if self.distribution in ("constant", "categorical", "categorical_w_probabilities"):
             return self.grid()
         if {"min", "max"} <= self.fields.keys():
@@ -131,7 +131,7 @@ class Parameter:
 
 
 def as_text(value) -> str:
-    """A value as it is written behind `key=` on the command line of `launch/train.py`."""
+    """A value in the form for `key=` on the command line of `launch/train.py`."""
     return value if isinstance(value, str) else json.dumps(value)
 
 

@@ -1,9 +1,8 @@
-"""The sweep on this machine: Optuna chooses the values, each trial is a process, the study is a file.
+"""A sweep on this machine: Optuna chooses the values, each trial is a process, the study is a file.
 
-Everything that decides what comes next is in `OUTPUT/study.log` (Optuna's journal) and the trials' own folders, so the
-same command continues a sweep that was killed: finished trials stay, unfinished ones go on from their checkpoints. The
-random numbers of a trial's values are a function of its number, so a continued sweep draws what an undisturbed one
-would have drawn.
+The whole state is in `OUTPUT/study.log` (Optuna's journal) and in the trials' folders, so the same command continues a
+killed sweep: finished trials stay, unfinished ones continue from their checkpoints. A trial's random numbers are a
+function of its number, so a continued sweep draws the same values as an undisturbed one.
 """
 
 from __future__ import annotations
@@ -30,9 +29,9 @@ SAME = ("method", "metric", "parameters", "command", "early_terminate")  # what 
 
 
 class Sweep:
-    """Runs the trials of a sweep file up to `count` in all, in `output`, one in each of `slots` at a time.
+    """Runs the trials of a sweep file in `output`, up to `count` in total, one at a time in each slot.
 
-    slots: the CUDA_VISIBLE_DEVICES of each place, None to leave it as it is.
+    slots: CUDA_VISIBLE_DEVICES of each slot; None leaves it as it is.
     """
 
     def __init__(self, file: SweepFile, output: Path, count: int | None, slots: list[str | None]):
@@ -106,14 +105,14 @@ class Sweep:
         console.print(text + (f"; {done} are finished" if done else ""))
 
     def _wanted(self) -> bool:
-        """Whether another trial is to be begun."""
+        """Whether to start another trial."""
         best, target = self.best(), self.file.metric.target
         if best is not None and target is not None and not self.file.metric.better(target, best.value):
             return False
         return sum(t.state != self.states.WAITING for t in self.study.trials) < self.count
 
     def best(self):
-        """The finished trial with the best value, None without one."""
+        """The finished trial with the best value; None where no trial has finished."""
         done = [t for t in self.study.trials if t.state == self.states.COMPLETE]
         return self.study.best_trial if done else None
 
@@ -186,7 +185,7 @@ class Sweep:
                 self._judge(process, code)
 
     def _follow(self, process: TrialProcess) -> None:
-        """Hand new values to the study and end the trial where the rule says so."""
+        """Report new values to the study, and end the trial where the early-stopping rule asks for it."""
         follower, metric = process.follower, self.file.metric
         new = follower.update()
         if not new:
@@ -208,7 +207,7 @@ class Sweep:
                 process.end(reason)
 
     def _judge(self, process: TrialProcess, code: int) -> None:
-        """Tell the study how a trial ended."""
+        """Report the end of a trial to the study."""
         follower, name = process.follower, self.file.metric.name
         number, state, value, reason = process.number, self.states.FAIL, follower.best, None
         took = time.monotonic() - process.began
@@ -293,6 +292,6 @@ class Sweep:
 
 
 def _drop_torn_line(journal: Path) -> None:
-    """Cut off a last line that was being written when the machine stopped; the journal has nothing behind it."""
+    """Cut off an unfinished last line of the journal, as a power failure leaves it."""
     if journal.is_file() and (data := journal.read_bytes()) and not data.endswith(b"\n"):
         journal.write_bytes(data[: data.rfind(b"\n") + 1])

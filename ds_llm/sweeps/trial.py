@@ -1,4 +1,4 @@
-"""One trial: a process of `launch/train.py` in a folder of its own, followed through the metrics it writes."""
+"""One trial: a process of `launch/train.py` in its own folder, followed through its metrics file."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ _ERROR = re.compile(r"^(\[rank\d+\]:\s*)?(error: |[\w.]*(Error|Exception|Interru
 class Follower:
     """The values of a metric in a growing metrics file; the file may be cut and rewritten by a continued run.
 
-    `values` are by iteration, from 1: each evaluation after training began, or each step as the mean of the last
-    `SMOOTHED`. `best` is what the run is worth: its best evaluation (whose checkpoint is its model), or its last value.
+    values: by iteration, from 1; an iteration is an evaluation during training, or a step with the mean of the last
+    `SMOOTHED` steps. best: the run's result: its best evaluation (whose checkpoint is its model), or its last value.
     """
 
     def __init__(self, folder: Path, metric: Metric):
@@ -43,7 +43,7 @@ class Follower:
         self.step, self.fields = 0, set()
 
     def update(self) -> list[int]:
-        """Read what is there since the last call; returns the iterations that came."""
+        """Read the records since the last call. Returns their iterations."""
         try:
             status = os.stat(self.path)
         except FileNotFoundError:
@@ -85,7 +85,7 @@ class Follower:
 
 
 class TrialProcess:
-    """A trial that runs. words: its command; gpus: what CUDA_VISIBLE_DEVICES is set to, None: left as it is."""
+    """A running trial. words: its command. gpus: its CUDA_VISIBLE_DEVICES; None leaves it as it is."""
 
     def __init__(self, number: int, folder: Path, words: list[str], metric: Metric, gpus: str | None, share: int):
         self.number, self.folder, self.gpus = number, folder, gpus
@@ -113,17 +113,17 @@ class TrialProcess:
 
     @property
     def identity(self) -> list[float]:
-        """Number and start time of the process, by which a later sweep knows it."""
+        """Number and start time of the process, by which a continued sweep recognises it."""
         return [self.process.pid, since_boot(psutil.Process(self.process.pid))]
 
     def end(self, reason: str) -> None:
-        """Ask it to save and stop; it may take a while."""
+        """Ask the trial to save and stop, which may take a while."""
         if self.ending is None:
             self.ending = reason
             self.process.send_signal(signal.SIGTERM)
 
     def last_error(self) -> str:
-        """The line of the process's output that says why it failed."""
+        """The line of the process's output with the error."""
         code = self.process.returncode
         with open(self.folder / LOG, "rb") as log:
             log.seek(self._from)
@@ -138,7 +138,7 @@ class TrialProcess:
 
 
 def end_orphan(identity: list[float]) -> bool:
-    """End a trial that outlived its sweep, if it still runs: it saves first. Returns whether it did."""
+    """Ask a trial that outlived its sweep to save and stop. Returns whether it was still running."""
     try:
         process = psutil.Process(int(identity[0]))
         if abs(since_boot(process) - identity[1]) > 2 or process.status() == psutil.STATUS_ZOMBIE:
@@ -152,7 +152,7 @@ def end_orphan(identity: list[float]) -> bool:
 
 
 def with_port(words: list[str]) -> list[str]:
-    """The command with a free port for the `deepspeed` launcher, so that trials beside each other do not meet."""
+    """The command with a free port for the `deepspeed` launcher, so that trials on one machine do not collide."""
     place = next((i for i, word in enumerate(words[:3]) if Path(word).name in ("deepspeed", "ds")), None)
     if place is None or any("master_port" in word for word in words):
         return words

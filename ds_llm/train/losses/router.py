@@ -1,5 +1,5 @@
-"""The loss of training the gates of a Select-MoE model: the language model's, plus the load-balancing loss times its
-weight, plus the quality loss (`ds_llm.models.quality_loss`) times its own.
+"""The loss for training the gates of a Select-MoE model: language-model loss + weight * load-balancing loss
++ weight * quality loss (`ds_llm.models.quality_loss`).
 
 Means, moments, pairs and samples of the quality loss are those of the global batch, over all processes and
 micro-batches.
@@ -27,9 +27,8 @@ from ds_llm.train.step import MicroStep
 
 @dataclass
 class Totals:
-    """Of the global batch of a step: what its losses count, its tokens, its documents where the loss is one of pairs or
-    of the model's own losses, its micro-batches, and where the loss asks for moments, the means of g and g^2 over its
-    tokens [L, 2]."""
+    """Figures of a step's global batch: counted units, tokens, documents (for losses over pairs or over the model's own
+    losses), micro-batches, and for losses over moments the means of g and g^2 over its tokens [L, 2]."""
 
     valid: float
     tokens: float
@@ -39,10 +38,10 @@ class Totals:
 
 
 class RouterLoss(nn.Module):
-    """The loss of stage 1: `inner`'s, which has the language model's and the load-balancing loss, and the quality loss.
+    """The loss of stage 1: the losses of `inner` (language model and load balancing) and the quality loss.
 
-    The trainer averages auxiliary losses over the micro-batches of the global batch, so a micro-batch gives its share
-    of the quality loss times their number.
+    The trainer averages auxiliary losses over the micro-batches of the global batch, so each micro-batch returns its
+    share of the quality loss times their number.
     """
 
     def __init__(self, inner: nn.Module, model: nn.Module):
@@ -56,11 +55,11 @@ class RouterLoss(nn.Module):
 
     @torch.no_grad()
     def begin_step(self, engine, batches: Sequence[dict[str, Tensor]], valid: float) -> None:
-        """Find out what the loss needs of the global batch; see `ds_llm.train.job.Job`.
+        """Compute the loss's statistics of the global batch; see `ds_llm.train.job.Job`.
 
-        A loss over moments is no sum over tokens. One more forward pass gives the moments, and the gradient of the loss
-        with respect to them makes it one. For a loss over the model's own losses one gives these, and each of
-        `batches` gets `documents` (see `supervised_documents`) and their `surprise`.
+        A loss over moments is not a sum over tokens. An additional forward pass gives the moments; the loss is then
+        linearised by its gradient with respect to them. For a loss over the model's own losses, an additional pass
+        gives those, and each of `batches` gets `documents` (see `supervised_documents`) and their `surprise`.
         """
         tokens = sum(map(count_processed, batches))
         powers = None
@@ -149,8 +148,7 @@ class RouterLoss(nn.Module):
         return found._replace(aux_loss=aux, figures=torch.stack([value.double(), *figures]) * totals.valid)
 
     def _linearised(self, sums: Tensor) -> tuple[Tensor, Tensor]:
-        """This micro-batch's share of the gradient of a loss over moments, as something whose gradient it is, and its
-        share of the loss."""
+        """This micro-batch's share of a loss over moments: a scalar with the same gradient, and the value."""
         totals = self.totals
         powers = totals.powers.clone().requires_grad_()
         with torch.enable_grad():
@@ -170,7 +168,7 @@ class RouterLoss(nn.Module):
         return torch.stack([x.double() for x in (loss.function(*means).sum(), *gates, above)])
 
     def _scores(self, ids: Tensor, batch: dict[str, Tensor]) -> list[Tensor]:
-        """The gates' scores of these tokens in the place of the batch's, without the output head."""
+        """The gates' scores for `ids` in place of the batch's tokens, without the output head."""
         with record_scores() as scores:
             run_backbone(self.inner.model, ids, **_positions(batch))
         return scores
@@ -189,8 +187,7 @@ class RouterLoss(nn.Module):
 
 
 def supervised_documents(batch: dict[str, Tensor]) -> Tensor:
-    """Number in the micro-batch of the document that each token belongs to, int64 [B, S]; -1 where it is padding or its
-    document has no label."""
+    """Number of each token's document in the micro-batch, int64 [B, S]; -1 for padding and documents without labels."""
     owner = document_numbers(batch)
     numbers = torch.where(owner < 0, -1, owner + torch.arange(len(owner))[:, None] * owner.shape[1])
     known = numbers[(batch["labels"] != IGNORE_INDEX) & (numbers >= 0)].unique()
@@ -205,7 +202,7 @@ def count_documents(batch: dict[str, Tensor]) -> int:
 
 
 def moments(values: Sequence[Tensor]) -> tuple[float, float, float]:
-    """Count, mean and standard deviation (at least 1e-6) of what all processes hold."""
+    """Count, mean and standard deviation (at least 1e-6) of the values of all processes."""
     mine = torch.cat([part.double().cpu() for part in values])
     count, total = processes.all_reduce([len(mine), float(mine.sum())])
     mean = total / max(count, 1)
@@ -222,9 +219,9 @@ def _positions(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _with_copies(batch: dict[str, Tensor], corrupted_ids: Tensor | None) -> dict[str, Tensor]:
-    """The batch, and below its rows those of the copies, which carry no loss of the language model.
+    """The batch with the rows of the copies appended, which carry no language-model loss.
 
-    They go through the model together: ZeRO-3 takes the gradients of a block of experts once per backward pass.
+    One forward pass computes both, because ZeRO-3 reduces the gradients of a block of experts once per backward pass.
     """
     if corrupted_ids is None:
         return batch
