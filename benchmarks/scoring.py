@@ -156,7 +156,7 @@ def floor(model, device, ids: list[np.ndarray], budget: int) -> list[Callable]:
 
 
 def floor_batch(model, rows, scored: float) -> dict:
-    from ds_llm.models.head import backbone
+    from ds_llm.models.backbone import backbone
 
     weight = model.get_output_embeddings().weight
     hidden = backbone(model)(input_ids=rows, use_cache=False).last_hidden_state.flatten(0, 1)
@@ -169,16 +169,11 @@ def measure(units: dict[str, list[Callable]], model, cuda: bool) -> dict[str, di
     """One round: every contestant's units, the one that is furthest behind goes next. The model is left as it was."""
     import torch
 
-    from ds_llm.scoring.attention import NAME
-
     state = {name: {"seconds": 0.0, "cpu_seconds": 0.0, "peak_bytes": 0, "scores": {}} for name in units}
     done = dict.fromkeys(units, 0)
-    attention = model.config._attn_implementation
     while behind := [name for name in units if done[name] < len(units[name])]:
         name = min(behind, key=lambda name: done[name] / len(units[name]))
         own = state[name]
-        # our attention of documents on a CPU is for one row of them
-        model.set_attn_implementation("sdpa" if name != "ours" and attention == NAME else attention)
         with PeakMemory(cuda) as memory:
             wall, cpu = time.perf_counter(), time.process_time()
             own["scores"] |= units[name][done[name]]()
@@ -188,7 +183,6 @@ def measure(units: dict[str, list[Callable]], model, cuda: bool) -> dict[str, di
             own["cpu_seconds"] += time.process_time() - cpu
         own["peak_bytes"] = max(own["peak_bytes"], memory.bytes)
         done[name] += 1
-    model.set_attn_implementation(attention)
     return state
 
 

@@ -82,7 +82,7 @@ def decoder(sizes: dict, where: torch.device):
 
 
 def hidden(model, positions: Tensor) -> Tensor:
-    from ds_llm.models.head import run_backbone
+    from ds_llm.models.isolation import run_backbone
 
     return run_backbone(model, torch.ones_like(positions), positions).last_hidden_state
 

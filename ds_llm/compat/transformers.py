@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from ds_llm.compat.names import lookup
 
 NAMES = {
@@ -28,6 +30,9 @@ NAMES = {
     # attention
     "ALL_ATTENTION_FUNCTIONS": ("transformers.modeling_utils", "attention kernel of a name"),
     "AttentionMaskInterface": ("transformers.masking_utils", "says which mask our attention kernels get"),
+    "ALL_MASK_ATTENTION_FUNCTIONS": ("transformers.masking_utils", "makes the mask of an attention kernel"),
+    "and_masks": ("transformers.masking_utils", "joins conditions of a mask"),
+    "causal_mask_function": ("transformers.masking_utils", "condition of a causal mask"),
     "create_causal_mask": ("transformers.masking_utils", "causal mask, block-diagonal for packed documents"),
     "eager_attention_forward": ("transformers.models.llama.modeling_llama", "attention that returns its weights"),
     "is_flash_attn_2_available": ("transformers.utils", "whether flash-attn can be used"),
@@ -70,6 +75,20 @@ def chosen_attention(config) -> str | None:
 def choose_attention(config, name: str | None) -> None:
     """Have models built from this configuration use the attention kernel of a name."""
     config._attn_implementation = name
+
+
+def recompute_inside(model, contexts) -> None:
+    """Have layers that a model computes again in the backward pass do so inside a context; `contexts()` gives one for
+    the forward pass and one for its repetition. Raises ValueError for reentrant recomputation, which has none."""
+    for module in model.modules():
+        function = getattr(module, "_gradient_checkpointing_func", None)
+        if function is None or not getattr(module, "gradient_checkpointing", False):
+            continue
+        settings = getattr(function, "keywords", {})
+        if settings.get("use_reentrant", True):
+            raise ValueError('packed documents need gradient_checkpointing_enable({"use_reentrant": False})')
+        if settings.get("context_fn") is not contexts:
+            module._gradient_checkpointing_func = partial(function, context_fn=contexts)
 
 
 def supported_kernels(model) -> dict[str, bool]:

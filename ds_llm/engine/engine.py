@@ -31,9 +31,10 @@ from ds_llm.config.run import Config
 from ds_llm.engine import nvme
 from ds_llm.engine import resharding as reshard
 from ds_llm.engine.ema import MovingAverage
-from ds_llm.engine.moe_blocks import keep_experts_whole
+from ds_llm.engine.moe_blocks import keep_blocks_whole
 from ds_llm.engine.processes import all_reduce, device
 from ds_llm.errors import UserError, first_line
+from ds_llm.models.documents import Documents
 from ds_llm.models.parameters import decay_groups, exact_buffers, leave_out, restore_buffers
 from ds_llm.parallel.parallelize import Division
 from ds_llm.parallel.tensor import note_whole_shapes
@@ -73,7 +74,7 @@ class Engine:
         self._division = Division(module, config, self.settings)
         self.layout = self._division.layout
         if self.stage == 3 and self.layout.expert == 1:
-            keep_experts_whole(module)
+            keep_blocks_whole(module)
         exact = exact_buffers(module)
         if nvme.asked(self.settings):
             nvme.take_folders(self.settings, config.output, self.rank)
@@ -107,6 +108,10 @@ class Engine:
 
         With sequence parallelism `batch` is this rank's shard from `part`, and the ranks of a row run together.
         """
+        if "position_ids" in batch and not {"row_positions", "attention_mask"} & batch.keys():
+            # found on the CPU, so that nothing waits for the device
+            packed = Documents.of(batch["position_ids"], device())
+            batch |= {} if packed is None else {"packed": packed}
         batch = {k: v.to(device()) if torch.is_tensor(v) else v for k, v in batch.items()}
         return self._engine(**self._division.arguments(batch))
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from ds_llm.config.deepspeed import build as build_deepspeed_config
 from ds_llm.config.run import Config
-from ds_llm.engine.moe_blocks import keep_experts_whole
+from ds_llm.engine.moe_blocks import keep_blocks_whole
 from ds_llm.engine.processes import device
 from ds_llm.models.parameters import exact_buffers, restore_buffers
 
@@ -30,7 +30,7 @@ def inference(module: nn.Module, config: Config) -> Iterator[Callable]:
         module.to(device())
         run, release = module, lambda: None
     else:
-        keep_experts_whole(module)
+        keep_blocks_whole(module)
         exact = exact_buffers(module)
         zero = {k: v for k, v in settings["zero_optimization"].items() if k != "offload_optimizer"}
         names = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "bf16", "fp16", "steps_per_print")

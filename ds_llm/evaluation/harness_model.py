@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ds_llm.compat.lm_eval import HFLM, get_rolling_token_windows, make_disjoint_window
 from ds_llm.distributed.collectives import gather
-from ds_llm.models.head import attach_loss_head, backbone
+from ds_llm.models.backbone import backbone
+from ds_llm.models.head import attach_loss_head
 from ds_llm.pretrained.lengths import max_positions
 from ds_llm.progress import progress
 

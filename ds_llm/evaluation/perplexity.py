@@ -20,7 +20,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ds_llm.errors import UserError
-from ds_llm.models.head import IGNORE_INDEX, backbone, head_loss
+from ds_llm.models.backbone import backbone
+from ds_llm.models.head import IGNORE_INDEX, head_loss
 from ds_llm.parallel.layout import Layout
 from ds_llm.progress import progress
 

@@ -30,7 +30,8 @@ from ds_llm.compat.transformers import (
 from ds_llm.compat.transformers import initialization as init
 from ds_llm.config.sections import ModelConfig
 from ds_llm.kernels.rope import apply_rope, rope_tables
-from ds_llm.models.head import LMHead, document_lengths, loss_and_logits
+from ds_llm.models.documents import Documents
+from ds_llm.models.head import LMHead, loss_and_logits
 from ds_llm.models.moe import MLP, Experts, MoEBlock, Router
 
 
@@ -307,9 +308,10 @@ class DecoderModel(DecoderPreTrainedModel):
             position_ids=position_ids,
             **cache_argument(cache),
         )
-        flash = "flash" in (chosen_attention(self.config) or "")
+        flash = "flash" in (chosen_attention(self.config) or "") and "cu_seq_lens_q" not in kwargs
         if flash and position_ids is not None and attention_mask is None and cache is None:
-            kwargs = {**document_lengths(position_ids.expand(batch, -1)), **kwargs}
+            documents = Documents.of(position_ids.expand(batch, -1))
+            kwargs |= documents.arguments() if documents else {}
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if use_cache and cache is None:

@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ds_llm.compat.deepspeed import is_partitioned
-from ds_llm.compat.peft import is_adapter, learns_prompts, without_wrapper
+from ds_llm.compat.peft import without_wrapper
 from ds_llm.compat.torch import FakeTensor
-from ds_llm.compat.transformers import chosen_attention
 from ds_llm.errors import UserError
 from ds_llm.kernels.token_stats import TokenStats, linear_cross_entropy, linear_token_stats
+from ds_llm.models.backbone import backbone
+from ds_llm.models.documents import Documents
+from ds_llm.models.isolation import run_backbone
 
 IGNORE_INDEX = -100
 CHUNK_TOKENS = 1024  # logits of so many tokens exist at a time where a head is not a plain linear layer
@@ -170,35 +172,6 @@ def _check_head(model: nn.Module, head: LMHead) -> None:
         )
 
 
-def backbone(model: nn.Module) -> nn.Module:
-    """The module of a causal language model that returns `last_hidden_state`; adapters of peft stay active in it."""
-    if is_adapter(model) and learns_prompts(model):
-        raise UserError("prompt-learning adapters (prompt, prefix, p-tuning) are not supported: use LoRA")
-    model = without_wrapper(model)
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-    if decoder is None or decoder is model:
-        decoder = model.base_model
-    if decoder is model:
-        raise UserError(f"{type(model).__name__} has no backbone apart from its output head")
-    return decoder
-
-
-def document_lengths(position_ids: Tensor) -> dict[str, Tensor | int]:
-    """Keyword arguments of transformers' flash attention that keep packed documents apart; empty if none are packed.
-
-    position_ids [B, S] restart where a document starts. Without these, transformers looks for packing only in
-    batches of one row.
-    """
-    starts = torch.ones_like(position_ids, dtype=torch.bool)
-    starts[:, 1:] = position_ids.diff(dim=-1) != 1
-    bounds = starts.reshape(-1).nonzero().view(-1)
-    if bounds.numel() == position_ids.shape[0]:
-        return {}
-    bounds = F.pad(bounds, (0, 1), value=position_ids.numel()).int()
-    longest = int(bounds.diff().max())
-    return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
-
-
 class LMLoss(NamedTuple):
     """Loss of a micro-batch. `loss_sum`: summed cross-entropy in nats over the valid labels, float32 scalar, or one sum
     per row [B] where that was asked for.
@@ -214,27 +187,6 @@ class LMLoss(NamedTuple):
     expert_counts: Tensor | None
 
 
-def run_backbone(
-    model: nn.Module,
-    input_ids: Tensor,
-    position_ids: Tensor | None = None,
-    attention_mask: Tensor | None = None,
-    token_mask: Tensor | None = None,
-    **options,
-):
-    """What the backbone of a causal language model returns for a batch without a cache; arguments as for `lm_loss`,
-    options as the backbone takes them."""
-    body = backbone(model)
-    if token_mask is not None and getattr(body, "takes_token_mask", False):
-        options["token_mask"] = token_mask
-    flash = "flash" in (chosen_attention(body.config) or "")
-    if flash and position_ids is not None and attention_mask is None:
-        options.update(document_lengths(position_ids))
-    return body(
-        input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, use_cache=False, **options
-    )
-
-
 def lm_loss(
     model: nn.Module,
     input_ids: Tensor,
@@ -244,12 +196,14 @@ def lm_loss(
     token_mask: Tensor | None = None,
     per_row: bool = False,
     shard=None,
+    packed: Documents | None = None,
 ) -> LMLoss:
     """Forward pass and loss of a causal language model whose head `attach_loss_head` has prepared.
 
     input_ids [B, S]; labels [B, S] ALREADY SHIFTED (labels[b, s] is what position s predicts, -100: nothing);
-    position_ids [B, S] restarting at 0 where a packed document starts. attention_mask [B, S], 0 where padding, is for
-    rows that are not packed; token_mask [B, S] bool, False where padding, for packed ones: it only keeps padding out of
+    position_ids [B, S] restarting at 0 where a packed document starts; packed: these documents, which are looked up on
+    the model's device where they are not given. attention_mask [B, S], 0 where padding, is for rows that are not
+    packed; token_mask [B, S] bool, False where padding, for packed ones: it only keeps padding out of
     the experts' statistics. Mixture-of-experts models of transformers use their own load-balancing loss and coefficient
     where they define one. per_row: the loss as a sum per row [B]. shard (`ds_llm.parallel.sequence.Shard`): where the
     tensors are parts of rows; the loss is then that of this part, and what is added for experts that of whole rows.
@@ -258,7 +212,7 @@ def lm_loss(
     extra = {} if balanced is None else {"output_router_logits": True}
     if shard is not None:
         extra["shard"] = shard
-    out = run_backbone(model, input_ids, position_ids, attention_mask, token_mask, **extra)
+    out = run_backbone(model, input_ids, position_ids, attention_mask, token_mask, packed, **extra)
     hidden = out.last_hidden_state
     loss_sum = head_loss(model.get_output_embeddings(), hidden, labels, "none" if per_row else "sum")
     if per_row:

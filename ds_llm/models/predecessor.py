@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ds_llm.models.head import backbone
+from ds_llm.models.backbone import backbone
 
 CONNECTIONS = ("linear", "gated")
 STATES = "predecessor_states"  # keyword argument of the successor's backbone: a tensor [B, S, H] per layer

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ds_llm.compat.deepspeed import is_shared_expert
 from ds_llm.compat.transformers import chosen_attention
 from ds_llm.config.run import Config
-from ds_llm.models.head import backbone
+from ds_llm.models.backbone import backbone
 from ds_llm.parallel import experts, sequence, tensor
 from ds_llm.parallel.layout import Layout, neighbours
 

@@ -19,7 +19,8 @@ from transformers import AttentionInterface
 from ds_llm.compat.transformers import ALL_ATTENTION_FUNCTIONS
 from ds_llm.errors import UserError
 from ds_llm.models.attention import MODEL_TYPES, document_attention
-from ds_llm.models.head import IGNORE_INDEX, document_lengths
+from ds_llm.models.documents import Documents
+from ds_llm.models.head import IGNORE_INDEX
 from ds_llm.parallel.layout import Exchange, Total
 
 NAME = "ds_llm_sequence"
@@ -38,7 +39,7 @@ class Shard:
 
     def __post_init__(self):
         self.size = dist.get_world_size(self.group)
-        self.documents = None
+        self._documents = None
 
     def total(self, value: Tensor) -> Tensor:
         """The sum over the ranks of a row, for a loss that each of these ranks computes."""
@@ -49,16 +50,13 @@ class Shard:
         parts = [value if i == dist.get_rank(self.group) else torch.zeros_like(value) for i in range(self.size)]
         return self.total(torch.cat(parts))
 
-    def bounds(self) -> dict:
-        """Bounds of the documents in the concatenated rows, see `document_lengths`."""
-        if self.documents is None:
-            found = document_lengths(self.position_ids)
-            if not found:
-                rows, length = self.position_ids.shape
-                ends = torch.arange(rows + 1, device=self.position_ids.device, dtype=torch.int32) * length
-                found = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": length, "max_length_k": length}
-            self.documents = found
-        return self.documents
+    @property
+    def documents(self) -> Documents:
+        """Where the documents of the whole rows lie."""
+        if self._documents is None:
+            found = Documents.of(self.position_ids)
+            self._documents = found or Documents.whole_rows(self.position_ids)
+        return self._documents
 
 
 def split(batch: dict[str, Tensor], rank: int, size: int) -> dict[str, Tensor]:
@@ -108,10 +106,10 @@ def attention(
         kwargs.pop(name, None)  # of this rank's part
     if "flash" in shard.kernel:
         attend = ALL_ATTENTION_FUNCTIONS[shard.kernel]
-        out, _ = attend(module, query, key, value, None, **shard.bounds(), **kwargs)
+        out, _ = attend(module, query, key, value, None, **shard.documents.arguments(), **kwargs)
     else:
         one = (x.transpose(0, 1).reshape(1, x.shape[1], rows * length, -1) for x in (query, key, value))
-        out, _ = document_attention(module, *one, None, **shard.bounds(), **kwargs)
+        out, _ = document_attention(module, *one, shard.documents.bounds, **kwargs)
     return _heads_for_tokens(out.reshape(rows, length, heads, -1), shard), None
 
 

@@ -36,7 +36,7 @@ from ds_llm.config.sections import DTYPES
 from ds_llm.data.tokenizer import load_tokenizer as read_tokenizer
 from ds_llm.distributed.environment import rank
 from ds_llm.errors import UserError
-from ds_llm.models.boost import QwenBoostConfig
+from ds_llm.models.boost import QwenBoostConfig, sub_config
 from ds_llm.pretrained import partial
 from ds_llm.pretrained.source import PARTIAL_FILE, Source, check_index, detect_model_type, did_you_mean, locate, nearest
 from ds_llm.sparsity import compact_checkpoint
@@ -65,6 +65,12 @@ def load_model_config(path: str | os.PathLike):
                 raise _config_error(source, error) from None
             _note_fallback(source, error)
     return _standard_config(source)
+
+
+def architectures(path: str | os.PathLike) -> list:
+    """The transformers configurations that a causal language model is made of: its own, or those of its sub-models."""
+    config = load_model_config(path)
+    return [sub_config(values) for values in config.sub_model_cfgs] if isinstance(config, QwenBoostConfig) else [config]
 
 
 def _standard_config(source: Source):
@@ -210,7 +216,7 @@ def _load(source: Source, config, dtype: str, attention: str, compute_dtype: str
         dtype = stored.get(config.dtype or config.get_text_config().dtype, "fp32")
     if dtype not in TORCH_DTYPES:
         raise UserError(f"dtype '{dtype}': must be auto, {', '.join(TORCH_DTYPES)}")
-    kernel = _supported(config, attention, attention_kernel(attention, compute_dtype or dtype))
+    kernel = supported_attention(config, attention, attention_kernel(attention, compute_dtype or dtype))
     extra = {"config": config}
     if quantize == "nf4":
         extra["quantization_config"] = transformers.BitsAndBytesConfig(
@@ -284,8 +290,8 @@ def _model_class(config) -> type:
     return model[0] if isinstance(model, tuple) else model
 
 
-def _supported(config, asked: str, kernel: str) -> str:
-    """The kernel, or for `auto` the best one the architecture has."""
+def supported_attention(config, asked: str, kernel: str) -> str:
+    """The kernel, or for `auto` the best one the architecture of a transformers configuration has."""
     model = _model_class(config)
     has = supported_kernels(model) | {"eager": True}
     if asked != "auto":

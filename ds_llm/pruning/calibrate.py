@@ -16,7 +16,7 @@ from ds_llm.data.files import Position, find, read
 from ds_llm.data.rows import Document, documents
 from ds_llm.data.tokens import TokenFile
 from ds_llm.errors import UserError
-from ds_llm.models.head import backbone
+from ds_llm.models.backbone import backbone
 from ds_llm.progress import progress
 from ds_llm.sparsity.targets import Target, expert_hidden, expert_input, expert_rows
 

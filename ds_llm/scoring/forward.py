@@ -1,9 +1,9 @@
 """The forward pass of scoring: from samples to a row of columns for each.
 
-With flash-attn, and on a CPU with `document_attention`, the samples of a batch form one row of documents that do not
-see each other. Elsewhere they are rows padded at the end without a mask, since causal attention does not see later
-tokens; a batch with too much padding is split. The output head computes only the scored positions, with the logits of
-one chunk at a time (`linear_token_stats`).
+With flash-attn, and on a CPU where attention goes document by document, the samples of a batch form one row of
+documents that do not see each other. Elsewhere they are rows padded at the end without a mask, since causal attention
+does not see later tokens; a batch with too much padding is split. The output head computes only the scored positions,
+with the logits of one chunk at a time (`linear_token_stats`).
 """
 
 from __future__ import annotations
@@ -22,16 +22,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import ds_llm.scoring.router  # noqa: F401 (registers its metric)
-from ds_llm.compat.transformers import chosen_attention
 from ds_llm.config.run import Config
 from ds_llm.distributed.environment import world_size
 from ds_llm.errors import UserError
 from ds_llm.hardware import share_cores
-from ds_llm.models.head import attach_loss_head, backbone, document_lengths
+from ds_llm.models.backbone import backbone
+from ds_llm.models.documents import Documents, parts
+from ds_llm.models.head import attach_loss_head
+from ds_llm.models.isolation import LeakError, isolate, run_backbone
 from ds_llm.pretrained.fingerprint import model_fingerprint
 from ds_llm.pretrained.lengths import max_positions
 from ds_llm.pretrained.loading import TORCH_DTYPES, load_model, load_tokenizer, match_tokenizer
-from ds_llm.scoring.attention import attend_by_document
 from ds_llm.scoring.metrics import Batch, Sample, create, without_prompt
 
 SPLIT_TOKENS = {"cpu": 512, "cuda": 8192}  # smaller forward passes leave the device idle
@@ -47,9 +48,10 @@ class Pass(nn.Module):
         self.model = model
 
     def forward(self, input_ids: Tensor, predicting: Tensor | None, labels: Tensor | None, **extra) -> tuple:
-        """input_ids [B, S]. predicting [P]: the rows of the flattened tokens that predict labels [P]; None: the head
-        is not needed. Returns the backbone's output, and entropy and log-probability [P], None without labels."""
-        out = backbone(self.model)(input_ids=input_ids, use_cache=False, **extra)
+        """input_ids [B, S]; extra: what else `run_backbone` takes. predicting [P]: rows of the flattened tokens that
+        predict labels [P]; None: the head is not needed. Returns the backbone's output, and entropy and log-probability
+        [P], None without labels."""
+        out = run_backbone(self.model, input_ids, **extra)
         if predicting is None:
             return out, None, None
         hidden = out.last_hidden_state.flatten(0, 1)[predicting]
@@ -103,8 +105,7 @@ class Scorer:
         self._unconditional = any(metric.unconditional for metric in self.metrics)
         self._prefix = self._find_prefix() if self._unconditional else None
         body = backbone(model)
-        on_cpu = torch.device(device or _accelerator()).type == "cpu"
-        self._packed = "flash" in (chosen_attention(body.config) or "") or (on_cpu and attend_by_document(model))
+        self._packed = _packs(model, torch.device(device or _accelerator()))
         self._takes_token_mask = getattr(body, "takes_token_mask", False)
         self._vocabulary = model.get_input_embeddings().num_embeddings
         self._open = ExitStack()
@@ -232,8 +233,9 @@ class Scorer:
         if self._packed:
             starts = np.cumsum(lengths) - lengths
             ids = np.concatenate([sample.input_ids for sample in samples])[None]
-            positions = torch.from_numpy(np.arange(ids.size) - np.repeat(starts, lengths))[None].to(self.device)
-            return ids, starts, {"position_ids": positions, **document_lengths(positions)}
+            positions = torch.from_numpy(np.arange(ids.size) - np.repeat(starts, lengths))[None]
+            packed = Documents.of(positions, self.device)
+            return ids, starts, {"position_ids": positions.to(self.device), "packed": packed}
         ids = np.zeros((len(samples), lengths.max()), np.int64)
         for row, sample in zip(ids, samples, strict=True):
             row[: len(sample)] = sample.input_ids
@@ -301,6 +303,17 @@ class Scorer:
                 if not fine:
                     row["error"] = "the model gives a probability that is not finite"
         return rows
+
+
+def _packs(model: nn.Module, device: torch.device) -> bool:
+    """Whether samples are laid in one row: with flash-attn, and on a CPU where attention goes document by document."""
+    try:
+        isolate(model, device)
+    except LeakError:
+        return False
+    flash = all(part.packing_way.takes_bounds for part in parts(model))
+    alone = all(part.packing_way.by_document and not part.packing_way.modules for part in parts(model))
+    return flash or (device.type == "cpu" and alone)
 
 
 def _accelerator() -> torch.device:

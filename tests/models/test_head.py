@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM
 
 from ds_llm.errors import UserError
 from ds_llm.models import head as head_module
+from ds_llm.models.backbone import backbone
 from ds_llm.models.decoder import DecoderConfig, DecoderForCausalLM
-from ds_llm.models.head import LMHead, attach_loss_head, backbone, document_lengths, head_loss, lm_loss
+from ds_llm.models.head import LMHead, attach_loss_head, head_loss, lm_loss
 
 SMALL = {
     "vocab_size": 83,
@@ -201,11 +202,3 @@ def test_prompt_learning_is_refused():
     model = get_peft_model(family("Llama"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
     with pytest.raises(UserError, match="prompt-learning"):
         backbone(model)
-
-
-def test_document_lengths():
-    positions = torch.tensor([[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 4, 5]])
-    found = document_lengths(positions)
-    assert found["cu_seq_lens_q"].tolist() == [0, 3, 5, 6, 12] == found["cu_seq_lens_k"].tolist()
-    assert found["max_length_q"] == found["max_length_k"] == 6
-    assert document_lengths(torch.arange(6).expand(2, -1)) == {}

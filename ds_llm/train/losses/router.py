@@ -19,7 +19,8 @@ from ds_llm.data.corrupt import document_numbers
 from ds_llm.engine import processes
 from ds_llm.errors import UserError
 from ds_llm.models import quality_loss
-from ds_llm.models.head import IGNORE_INDEX, head_loss, run_backbone
+from ds_llm.models.head import IGNORE_INDEX, head_loss
+from ds_llm.models.isolation import run_backbone
 from ds_llm.models.quality_gate import open_gates, record_scores
 from ds_llm.progress import console
 from ds_llm.train.step import MicroStep
@@ -215,7 +216,7 @@ def _count(documents: Tensor) -> int:
 
 
 def _positions(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: batch[name] for name in ("position_ids", "attention_mask", "token_mask") if name in batch}
+    return {name: batch[name] for name in ("position_ids", "attention_mask", "token_mask", "packed") if name in batch}
 
 
 def _with_copies(batch: dict[str, Tensor], corrupted_ids: Tensor | None) -> dict[str, Tensor]:
@@ -226,7 +227,8 @@ def _with_copies(batch: dict[str, Tensor], corrupted_ids: Tensor | None) -> dict
     if corrupted_ids is None:
         return batch
     other = {"input_ids": corrupted_ids, "labels": torch.full_like(batch["labels"], IGNORE_INDEX)}
-    return {name: torch.cat([value, other.get(name, value)]) for name, value in batch.items()}
+    tensors = {name: value for name, value in batch.items() if name != "packed"}  # of half the rows
+    return {name: torch.cat([value, other.get(name, value)]) for name, value in tensors.items()}
 
 
 def _mask(batch: dict[str, Tensor]) -> Tensor | None:

@@ -16,6 +16,7 @@ from ds_llm.pretrained import lora as adapters
 from ds_llm.pretrained.lengths import lengths
 from ds_llm.progress import console
 from ds_llm.train.job import Job
+from ds_llm.train.packing import check_packing, keep_apart
 from ds_llm.train.start_model import start_model
 from ds_llm.train.step import MicroStep
 
@@ -48,6 +49,8 @@ def check(config: Config) -> Data:
     seq_len, limit = lengths(config)
     if seq_len % config.parallel.sequence:
         raise ConfigError(f"parallel.sequence: {config.parallel.sequence} does not divide data.seq_len={seq_len}")
+    if config.data.isolate_documents and config.model.path is not None:
+        check_packing(config)
     train = TokenData(config.data.train, seq_len, config.data.isolate_documents)
     source = config.data.tokenizer or (config.model.path if config.model.path else train.files[0].tokenizer_path)
     if source is None:
@@ -107,6 +110,8 @@ def job(config: Config, data: Data, model: nn.Module) -> Job:
     """Join a model whose loss head is attached with the data."""
     from ds_llm.evaluation.samples import sampling
 
+    if config.data.isolate_documents:
+        keep_apart(config, model)
     objective = LanguageModeling(model)
     evaluate = _evaluation(config, data) if data.val is not None else None
     sample = sampling(config, data.tokenizer, model, chat=False)

@@ -19,6 +19,7 @@ from ds_llm.pretrained.lengths import lengths
 from ds_llm.progress import console
 from ds_llm.train.evaluation import measure
 from ds_llm.train.job import Job, Shown
+from ds_llm.train.packing import check_packing, keep_apart
 from ds_llm.train.start_model import start_model
 from ds_llm.train.step import MicroStep
 
@@ -28,7 +29,7 @@ class Data:
     """Prepared and checked inputs of a run."""
 
     train: PackedSamples | GroupedSamples
-    val: PackedSamples | None
+    val: PackedSamples | GroupedSamples | None
     tokenizer: object
     seq_len: int
     fingerprint: dict
@@ -57,6 +58,8 @@ def check(config: Config) -> Data:
         )
     if data.packing and data.tokens_per_batch is not None:
         raise ConfigError("data.tokens_per_batch: is for data.packing=false; a packed batch has train.batch_size rows")
+    if data.packing:
+        check_packing(config)
     seq_len, limit = lengths(config)
     budget = data.tokens_per_batch or 4 * seq_len
     if budget < seq_len:
@@ -65,15 +68,16 @@ def check(config: Config) -> Data:
     tokenizer = load_tokenizer(data.tokenizer or config.model.path)
     check_prompts(config, tokenizer, limit, chat=True)
     documents = _prepare(config, data.train, tokenizer, seq_len, "train", data.weights)
-    if data.packing:
-        train = PackedSamples(documents, seq_len, tokenizer.pad_token_id)
-        console.print(f"{len(documents):,} samples in {len(train):,} packs, {train.fill:.1%} full")
-    else:
-        train = GroupedSamples(documents, budget, tokenizer.pad_token_id)
-        console.print(f"{len(documents):,} samples in {len(train):,} batches of similar length, {train.fill:.1%} full")
-    val = None
-    if data.val:
-        val = PackedSamples(_prepare(config, data.val, tokenizer, seq_len, "val"), seq_len, tokenizer.pad_token_id)
+
+    def arrange(documents):
+        if data.packing:
+            return PackedSamples(documents, seq_len, tokenizer.pad_token_id)
+        return GroupedSamples(documents, budget, tokenizer.pad_token_id)
+
+    train = arrange(documents)
+    kind = "packs" if data.packing else "batches of similar length"
+    console.print(f"{len(documents):,} samples in {len(train):,} {kind}, {train.fill:.1%} full")
+    val = arrange(_prepare(config, data.val, tokenizer, seq_len, "val")) if data.val else None
     fingerprint = {
         "samples": documents.fingerprint,
         "seq_len": seq_len,
@@ -125,6 +129,8 @@ def job(config: Config, data: Data, model: nn.Module) -> Job:
     """Join a model whose loss head is attached with the data."""
     from ds_llm.evaluation.samples import sampling
 
+    if config.data.packing:
+        keep_apart(config, model)
     evaluate = _evaluation(config, data.val) if data.val is not None else None
     sample = sampling(config, data.tokenizer, model, chat=True)
     return Job(model, SupervisedLoss(model), data.tokenizer, data.train, data.seq_len, evaluate, sample)
@@ -144,8 +150,10 @@ class SupervisedLoss(nn.Module):
         return MicroStep(*lm_loss(self.model, **batch))
 
 
-def _evaluation(config: Config, val: PackedSamples):
+def _evaluation(config: Config, val: PackedSamples | GroupedSamples):
     rows = config.eval.batch_size or config.train.batch_size
+    if not config.data.packing:
+        rows = 1  # each is a batch of its own
     count = min(len(val), config.eval.max_windows or len(val))
     batches = [range(first, min(first + rows, count)) for first in range(0, count, rows)]
 
