@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 from ds_llm.compat.names import lookup
 
 NAMES = {
@@ -15,6 +17,7 @@ NAMES = {
     "TorchDispatchMode": ("torch.utils._python_dispatch", "sees every operation, for the memory planner"),
     "tree_flatten": ("torch.utils._pytree", "tensors in nested arguments, for pruning block by block"),
     "tree_leaves": ("torch.utils._pytree", "tensors in nested results, for the memory planner"),
+    "tree_map": ("torch.utils._pytree", "changes tensors in nested arguments"),
     "tree_map_only": ("torch.utils._pytree", "moves tensors in nested arguments"),
     "cpp_extension": ("torch.utils", "compiles and loads extensions"),
     "FileBaton": ("torch.utils.file_baton", "its lock of an extension that is being compiled"),
@@ -22,6 +25,33 @@ NAMES = {
     "JIT_EXTENSION_VERSIONER": ("torch.utils.cpp_extension", "which extensions this process takes as built"),
     "adamw": ("torch.optim.adamw", "AdamW's step as a function: the reference of our masked one"),
 }
+
+
+def variable_length_attention(query, key, value, bounds, longest: int, scale: float | None, window: int | None):
+    """Causal attention of documents laid end to end, on a GPU in 16 bits, by whichever arguments this torch has for it.
+
+    query [T, heads, D], key and value [T, key heads, D]; bounds int32 [documents + 1]; longest: tokens of a document;
+    window: so many tokens, its own among them, a token sees. Raises ValueError for what this torch does not have.
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    known = inspect.signature(varlen_attn).parameters
+    options = {}
+    if "window_size" in known:
+        options["window_size"] = (-1 if window is None else window - 1, 0)
+    elif window is None:
+        options["is_causal"] = True
+    else:
+        raise ValueError("this torch has no variable-length attention with a window")
+    if scale is not None and "scale" not in known:
+        raise ValueError("this torch has no variable-length attention with a scale")
+    if scale is not None:
+        options["scale"] = scale
+    if query.shape[1] != key.shape[1] and "enable_gqa" in known:
+        options["enable_gqa"] = True
+    elif query.shape[1] != key.shape[1]:
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    return varlen_attn(query, key, value, bounds, bounds, longest, longest, **options)
 
 
 def set_buffer(module, name: str, value) -> None:

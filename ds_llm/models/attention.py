@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ds_llm.compat.torch import variable_length_attention
 from ds_llm.compat.transformers import ATTENTION
 
 MODEL_TYPES = ("ds_llm_decoder", *ATTENTION)  # whose attention is causal, without sinks, soft caps or biases on scores
@@ -96,21 +97,8 @@ def _scores(
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, bounds: Sequence[int], scaling: float | None, window: int | None):
-    from torch.nn.attention.varlen import varlen_attn
-
     width = v.shape[-1]
     ends = torch.tensor(bounds, dtype=torch.int32, device=q.device)
     longest = max(end - start for start, end in itertools.pairwise(bounds))
-    v = F.pad(v, (0, q.shape[-1] - width))
-    tokens = (x[0].transpose(0, 1).contiguous() for x in (q, k, v))
-    out = varlen_attn(
-        *tokens,
-        ends,
-        ends,
-        longest,
-        longest,
-        scale=scaling,
-        window_size=(-1 if window is None else window - 1, 0),
-        enable_gqa=q.shape[1] != k.shape[1],
-    )
-    return out[None, ..., :width]
+    tokens = (x[0].transpose(0, 1).contiguous() for x in (q, k, F.pad(v, (0, q.shape[-1] - width))))
+    return variable_length_attention(*tokens, ends, longest, scaling, window)[None, ..., :width]

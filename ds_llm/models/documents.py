@@ -17,10 +17,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 from transformers import AttentionInterface
 
 from ds_llm.compat.peft import without_wrapper
+from ds_llm.compat.torch import tree_map
 from ds_llm.compat.transformers import (
     ALL_MASK_ATTENTION_FUNCTIONS,
     AttentionMaskInterface,
