@@ -36,7 +36,7 @@ KERNEL = "ds_llm_documents"  # our attention kernel's name in transformers
 MASKED = ("sdpa", "eager", "flex_attention")  # kernels of transformers that read a mask
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Documents:
     """Where documents lie in the rows [B, S] of a micro-batch.
 
@@ -45,8 +45,8 @@ class Documents:
 
     shape: tuple[int, int]
     bounds: tuple[int, ...]
-    device: torch.device
-    _groups: list[Group] = field(default_factory=list)
+    device: torch.device = field(compare=False)  # DeepSpeed compares what ranks that share layers are given
+    _groups: list[Group] = field(default_factory=list, compare=False, repr=False)
 
     @classmethod
     def of(cls, position_ids: Tensor, device: torch.device | None = None) -> Documents | None:
