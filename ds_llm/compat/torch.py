@@ -59,6 +59,14 @@ def set_buffer(module, name: str, value) -> None:
     module._buffers[name] = value
 
 
+def replace_tensors(module, replacement) -> None:
+    """Put `replacement(tensor)` in the place of each parameter and buffer of a module itself."""
+    for tensors in (module._parameters, module._buffers):
+        for name, old in tensors.items():
+            if old is not None:
+                tensors[name] = replacement(old)
+
+
 def remove_parameter(module, name: str) -> None:
     """Take a parameter out of a module, so that its class may define a property of the same name."""
     del module._parameters[name]

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from ds_llm.compat.torch import FakeTensorMode, TorchDispatchMode, tree_leaves
+from ds_llm.compat.torch import FakeTensorMode, TorchDispatchMode, replace_tensors, tree_leaves
 from ds_llm.kernels.linear_cross_entropy import chunk_rows
 
 MEASURED_LAYERS = (6, 9)  # layers are alike, so what a deeper model takes is a straight line through these
@@ -98,15 +98,15 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 def _fill(model: nn.Module) -> None:
     """Replace parameters and buffers on the meta device by tensors on the CPU; tied ones stay tied."""
     made: dict[int, Tensor] = {}
+
+    def on_cpu(old: Tensor) -> Tensor:
+        if id(old) not in made:
+            new = torch.empty_strided(old.shape, old.stride(), dtype=old.dtype)
+            made[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+        return made[id(old)]
+
     for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
-            for name, old in tensors.items():
-                if old is None:
-                    continue
-                if id(old) not in made:
-                    new = torch.empty_strided(old.shape, old.stride(), dtype=old.dtype)
-                    made[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
-                tensors[name] = made[id(old)]
+        replace_tensors(module, on_cpu)
 
 
 def _measure(make, config, objective, batch, dtype, checkpointing: bool, keep_gradients: bool) -> int:
