@@ -125,8 +125,8 @@ def damage(path: Path) -> str | None:
             mine = f"{name} is missing"
             break
         if found != entry:
-            what = "has another size" if found["bytes"] != entry["bytes"] else "has other content"
-            mine = f"{name} {what} than when it was saved"
+            fault = "has another size" if found["bytes"] != entry["bytes"] else "has other content"
+            mine = f"{name} {fault} than when it was saved"
             break
     if mine and not shared.by_all:
         mine += f", on {shared.hosts[dist.get_rank()]}"

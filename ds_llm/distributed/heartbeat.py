@@ -146,13 +146,13 @@ class Peers:
         """On rank 0: end the job for all."""
         self._judge(kind, self.rank, text)
 
-    def ask(self, service: str, data: bytes = b"", **what) -> tuple[dict, bytes]:
+    def ask(self, service: str, data: bytes = b"", **request) -> tuple[dict, bytes]:
         """The answer of a service of rank 0. Raises `UserError` where it fails or rank 0 cannot be reached."""
         with self._ask_lock:
             try:
                 if self._asking is None:
                     self._asking = self._connect("ask")
-                send(self._asking, {"service": service, **what}, data)
+                send(self._asking, {"service": service, **request}, data)
                 answer, found = receive(self._asking, self.lost_seconds)
             except (OSError, Silence) as error:
                 raise UserError(f"{self.name(0)} does not answer ({error})", any_rank=True) from None
@@ -270,9 +270,9 @@ class Peers:
 
     def _answer(self, rank: int, connection: socket.socket) -> None:
         while True:
-            what, data = receive(connection, None)
+            request, data = receive(connection, None)
             try:
-                answer, found = self.services[what.pop("service")](rank, what, data)
+                answer, found = self.services[request.pop("service")](rank, request, data)
             except KeyError:
                 answer, found = {"error": "not ready"}, b""
             except (UserError, OSError) as error:
@@ -307,12 +307,12 @@ class Peers:
         state = self.states.get(rank, {})
         last = f"; last seen in {state['doing']}" if state.get("doing") else ""
         if isinstance(error, Silence):
-            what = (
+            reason = (
                 f"gave no sign of life for {self.lost_seconds:g} s (its machine or network is down, or it was stopped)"
             )
         else:
-            what = "is gone (killed, as for want of memory, or its machine went down)"
-        self._judge("lost", rank, f"{self.name(rank)} {what}{last}")
+            reason = "is gone (killed, as for want of memory, or its machine went down)"
+        self._judge("lost", rank, f"{self.name(rank)} {reason}{last}")
 
     def _judge(self, kind: str, rank: int, text: str) -> None:
         with self._judged:

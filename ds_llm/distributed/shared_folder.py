@@ -147,12 +147,12 @@ def serve(folder: Path) -> None:
     if (peers := watchdog.peers()) is None:
         return
 
-    def read(rank: int, what: dict, _: bytes) -> tuple[dict, bytes]:
-        path = (folder / what["name"]).resolve()
+    def read(rank: int, request: dict, _: bytes) -> tuple[dict, bytes]:
+        path = (folder / request["name"]).resolve()
         if not path.is_relative_to(folder.resolve()):
-            raise UserError(f"{what['name']}: not in the folder")
+            raise UserError(f"{request['name']}: not in the folder")
         with open(path, "rb") as file:
-            file.seek(what["offset"])
+            file.seek(request["offset"])
             return {}, file.read(CHUNK)
 
     peers.services["read"] = read

@@ -49,18 +49,18 @@ class Watch:
 
     def __init__(self, hang_seconds: float, key: str, peers: Peers | None):
         self.hang_seconds, self.key, self.peers = hang_seconds, key, peers
-        self.what, self.mode, self.age, self.finished = "starting", WORKING, 0.0, 0
+        self.work, self.mode, self.age, self.finished = "starting", WORKING, 0.0, 0
         self._tick = min(1.0, hang_seconds / 10) if hang_seconds else 1.0
         self._over, self._speaking = threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
-    def note(self, what: str | None = None, mode: str | None = None, finished: bool = False) -> None:
+    def note(self, work: str | None = None, mode: str | None = None, finished: bool = False) -> None:
         """Record work: its name and mode (None: as before), and whether timed work before it is finished."""
         changed = mode not in (None, self.mode)
-        self.what, self.mode = what or self.what, mode or self.mode
+        self.work, self.mode = work or self.work, mode or self.mode
         self.age, self.finished = 0.0, self.finished + finished
         if self.peers is not None:
-            self.peers.own |= {"doing": self.what, "mode": self.mode}
+            self.peers.own |= {"doing": self.work, "mode": self.mode}
             if changed:
                 self.peers.poke()
 
@@ -135,10 +135,10 @@ class Watch:
             lines = [f"no progress within {self.hang_seconds:g} s ({self.key})"]
             for number in sorted({rank(), *(peers.states if peers else ())}):
                 state = peers.states.get(number) if number != rank() else None
-                what = f"{self.what}, for {self.age:.0f} s" if state is None else _seen(state, peers.silent(number))
-                lines.append(f"  {me if number == rank() else peers.name(number)}: {what}")
+                work = f"{self.work}, for {self.age:.0f} s" if state is None else _seen(state, peers.silent(number))
+                lines.append(f"  {me if number == rank() else peers.name(number)}: {work}")
             _say("\n".join(lines) + "\n")
-        _say(f"{me} in {self.what}:\n{stacks()}\n")
+        _say(f"{me} in {self.work}:\n{stacks()}\n")
         if verdict.own and self.speak():
             if peers and rank() == 0:
                 time.sleep(REPORT_SECONDS)
@@ -238,36 +238,36 @@ def _verdict(peers: Peers) -> Verdict | None:
     return peers.verdict
 
 
-def doing(what: str) -> None:
+def doing(work: str) -> None:
     """Record the start of work without a time limit, for which other ranks may have to wait."""
     if _watch is not None:
-        _watch.note(what, WORKING)
+        _watch.note(work, WORKING)
 
 
-def timed(what: str, finished: bool = False) -> None:
+def timed(work: str, finished: bool = False) -> None:
     """Record the start of work that must show progress. finished: the timed work before it is done."""
     if _watch is not None:
-        _watch.note(what, TIMED, finished)
+        _watch.note(work, TIMED, finished)
 
 
-def waiting(what: str) -> None:
+def waiting(work: str) -> None:
     """Record that this process waits for other ranks."""
     if _watch is not None:
-        _watch.note(what, WAITING)
+        _watch.note(work, WAITING)
 
 
-def alive(what: str | None = None) -> None:
+def alive(work: str | None = None) -> None:
     """Record progress in the current work, and its name where one is given."""
     if _watch is not None:
-        _watch.note(what)
+        _watch.note(work)
 
 
 @contextlib.contextmanager
-def during(what: str) -> Iterator[None]:
+def during(work: str) -> Iterator[None]:
     """`doing` while the block runs; then the work before it continues."""
     watch = _watch
-    before = (watch.what, watch.mode) if watch is not None else ()
-    doing(what)
+    before = (watch.work, watch.mode) if watch is not None else ()
+    doing(work)
     try:
         yield
     finally:

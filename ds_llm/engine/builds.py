@@ -54,13 +54,14 @@ def load(original: Callable, name: str, sources: str | list[str], *args, **kwarg
     Removes what a killed build left. Builds once more from scratch where the extension cannot be built or loaded.
     Raises `UserError` with the compiler's reason; does not try again where the process before has just failed.
     """
-    what = NAMES.get(name, f"the extension {name}")
+    extension = NAMES.get(name, f"the extension {name}")
     try:
         folder = Path(kwargs.get("build_directory") or _get_build_directory(name, False))
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"{what} cannot be compiled: {error.filename}: {error.strerror}; set TORCH_EXTENSIONS_DIR to another folder"
+            f"{extension} cannot be compiled: {error.filename}: {error.strerror}; set TORCH_EXTENSIONS_DIR to another "
+            "folder"
         ) from None
     key = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
     lock = FileLock(Path(tempfile.gettempdir()) / f"ds_llm_build_{os.getuid()}_{key}")
@@ -70,11 +71,11 @@ def load(original: Callable, name: str, sources: str | list[str], *args, **kwarg
 
     def text(seconds: float) -> str:
         left = f"about {progress.duration(expected - seconds)} left" if seconds < expected else "longer than expected"
-        return f"compiling {what}, once on this machine: {progress.duration(seconds)}, {left}"
+        return f"compiling {extension}, once on this machine: {progress.duration(seconds)}, {left}"
 
     with progress.waiting(text), lock:
         if log.exists() and log.stat().st_mtime >= start:
-            raise _failure(what, log.read_text(), log)
+            raise _failure(extension, log.read_text(), log)
         for last in (False, True):
             try:
                 module = _build(folder, original, name, sources, *args, **kwargs)
@@ -85,7 +86,7 @@ def load(original: Callable, name: str, sources: str | list[str], *args, **kwarg
                     continue
                 with contextlib.suppress(OSError):  # the disk may be full
                     log.write_text(f"{error}\n")
-                raise _failure(what, str(error), log) from None
+                raise _failure(extension, str(error), log) from None
             log.unlink(missing_ok=True)
             return module
 
@@ -96,10 +97,10 @@ def _build(folder: Path, original: Callable, name: str, *args, **kwargs):
         return original(name, *args, **kwargs)
 
 
-def _failure(what: str, said: str, log: Path) -> UserError:
+def _failure(extension: str, said: str, log: Path) -> UserError:
     lines = [line.strip() for line in said.splitlines() if line.strip()] or ["no reason was given"]
     named = [line for line in lines if "error:" in line.lower() or "not found" in line]
-    return UserError(f"{what} cannot be compiled: {(named or lines)[0]} (everything that was said: {log})")
+    return UserError(f"{extension} cannot be compiled: {(named or lines)[0]} (everything that was said: {log})")
 
 
 def mend(folder: Path) -> list[Path]:

@@ -111,8 +111,8 @@ class Checkpoint:
         segments, found = self._segments.get(name), []
         whole = unpartitioned_numel(fragment.param)
         if not segments or segments[-1].offset + segments[-1].length != whole:
-            what = "another size" if segments else "missing"
-            raise UserError(f"{self.folder}: is not of this model: {name} is {what}", any_rank=True)
+            fault = "another size" if segments else "missing"
+            raise UserError(f"{self.folder}: is not of this model: {name} is {fault}", any_rank=True)
         at, end = fragment.offset, fragment.offset + fragment.length
         first = bisect_right(segments, at, key=lambda p: p.offset) - 1
         for segment in segments[first:]:
