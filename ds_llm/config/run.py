@@ -75,7 +75,9 @@ def check(config: Config) -> None:
 
 def _check_together(config: Config) -> None:
     m = config.model
-    if m.path is None:
+    if m.config is not None:
+        _check_named_architecture(config)
+    elif m.path is None:
         if m.dim % m.n_heads:
             raise ConfigError(f"model.dim: {m.dim} is not divisible by model.n_heads={m.n_heads}")
         if (m.dim // m.n_heads) % 2:
@@ -102,3 +104,14 @@ def _check_together(config: Config) -> None:
         raise ConfigError(f"data.subset_ratio: is for {takers}; {config.mode} trains on all of data.train")
     if config.deepspeed is not None and not isinstance(config.deepspeed, (str, dict)):
         raise ConfigError("deepspeed: must be a JSON file or a mapping")
+
+
+def _check_named_architecture(config: Config) -> None:
+    m = config.model
+    if config.mode != "pretrain":
+        raise ConfigError(f"model.config: is for pretrain, which trains from scratch; {config.mode} needs model.path")
+    if m.path is not None:
+        raise ConfigError("model.config: is for training from scratch; leave it out, or model.path")
+    for name, default in vars(type(m)()).items():
+        if name not in ("config", "freeze", "vocab_size", "max_seq_len", "attention") and getattr(m, name) != default:
+            raise ConfigError(f"model.{name}: is for the decoder; model.config={m.config} has its own")

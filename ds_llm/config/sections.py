@@ -19,6 +19,9 @@ class ModelConfig:
     path: str | None = key(
         None, "Folder or hub name of a model to start from; none builds the decoder below from scratch"
     )
+    config: str | None = key(
+        None, "pretrain: folder, JSON file or hub name of an architecture to train from scratch, not the decoder below"
+    )
     freeze: list[str] = key(
         [],
         "Parts of the model at model.path that keep their weights: beginnings of parameter names, as [sub_models.0], "

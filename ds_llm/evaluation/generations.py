@@ -22,6 +22,7 @@ from ds_llm.evaluation.references import References, read_references
 from ds_llm.evaluation.text_metrics import compare, signatures
 from ds_llm.generation.generator import Generator
 from ds_llm.generation.sampling import SamplingParams
+from ds_llm.pretrained.architecture import architecture
 from ds_llm.pretrained.lengths import max_positions
 from ds_llm.pretrained.loading import load_model, load_model_config, load_tokenizer
 from ds_llm.progress import console, progress
@@ -71,9 +72,7 @@ def prepare(config: Config, tokenizer) -> Callable[[Job], None]:
     if not config.data.val:
         raise ConfigError(f"{KEY}: needs data.val: they are taken at its evaluations")
     check_metrics(options.generation_metrics, options.generation_tokenizer, KEY)
-    positions = config.model.max_seq_len
-    if config.model.path is not None:
-        positions = _positions(config.model.path)
+    positions = max_positions(architecture(config))
     references = read_references(
         options.generation_data or config.data.val,
         tokenizer,
@@ -132,7 +131,7 @@ def measure_generations(
         if value < least:
             raise ConfigError(f"{name}: {value} must be at least {least}")
     check_metrics(metrics, word_tokenizer, "metrics")
-    positions = _positions(model_path)
+    positions = max_positions(load_model_config(model_path))
     tokenizer = load_tokenizer(tokenizer_path or model_path)
     references = read_references(data, tokenizer, max_new_tokens=max_new_tokens, positions=positions, rows=rows)
     _check_words(references, metrics, word_tokenizer, "words")
@@ -166,10 +165,6 @@ def describe(figures: dict, about: dict) -> str:
     parts = [f"{LABELS[name]} {value:.2f}" for name, value in figures.items()]
     how = f"{about['rows']:,} prompts, at most {about['max_new_tokens']:,} tokens each"
     return f"{'  '.join(parts)}  ({how})  {about['seconds']:.1f} s"
-
-
-def _positions(path: str) -> int | None:
-    return max_positions(load_model_config(path))
 
 
 def _check_words(references: References, metrics: Sequence[str], tokenizer: str, option: str) -> None:

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from ds_llm.compat.transformers import choose_attention
 from ds_llm.config.modes import MODES
 from ds_llm.config.run import Config
 from ds_llm.errors import ConfigError
@@ -86,32 +85,20 @@ def _part(found: Outline, config: Config, model: nn.Module) -> Outline:
 
 
 def _architecture(config: Config) -> tuple[object, Callable]:
-    from ds_llm.models.decoder import DecoderConfig, DecoderForCausalLM
     from ds_llm.models.head import attach_loss_head
     from ds_llm.pretrained import lora as adapters
-    from ds_llm.pretrained.loading import attention_kernel, load_model_config
+    from ds_llm.pretrained.architecture import architecture as architecture_of
+    from ds_llm.pretrained.architecture import build_model
 
-    if config.model.path is None:
-        found = DecoderConfig.from_model_config(config.model, _vocabulary(config))
-    else:
-        found = load_model_config(config.model.path)
-    kernel = attention_kernel(config.model.attention, config.train.dtype)
+    found = architecture_of(config, vocab_size=_vocabulary(config) if config.model.path is None else None)
     lora = config.lora if config.lora.enabled and not MODES[config.mode].compact else None
 
     def make(architecture) -> nn.Module:
-        choose_attention(architecture, kernel)
-        if config.model.path is None:
-            model = DecoderForCausalLM(architecture)
-        else:
-            from transformers import AutoModelForCausalLM
+        model = build_model(config, architecture, torch.get_default_dtype())
+        if config.train.kernels:
+            from ds_llm.models import accelerate
 
-            model = AutoModelForCausalLM.from_config(
-                architecture, attn_implementation=kernel, dtype=torch.get_default_dtype()
-            )
-            if config.train.kernels:
-                from ds_llm.models import accelerate
-
-                accelerate(model)
+            accelerate(model)
         attach_loss_head(model)
         if lora is not None:
             return adapters.add_adapter(model, lora, config.model.path, config.model.freeze)

@@ -97,17 +97,14 @@ def check(config: Config) -> None:
     parallel = config.parallel
     if max(parallel.expert, parallel.sequence, parallel.tensor) == 1:
         return
-    from ds_llm.models.decoder import DecoderConfig
-    from ds_llm.pretrained.loading import load_model_config
+    from ds_llm.pretrained.architecture import architecture
 
-    architecture = DecoderConfig.from_model_config(config.model, config.model.vocab_size or 1)
-    if config.model.path is not None:
-        architecture = load_model_config(config.model.path)
+    found = architecture(config)
     for module, size in ((experts, parallel.expert), (sequence, parallel.sequence)):
         if size > 1:
-            module.check(architecture, size)
+            module.check(found, size)
     if parallel.tensor > 1:
-        tensor.settings(architecture, parallel.tensor)
+        tensor.settings(found, parallel.tensor)
 
 
 def is_divided(parameter: nn.Parameter) -> bool:

@@ -6,7 +6,7 @@ from transformers import PreTrainedConfig
 
 from ds_llm.config.run import Config
 from ds_llm.errors import UserError
-from ds_llm.pretrained.loading import load_model_config
+from ds_llm.pretrained.architecture import architecture
 
 
 def max_positions(config: PreTrainedConfig) -> int | None:
@@ -19,10 +19,7 @@ def lengths(config: Config) -> tuple[int, int | None]:
 
     Raises `UserError` where the sample is longer.
     """
-    if config.model.path is None:
-        limit = config.model.max_seq_len
-    else:
-        limit = max_positions(load_model_config(config.model.path))
+    limit = max_positions(architecture(config))
     seq_len = config.data.seq_len or min(limit or config.model.max_seq_len, config.model.max_seq_len)
     if limit and seq_len > limit:
         raise UserError(f"data.seq_len: {seq_len} tokens are more than the model's {limit} positions")

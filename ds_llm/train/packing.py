@@ -8,6 +8,7 @@ from ds_llm.config.run import Config
 from ds_llm.engine import processes
 from ds_llm.models.documents import parts
 from ds_llm.models.isolation import find_way, isolate
+from ds_llm.pretrained.architecture import architecture
 from ds_llm.pretrained.loading import TORCH_DTYPES, architectures, attention_kernel, supported_attention
 from ds_llm.progress import console
 
@@ -16,9 +17,9 @@ def check_packing(config: Config) -> None:
     """Raise `ds_llm.models.isolation.LeakError` where packed documents would see each other in the run's model."""
     dtype = config.train.dtype
     kernel = attention_kernel(config.model.attention, dtype)
-    for architecture in architectures(config.model.path):
-        supported = supported_attention(architecture, config.model.attention, kernel)
-        find_way(architecture, supported, processes.device(), TORCH_DTYPES[dtype])
+    for found in architectures(config.model.path) if config.model.path is not None else [architecture(config)]:
+        supported = supported_attention(found, config.model.attention, kernel)
+        find_way(found, supported, processes.device(), TORCH_DTYPES[dtype])
 
 
 def keep_apart(config: Config, model: nn.Module) -> None:

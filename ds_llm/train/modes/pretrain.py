@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ds_llm.compat.transformers import choose_attention
 from ds_llm.config.run import Config
 from ds_llm.data.tokens import TokenData
 from ds_llm.errors import ConfigError, UserError
+from ds_llm.models import accelerate
 from ds_llm.pretrained import lora as adapters
+from ds_llm.pretrained.architecture import architecture, build_model
 from ds_llm.pretrained.lengths import lengths
 from ds_llm.progress import console
 from ds_llm.train.job import Job
@@ -49,7 +50,7 @@ def check(config: Config) -> Data:
     seq_len, limit = lengths(config)
     if seq_len % config.parallel.sequence:
         raise ConfigError(f"parallel.sequence: {config.parallel.sequence} does not divide data.seq_len={seq_len}")
-    if config.data.isolate_documents and config.model.path is not None:
+    if config.data.isolate_documents:
         check_packing(config)
     train = TokenData(config.data.train, seq_len, config.data.isolate_documents)
     source = config.data.tokenizer or (config.model.path if config.model.path else train.files[0].tokenizer_path)
@@ -82,22 +83,20 @@ def check(config: Config) -> Data:
         "isolate_documents": config.data.isolate_documents,
         **adapters.check(config),
     }
+    if config.model.config is not None:
+        fingerprint["architecture"] = architecture(config, tokenizer).to_dict()
     return Data(train, val, tokenizer, seq_len, fingerprint)
 
 
 def build(config: Config, data: Data) -> Job:
     """Make or load the model and join it with the data."""
-    from ds_llm.models.decoder import DecoderConfig, DecoderForCausalLM
     from ds_llm.models.head import attach_loss_head
-    from ds_llm.pretrained.loading import attention_kernel
 
     torch.manual_seed(config.train.seed)
     if config.model.path is None:
-        size = config.model.vocab_size or len(data.tokenizer)
-        tokens = {f"{name}_token_id": getattr(data.tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
-        decoder = DecoderConfig.from_model_config(config.model, size, **tokens)
-        choose_attention(decoder, attention_kernel(config.model.attention, config.train.dtype))
-        model = DecoderForCausalLM(decoder)
+        model = build_model(config, architecture(config, data.tokenizer))
+        if config.train.kernels and config.model.config is not None:
+            console.print(str(accelerate(model)))
         attach_loss_head(model)
         if config.train.activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
