@@ -88,9 +88,8 @@ def cut(config: PreTrainedConfig, width: str = "narrow", shallow: bool = True) -
     values.update({name: min(value, LONGEST_WINDOW) for name, value in _whole_numbers(values, WINDOWS).items()})
     values.update({name: min(value, LONGEST_CHUNK) for name, value in _whole_numbers(values, CHUNKS).items()})
     values.update({n: 0.0 for n, v in values.items() if DROPOUT.search(n) and isinstance(v, float)})
-    values.update(
-        {n: min(v, VOCABULARY) for n, v in values.items() if n.startswith("vocab_size") and isinstance(v, int)}
-    )
+    values.update(dict.fromkeys(_whole_numbers(values, VOCABULARIES), VOCABULARY))
+    values.update({name: max(value, FEWEST_POSITIONS) for name, value in _whole_numbers(values, POSITIONS).items()})
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         if values.get(name) is not None:
             values[name] = 1
