@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from ds_llm.compat.deepspeed import is_shared_expert
 from ds_llm.compat.transformers import chosen_attention
 from ds_llm.config.run import Config
+from ds_llm.config.sections import ParallelConfig
 from ds_llm.models.backbone import backbone
 from ds_llm.parallel import experts, sequence, tensor
 from ds_llm.parallel.layout import Layout, neighbours
@@ -99,7 +101,11 @@ def check(config: Config) -> None:
         return
     from ds_llm.pretrained.architecture import architecture
 
-    found = architecture(config)
+    check_architecture(architecture(config), parallel)
+
+
+def check_architecture(found: PreTrainedConfig, parallel: ParallelConfig) -> None:
+    """Raise `UserError` where a model with this transformers configuration cannot be divided like this."""
     for module, size in ((experts, parallel.expert), (sequence, parallel.sequence)):
         if size > 1:
             module.check(found, size)
