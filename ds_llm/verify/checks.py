@@ -132,7 +132,7 @@ def recomputation(subject: Subject) -> Finding:
 
 
 def _losses_and_gradients(about: str, loss: Tensor, found: Tensor, expected: dict, grads: dict) -> Finding:
-    wrong = number(abs(float(found) / float(loss) - 1))
+    wrong = number(abs(found.item() / loss.item() - 1))
     if wrong > OUTPUTS:
         return Finding(f"the loss; {about}", wrong, OUTPUTS)
     name, wrong = gradient_difference(expected, grads)

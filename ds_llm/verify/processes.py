@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
 import re
-import signal
 import subprocess
 import sys
 import tempfile
@@ -14,6 +14,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import psutil
 
 from ds_llm.data.workers import available_cpus
 from ds_llm.verify.report import BROKEN, Row
@@ -59,7 +61,11 @@ class Job:
 
     def __exit__(self, *_) -> None:
         if self._process.poll() is None:
-            os.killpg(self._process.pid, signal.SIGKILL)  # a group of its own
+            family = [psutil.Process(self._process.pid)]
+            family += family[0].children(recursive=True)  # the launcher gives each a process group of its own
+            for process in family:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
             self._process.wait()
         self._scratch.cleanup()
 

@@ -29,8 +29,8 @@ LOSS, WEIGHTS = 1e-4, 1e-2  # what rounding may change: of the loss, and of how 
 
 def main(folder: Path) -> None:
     """Run the checks on the subject in `folder`, a line in its file of rows for each."""
-    init_distributed()
     subject = pickle.loads((folder / SUBJECT).read_bytes())
+    init_distributed()
     way = way_of(subject)
     data = documents(subject.model().get_input_embeddings().num_embeddings, packed=way is not None)
     expected = reference(subject, data) if dist.get_rank() == 0 else None
