@@ -38,19 +38,14 @@ def main() -> int:
 
 def verify(recipe: str | None, names: list[str], path: str | None) -> int:
     """Print the table; returns the exit code."""
-    import torch
-
     from ds_llm.commands.show import show_sample
     from ds_llm.config import run as config
-    from ds_llm.hardware import share_cores
     from ds_llm.progress import console
     from ds_llm.verify import report, subject, table
 
     given = subject.of_run(config.load(recipe, names)) if recipe else subject.of_model(names[0])
     if path is not None and not Path(path).resolve().parent.is_dir():
         raise UserError(f"{path}: there is no folder {Path(path).resolve().parent} to write it in")
-    share_cores()
-    torch.manual_seed(subject.SEED)
     console.print(f"{given.name}: a small '{given.config.model_type}' model with random weights, on the CPU in fp32")
     rows = []
     for row in table.rows(given):

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from ds_llm.data.workers import available_cpus
 from ds_llm.verify.report import BROKEN, Row
 
 if TYPE_CHECKING:
@@ -45,8 +44,7 @@ class Job:
 
     def __enter__(self) -> Job:
         environment = {name: value for name, value in os.environ.items() if name not in NOT_OURS}
-        environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, available_cpus() // PROCESSES)))
+        environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(PROCESSES)]
         with open(self._folder / LOG, "wb") as log:
             self._process = subprocess.Popen(

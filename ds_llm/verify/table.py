@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 import transformers
 
 from ds_llm.errors import UserError, first_line
@@ -16,14 +17,17 @@ from ds_llm.verify.subject import Subject
 def rows(subject: Subject) -> Iterator[Row]:
     """The rows of the table, each as soon as it is found."""
     found = checks(subject)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # more of them wait for each other at every operation of so small a model
     try:
         _ = subject.small
-    except UserError as error:  # nothing can be tried
-        yield from (Row(name, REFUSED, first_line(error)) for name in (*found, *processes.CASES))
-    else:
         with processes.Job(subject) as job:
             yield from (prove(name, check) for name, check in found.items())
             yield from job.rows()
+    except UserError as error:  # there is no small model
+        yield from (Row(name, REFUSED, first_line(error)) for name in (*found, *processes.CASES))
+    finally:
+        torch.set_num_threads(threads)
     yield prove(chats.NAME, lambda: chats.check(subject))
 
 

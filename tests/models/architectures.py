@@ -186,6 +186,58 @@ error: packed documents would see each other: 'rwkv' models of transformers {ver
 set data.packing=false, or for pretraining data.isolate_documents=false
 ```
 
+## Prove it for your model
+
+```
+python launch/verify.py FOLDER_OR_HUB_NAME
+python launch/verify.py --config ds_configs/recipes/sft.yaml model.path=FOLDER_OR_HUB_NAME
+```
+
+prints a table of proofs. The model itself is not loaded, and no weights are needed: a folder with `config.json` is
+enough, and the tokenizer's files for the last row. A small model of the same configuration is made as above. Every row
+compares what a run does with plain torch and the library's own forward pass:
+
+```
+models/llama: a small 'llama' model with random weights, on the CPU in fp32
+holds   packed documents = each alone                  attention document by document; to 6e-07
+holds   kernels on = off                               loss head; kernels in use: 2 rope; to 8e-07
+holds   recomputed layers on = off                     2 layers computed again, packed rows
+holds   saved, loaded: same logits                     
+holds   generation with a cache = without              6 greedy tokens behind 3 prompts; to 6e-07
+holds   left padding = none                            prompts of (13, 8, 3) tokens in one batch; to 5e-07
+holds   scores = plain loop                            entropy and log-probability of 5 samples in one batch; to 9e-08
+holds   ZeRO 0 on two processes = plain torch          losses and weights after 3 steps; to 9e-07
+holds   ZeRO 1 on two processes = plain torch          losses and weights after 3 steps; to 9e-07
+holds   ZeRO 2 on two processes = plain torch          losses and weights after 3 steps; to 9e-07
+holds   ZeRO 3 on two processes = plain torch          losses and weights after 3 steps; to 9e-07
+refused experts shared by two processes = not shared   parallel.expert: a 'llama' model of this configuration has no experts
+holds   rows shared by two processes = not shared      losses and weights after 3 steps; to 9e-07
+holds   chat: only the assistant's turns are trained   22 of 87 tokens are trained
+── a sample conversation: 87 tokens, 22 trained
+<|im_start|>user
+Which planet is the largest?<|im_end|>
+<|im_start|>assistant
+⟦Jupiter is the largest planet.<|im_end|>⟧
+<|im_start|>user
+And the smallest one?<|im_end|>
+<|im_start|>assistant
+⟦Mercury, by far.<|im_end|>⟧
+
+13 hold, 1 refused, 0 broken
+```
+
+- `holds`: both are equal, to what rounding changes. The figure is the largest difference, relative to the largest value;
+  of trained weights, relative to how far they moved.
+- `refused`: the model does not have this, and a run says so before its first step, for the same reason.
+- `broken`: the two differ, and by how much, or an error ended the check. Do not train this model in this way.
+
+Part of a conversation that is trained stands in ⟦ ⟧, or is green on a terminal. `--json table.json` also writes the
+rows. The exit code is 1 where a row is broken, and 2 for a wrong name or configuration. Of a run's configuration the
+model, `model.attention`, `data.tokenizer` and `data.train_on` count.
+
+Everything runs on the CPU in fp32, where the project's kernels compute in plain torch: [GPU check](gpu_check.md) is for
+those of a GPU. What depends on a model's size or on its trained weights is not shown.
+
 ## How documents are kept apart
 
 The first of these ways that passes the check is taken.

@@ -62,7 +62,6 @@ def test_a_hybrid_needs_no_weights_and_a_wrong_cache_is_broken(chats, tmp_path, 
         return (torch.cat([torch.zeros_like(x[..., :1, :]), x[..., 1:, :]], -2) for x in (keys, values))
 
     monkeypatch.setattr(DynamicLayer, "update", forgetful)  # in this process; the job of two generates nothing
-    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
     folder = described(tmp_path / "hybrid", "qwen3_next", chats / "tokenizer")
     monkeypatch.setattr(sys, "argv", ["verify.py", str(folder), "--json", str(tmp_path / "table.json")])
     assert command.main() == 1
