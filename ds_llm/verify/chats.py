@@ -12,7 +12,7 @@ from ds_llm.pretrained.loading import load_tokenizer
 from ds_llm.verify.report import Finding
 from ds_llm.verify.subject import Subject
 
-NAME = "chat: only the assistant's turns are trained"
+NAME = "chat: only answers are trained"
 TURNS = (
     ("user", "Which planet is the largest?"),
     ("assistant", "Jupiter is the largest planet."),

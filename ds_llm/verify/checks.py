@@ -159,7 +159,7 @@ def saved(subject: Subject) -> Finding:
         loaded = load_model(folder, "fp32", subject.attention)
     ids = torch.stack([row[0] for row in documents(model.get_input_embeddings().num_embeddings, packed=False)])
     logits = [m(input_ids=ids, use_cache=False).logits for m in (model, loaded)]
-    return Finding(difference=difference(*logits), limit=SAVED)
+    return Finding("written as a run writes it", difference(*logits), SAVED)
 
 
 def _generator(subject: Subject) -> tuple[Generator, list[list[int]]]:

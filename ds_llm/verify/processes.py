@@ -26,8 +26,8 @@ PATIENCE = 300.0  # seconds without a new row: a process waits for one that fail
 PROCESSES = 2
 CASES = {
     **{f"ZeRO {stage} on two processes = plain torch": (f"zero={stage}",) for stage in range(4)},
-    "experts shared by two processes = not shared": ("zero=2", "parallel.expert=2"),
-    "rows shared by two processes = not shared": ("zero=2", "parallel.sequence=2"),
+    "experts on two processes = on one": ("zero=2", "parallel.expert=2"),
+    "rows on two processes = on one": ("zero=2", "parallel.sequence=2"),
 }
 SUBJECT, ROWS, LOG = "subject.pickle", "rows.jsonl", "log.txt"  # files of the job's folder
 ERROR = re.compile(r"(\[rank\d+\]:\s*)?(error: |[\w.]*(Error|Exception)\b)")

@@ -13,7 +13,7 @@ from ds_llm.progress import console
 
 HOLDS, REFUSED, BROKEN = "holds", "refused", "broken"
 STYLES = {HOLDS: "green", REFUSED: "yellow", BROKEN: "bold red"}
-WIDTH = 46  # of the names of proofs
+WIDTH = 38  # of the names of proofs
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from ds_llm.config.run import Config
 from ds_llm.errors import ConfigError, UserError, first_line
 from ds_llm.models.boost import QwenBoostConfig
 from ds_llm.models.cut import VOCABULARY, small_configs, small_model
-from ds_llm.models.decoder import DecoderConfig
+from ds_llm.pretrained.architecture import architecture
 from ds_llm.pretrained.loading import attention_kernel, load_model_config, supported_attention
 
 CPU = torch.device("cpu")
@@ -77,17 +77,12 @@ def of_model(path: str | os.PathLike) -> Subject:
 
 def of_run(config: Config) -> Subject:
     """The model of a run: its architecture, attention kernel, tokenizer, and which answers of a chat it trains."""
-    tokenizer, path = config.data.tokenizer or config.model.path, config.model.path
-    if path is None and config.mode != "pretrain":
-        raise ConfigError(
-            f"model.path: mode={config.mode} trains a model; name it, for example model.path=runs/pretrain"
-        )
-    if path is None:
-        architecture = DecoderConfig.from_model_config(config.model, config.model.vocab_size or VOCABULARY)
-    else:
-        architecture = load_model_config(path)
-    name = path or "the model of this configuration"
-    return _subject(name, architecture, config.model.attention, tokenizer, config.data.train_on)
+    model, tokenizer = config.model, config.data.tokenizer or config.model.path
+    if model.path is None and config.mode != "pretrain":
+        raise ConfigError(f"model.path: mode={config.mode} trains a model; name it: model.path=runs/pretrain")
+    found = architecture(config, vocab_size=VOCABULARY)
+    name = model.path or model.config or "a decoder from scratch"
+    return _subject(name, found, model.attention, tokenizer, config.data.train_on)
 
 
 def _subject(name: str, config, attention: str, tokenizer: str | None, train_on: str = "all") -> Subject:

@@ -199,20 +199,20 @@ compares what a run does with plain torch and the library's own forward pass:
 
 ```
 models/llama: a small 'llama' model with random weights, on the CPU in fp32
-holds   packed documents = each alone                  attention document by document; to 6e-07
-holds   kernels on = off                               loss head; kernels in use: 2 rope; to 8e-07
-holds   recomputed layers on = off                     2 layers computed again, packed rows
-holds   saved, loaded: same logits                     
-holds   generation with a cache = without              6 greedy tokens behind 3 prompts; to 6e-07
-holds   left padding = none                            prompts of (13, 8, 3) tokens in one batch; to 5e-07
-holds   scores = plain loop                            entropy and log-probability of 5 samples in one batch; to 9e-08
-holds   ZeRO 0 on two processes = plain torch          losses and weights after 3 steps; to 9e-07
-holds   ZeRO 1 on two processes = plain torch          losses and weights after 3 steps; to 9e-07
-holds   ZeRO 2 on two processes = plain torch          losses and weights after 3 steps; to 9e-07
-holds   ZeRO 3 on two processes = plain torch          losses and weights after 3 steps; to 9e-07
-refused experts shared by two processes = not shared   parallel.expert: a 'llama' model of this configuration has no experts
-holds   rows shared by two processes = not shared      losses and weights after 3 steps; to 9e-07
-holds   chat: only the assistant's turns are trained   22 of 87 tokens are trained
+holds   packed documents = each alone          attention document by document; to 6e-07
+holds   kernels on = off                       loss head; kernels in use: 2 rope; to 8e-07
+holds   recomputed layers on = off             2 layers computed again, packed rows
+holds   saved, loaded: same logits             written as a run writes it
+holds   generation with a cache = without      6 greedy tokens behind 3 prompts; to 6e-07
+holds   left padding = none                    prompts of (13, 8, 3) tokens in one batch; to 5e-07
+holds   scores = plain loop                    entropy and log-probability of 5 samples in one batch; to 9e-08
+holds   ZeRO 0 on two processes = plain torch  losses and weights after 3 steps; to 9e-07
+holds   ZeRO 1 on two processes = plain torch  losses and weights after 3 steps; to 9e-07
+holds   ZeRO 2 on two processes = plain torch  losses and weights after 3 steps; to 9e-07
+holds   ZeRO 3 on two processes = plain torch  losses and weights after 3 steps; to 9e-07
+refused experts on two processes = on one      parallel.expert: a 'llama' model of this configuration has no experts
+holds   rows on two processes = on one         losses and weights after 3 steps; to 9e-07
+holds   chat: only answers are trained         22 of 87 tokens are trained
 ── a sample conversation: 87 tokens, 22 trained
 <|im_start|>user
 Which planet is the largest?<|im_end|>
@@ -226,8 +226,8 @@ And the smallest one?<|im_end|>
 13 hold, 1 refused, 0 broken
 ```
 
-- `holds`: both are equal, to what rounding changes. The figure is the largest difference, relative to the largest value;
-  of trained weights, relative to how far they moved.
+- `holds`: both are equal, to what rounding changes. The figure is the largest difference, relative to the
+  largest value; of trained weights, relative to how far they moved.
 - `refused`: the model does not have this, and a run says so before its first step, for the same reason.
 - `broken`: the two differ, and by how much, or an error ended the check. Do not train this model in this way.
 

@@ -21,7 +21,7 @@ from ds_llm.verify import chats as conversations
 from ds_llm.verify import checks, processes, subject, table
 from ds_llm.verify.report import BROKEN, HOLDS, REFUSED, Finding, Row, prove
 
-NAMES = ["packed", "kernels", "recomputed", "saved", "generation", "left", "scores", *4 * ["ZeRO"], "experts", "rows"]
+NAMES = ["packed", "kernels", "recomputed", "saved,", "generation", "left", "scores", *4 * ["ZeRO"], "experts", "rows"]
 
 
 def described(folder, kind: str, tokenizer=None, **options):
@@ -44,7 +44,7 @@ def test_all_of_a_llama_holds_but_what_it_does_not_have(chats, tmp_path):
     found = json.loads(written.read_text())
     rows = by_name(found["rows"])
     refused = {name: row["detail"] for name, row in rows.items() if row["status"] != HOLDS}
-    assert list(refused) == ["experts shared by two processes = not shared"]
+    assert list(refused) == ["experts on two processes = on one"]
     assert "a 'llama' model of this configuration has no experts" in refused.popitem()[1]
     assert found["model_type"] == "llama" and found["model"] == str(chats / "llama")
     assert rows["recomputed layers on = off"]["detail"].startswith("2 layers computed again")
@@ -59,7 +59,7 @@ def test_a_hybrid_needs_no_weights_and_a_wrong_cache_is_broken(chats, tmp_path, 
 
     def forgetful(self, keys, values, *args, **kwargs):
         keys, values = whole(self, keys, values, *args, **kwargs)
-        return (torch.cat([torch.zeros_like(x[..., :1, :]), x[..., 1:, :]], -2) for x in (keys, values))
+        return (torch.cat([x[..., :-1, :], torch.zeros_like(x[..., -1:, :])], -2) for x in (keys, values))
 
     monkeypatch.setattr(DynamicLayer, "update", forgetful)  # in this process; the job of two generates nothing
     folder = described(tmp_path / "hybrid", "qwen3_next", chats / "tokenizer")
