@@ -132,11 +132,12 @@ def recomputation(subject: Subject) -> Finding:
 
 
 def _losses_and_gradients(about: str, loss: Tensor, found: Tensor, expected: dict, grads: dict) -> Finding:
-    wrong = number(abs(found.item() / loss.item() - 1))
-    if wrong > OUTPUTS:
-        return Finding(f"the loss; {about}", wrong, OUTPUTS)
-    name, wrong = gradient_difference(expected, grads)
-    return Finding(about if wrong <= GRADIENTS else f"the gradient of {name}; {about}", wrong, GRADIENTS)
+    """That of the two which is farther from what rounding may change."""
+    name, of_gradients = gradient_difference(expected, grads)
+    of_loss = number(abs(found.item() / loss.item() - 1))
+    if of_loss / OUTPUTS > max(of_gradients / GRADIENTS, 1):
+        return Finding(f"the loss; {about}", of_loss, OUTPUTS)
+    return Finding(f"the gradient of {name}; {about}" if of_gradients > GRADIENTS else about, of_gradients, GRADIENTS)
 
 
 def save(subject: Subject, folder: Path) -> nn.Module:

@@ -90,7 +90,7 @@ def test_a_leak_between_documents_is_broken(monkeypatch):
     plain = LlamaMLP.forward
     monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: plain(self, x) + 0.1 * plain(self, x).cumsum(1))
     row = prove("", lambda: checks.packing(one))
-    assert row.status == BROKEN and row.difference > 1e-3 and "the loss; attention document by document" in row.detail
+    assert row.status == BROKEN and row.difference > 0.02 and "; attention document by document" in row.detail
 
 
 def test_wrong_kernels_scores_and_padding_are_broken(monkeypatch):
