@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import pickle
 from pathlib import Path
 
 import torch
@@ -18,7 +17,7 @@ from ds_llm.models.documents import Way
 from ds_llm.parallel import compatibility, parallelize
 from ds_llm.train.modes.sft import SupervisedLoss
 from ds_llm.verify.checks import for_training, way_of
-from ds_llm.verify.processes import CASES, PROCESSES, ROWS, SUBJECT
+from ds_llm.verify.processes import CASES, PROCESSES
 from ds_llm.verify.report import Finding, prove
 from ds_llm.verify.samples import batch_of, documents, number, plain_loss, trained
 from ds_llm.verify.subject import Subject
@@ -27,9 +26,8 @@ STEPS, LR, EPSILON = 3, 3e-3, 1e-3  # a large epsilon: Adam otherwise makes whol
 LOSS, WEIGHTS = 1e-4, 1e-2  # what rounding may change: of the loss, and of how far the weights moved
 
 
-def main(folder: Path) -> None:
-    """Run the checks on the subject in `folder`, a line in its file of rows for each."""
-    subject = pickle.loads((folder / SUBJECT).read_bytes())
+def main(subject: Subject, rows: Path) -> None:
+    """Run the checks on a subject, a line in the file `rows` for each."""
     init_distributed()
     way = way_of(subject)
     data = documents(subject.model().get_input_embeddings().num_embeddings, packed=way is not None)
@@ -41,7 +39,7 @@ def main(folder: Path) -> None:
 
         row = prove(name, check)
         if dist.get_rank() == 0:
-            with open(folder / ROWS, "a", encoding="utf-8") as file:
+            with open(rows, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row.to_dict()) + "\n")
 
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import pickle
 import sys
 from pathlib import Path
 
 from ds_llm import cli
+from ds_llm.verify.processes import ROWS, SUBJECT
 
 
 def main() -> None:
+    folder = Path(sys.argv[1])
+    subject = pickle.loads((folder / SUBJECT).read_bytes())
     from ds_llm.verify import sharded  # imports DeepSpeed, after `cli.quiet`
 
-    sharded.main(Path(sys.argv[1]))
+    sharded.main(subject, folder / ROWS)
 
 
 if __name__ == "__main__":

@@ -135,17 +135,12 @@ def test_what_cannot_pack_is_refused_and_the_rest_is_tried(tmp_path):
     )
 
 
-class Unknown(transformers.LlamaConfig):
-    """A configuration that other processes cannot read."""
-
-
-def test_a_job_that_fails_is_a_broken_row_each():
-    one = llama(77)
-    one.config = Unknown(**one.config.to_dict())
-    with processes.Job(one) as job:
+def test_a_job_that_fails_is_a_broken_row_each(tmp_path, monkeypatch):
+    monkeypatch.setenv("DS_LLM_EXTENSIONS", str(tmp_path / "metric.py"))
+    with processes.Job(llama(77)) as job:
         rows = list(job.rows())
     assert [row.name for row in rows] == list(processes.CASES)
-    assert {row.status for row in rows} == {BROKEN} and "No module named" in rows[0].detail
+    assert {row.status for row in rows} == {BROKEN} and "metric.py cannot be run" in rows[0].detail
 
 
 def test_a_model_of_which_no_small_one_runs_is_refused(monkeypatch):
