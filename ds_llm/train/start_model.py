@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from ds_llm.config.run import Config
+from ds_llm.errors import UserError
 from ds_llm.models import accelerate
 from ds_llm.models.head import attach_loss_head
 from ds_llm.pretrained.loading import load_model, match_tokenizer
@@ -32,7 +33,7 @@ def start_model(config: Config, tokenizer, dtype: str | None = None) -> nn.Modul
         console.print(str(accelerate(model)))
     attach_loss_head(model)
     if config.train.activation_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute_layers(model)
     if lora.enabled:
         torch.manual_seed(config.train.seed)
         model = add_adapter(model, lora, config.model.path, config.model.freeze)
@@ -41,3 +42,13 @@ def start_model(config: Config, tokenizer, dtype: str | None = None) -> nn.Modul
             if is_in_parts(name, config.model.freeze):
                 parameter.requires_grad_(False)
     return model
+
+
+def recompute_layers(model: nn.Module) -> None:
+    """Have a model compute its layers again in the backward pass, in place. `UserError` where transformers cannot."""
+    if not model.supports_gradient_checkpointing:
+        raise UserError(
+            f"train.activation_checkpointing: transformers cannot compute the layers of a '{model.config.model_type}' "
+            "model again; set it to false"
+        )
+    model.gradient_checkpointing_enable({"use_reentrant": False})

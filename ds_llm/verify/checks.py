@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ds_llm.errors import UserError
 from ds_llm.generation.generator import Generator
 from ds_llm.generation.sampling import SamplingParams
 from ds_llm.models import accelerate
@@ -25,6 +24,7 @@ from ds_llm.pretrained import saving
 from ds_llm.pretrained.loading import load_model, match_tokenizer
 from ds_llm.scoring.forward import Scorer
 from ds_llm.scoring.metrics import Sample
+from ds_llm.train.start_model import recompute_layers
 from ds_llm.verify.report import Finding
 from ds_llm.verify.samples import (
     GRADIENTS,
@@ -111,10 +111,7 @@ def recomputation(subject: Subject) -> Finding:
     """Gradients of packed rows with layers computed again in the backward pass against those with layers kept."""
     way = way_of(subject)
     kept, again = for_training(subject, way), for_training(subject, way)
-    if not again.supports_gradient_checkpointing:
-        raise UserError(f"transformers computes no layers of a '{subject.config.model_type}' model again; set "
-                        "train.activation_checkpointing=false")  # fmt: skip
-    again.gradient_checkpointing_enable({"use_reentrant": False})
+    recompute_layers(again)
     batch = batch_of(documents(kept.get_input_embeddings().num_embeddings, packed=way is not None))
     loss, other = (lm_loss(model, **batch).loss_sum for model in (kept, again))
     ran: set[nn.Module] = set()

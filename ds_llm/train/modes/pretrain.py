@@ -18,7 +18,7 @@ from ds_llm.pretrained.lengths import lengths
 from ds_llm.progress import console
 from ds_llm.train.job import Job
 from ds_llm.train.packing import check_packing, keep_apart
-from ds_llm.train.start_model import start_model
+from ds_llm.train.start_model import recompute_layers, start_model
 from ds_llm.train.step import MicroStep
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def build(config: Config, data: Data) -> Job:
             console.print(str(accelerate(model)))
         attach_loss_head(model)
         if config.train.activation_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            recompute_layers(model)
     else:
         model = start_model(config, data.tokenizer)
     return job(config, data, model)
