@@ -237,8 +237,9 @@ def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, atte
     if documents is None or attention_mask is not None or not getattr(module, "is_causal", True):
         raise ValueError("this attention is for packed documents without a mask")
     rows, length = documents.shape
-    if query.shape[2] != length or key.shape[2] != length:
-        raise ValueError(f"expected {length} tokens in a row, got {query.shape[2]} queries and {key.shape[2]} keys")
+    if query.shape[0] != rows or query.shape[2] != length or key.shape[2] != length:
+        found = f"{query.shape[0]} of {query.shape[2]} queries and {key.shape[2]} keys"
+        raise ValueError(f"expected {rows} rows of {length} tokens, got {found}")
     one = (x.transpose(0, 1).reshape(1, x.shape[1], rows * length, -1) for x in (query, key, value))
     out, _ = document_attention(module, *one, documents.bounds, **kwargs)
     return out.reshape(rows, length, *out.shape[2:]).contiguous(), None

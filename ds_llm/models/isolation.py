@@ -69,7 +69,7 @@ def run_backbone(
     arguments = {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": attention_mask}
     whole = "shard" not in options and attention_mask is None and not isinstance(position_ids, FakeTensor)
     if packed is None and whole and position_ids is not None:
-        packed = Documents.of(position_ids)
+        packed = Documents.of(position_ids.expand(len(input_ids), -1))
     if packed is None:
         return body(**arguments, use_cache=False, **options)
     isolate(model)

@@ -137,6 +137,13 @@ def test_documents_are_found_by_their_positions():
     assert Documents.of(torch.arange(6).expand(2, -1)) is None
 
 
+def test_positions_of_one_row_are_those_of_all_rows():
+    model, ids, positions = tiny("llama"), torch.randint(2, 64, (3, 12)), torch.tensor([[*range(5), *range(7)]])
+    found, each = (run_backbone(model, ids, at).last_hidden_state for at in (positions, positions.expand(3, -1)))
+    assert torch.equal(found, each)
+    assert not torch.allclose(found, run_backbone(model, ids).last_hidden_state)
+
+
 def test_padding_of_documents_run_one_by_one_is_less_than_their_tokens():
     lengths = torch.randint(1, 200, (50,)).tolist()
     found = Documents.of(torch.cat([torch.arange(n) for n in lengths])[None])
