@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Callable
+from contextvars import copy_context
 from importlib.util import find_spec
 
 import torch
@@ -16,6 +17,7 @@ from benchmarks import kernels
 from benchmarks.gpu_check.basics import device
 from benchmarks.gpu_check.report import Place, Report
 from ds_llm.compat.transformers import ALL_ATTENTION_FUNCTIONS, choose_attention, chosen_attention
+from ds_llm.models.isolation import isolate, run_backbone
 
 GPU = {"rows": 4, "length": 4096, "heads": 16, "key_heads": 8, "head_dim": 128, "document": 700, "seconds": 0.1}
 TOY = {"rows": 2, "length": 128, "heads": 4, "key_heads": 2, "head_dim": 16, "document": 30, "seconds": 0.005}
@@ -32,8 +34,8 @@ def attention(report: Report, place: Place) -> None:
     report.figures(attention=chosen_attention(model.config))
     ours: dict[str, Callable] = {}
     for name, given in (("ours, packed documents", positions), ("ours, one document a row", one)):
-        ours[name], mask = captured(model, given.to(where))
-        report.row("calls", attention=name, mask=mask, operators=operators(ours[name], where))
+        ours[name], kernel, mask = captured(model, given.to(where))
+        report.row("calls", attention=name, kernel=kernel, mask=mask, operators=operators(ours[name], where))
     q, k, v = (
         torch.randn(sizes["rows"], sizes["length"], heads, sizes["head_dim"], device=where, dtype=torch.bfloat16)
         for heads in (sizes["heads"], sizes["key_heads"], sizes["key_heads"])
@@ -82,36 +84,40 @@ def decoder(sizes: dict, where: torch.device):
 
 
 def hidden(model, positions: Tensor) -> Tensor:
-    from ds_llm.models.isolation import run_backbone
-
     return run_backbone(model, torch.ones_like(positions), positions).last_hidden_state
 
 
-def captured(model, positions: Tensor) -> tuple[Callable, str]:
+def captured(model, positions: Tensor) -> tuple[Callable, str, str]:
     """The call of the attention function that the model makes for these positions, with its backward pass, as a
-    function without arguments; and what mask it is given."""
-    name, found = chosen_attention(model.config), []
-    original = ALL_ATTENTION_FUNCTIONS[name]
+    function without arguments; the function's name in transformers, and what mask it is given."""
+    isolate(model)
+    found = []
 
-    def note(*args, **kwargs):
-        found.append((args, kwargs))
-        return original(*args, **kwargs)
+    def noting(name: str, original: Callable) -> Callable:
+        def note(*args, **kwargs):
+            found.append((name, original, args, kwargs, copy_context()))  # which holds the packed documents
+            return original(*args, **kwargs)
 
-    ALL_ATTENTION_FUNCTIONS[name] = note
+        return note
+
+    names = {chosen_attention(model.config), model.packing_way.kernel}
+    for name in names:
+        ALL_ATTENTION_FUNCTIONS[name] = noting(name, ALL_ATTENTION_FUNCTIONS[name])
     try:
         hidden(model, positions)
     finally:
-        del ALL_ATTENTION_FUNCTIONS[name]  # the entry of its own; the library's shows again
-    (module, q, k, v, mask, *rest), kwargs = found[0]
+        for name in names:
+            del ALL_ATTENTION_FUNCTIONS[name]  # the entry of its own; the library's shows again
+    name, original, (module, q, k, v, mask, *rest), kwargs, context = found[0]
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     shown = "none" if mask is None else f"{str(mask.dtype).removeprefix('torch.')} {list(mask.shape)}"
     if "cu_seq_lens_q" in kwargs:
         shown += f", lengths of {len(kwargs['cu_seq_lens_q']) - 1} documents"
 
     def call() -> None:
-        both(lambda *x: original(module, *x, mask, *rest, **kwargs)[0], *leaves)
+        context.run(both, lambda *x: original(module, *x, mask, *rest, **kwargs)[0], *leaves)
 
-    return call, shown
+    return call, name, shown
 
 
 def both(function: Callable, *leaves: Tensor) -> None:
@@ -145,6 +151,14 @@ def alternatives(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor) -> dict[str, C
             both(lambda *x: F.scaled_dot_product_attention(*x, is_causal=True), *whole)
 
     found["causal, flash"] = causal
+    number = torch.bucketize(torch.arange(q.shape[0] * q.shape[1], device=q.device), bounds[1:], right=True)
+    number = number.view(q.shape[:2])
+    mask = (number[:, None, :, None] == number[:, None, None]) & torch.ones(
+        q.shape[1], q.shape[1], dtype=torch.bool, device=q.device
+    ).tril()
+    found["documents under a mask"] = lambda: both(
+        lambda *x: F.scaled_dot_product_attention(*x, attn_mask=mask), *whole
+    )
     longest, flat = int(bounds.diff().max()), [x.flatten(0, 1).requires_grad_() for x in (q, k, v)]
     if q.device.type == "cuda":
         alike = [flat[0], *(repeated(x[None], heads)[0].detach().requires_grad_() for x in flat[1:])]
