@@ -37,6 +37,7 @@ from ds_llm.verify.samples import (
     number,
     plain_loss,
     trained,
+    vocabulary,
 )
 from ds_llm.verify.subject import CPU, SEED, Subject, small_tokenizer
 
@@ -81,7 +82,7 @@ def packing(subject: Subject) -> Finding:
     """Losses and gradients of packed rows against those of each document alone, in the way that a run takes."""
     way = find_way(subject.config, subject.attention, CPU)
     plain = subject.model().train()
-    rows = documents(plain.get_input_embeddings().num_embeddings)
+    rows = documents(vocabulary(plain))
     loss = plain_loss(plain, trained(rows))
     expected = gradients(plain, loss)
     packed = for_training(subject, way)
@@ -93,7 +94,7 @@ def kernels(subject: Subject) -> Finding:
     """Logits, loss and gradients with the project's kernels and loss head against those of the library."""
     plain, changed = subject.model().train(), subject.model().train()
     done = accelerate(changed)
-    rows = documents(plain.get_input_embeddings().num_embeddings, packed=False)
+    rows = documents(vocabulary(plain), packed=False)
     batch = batch_of(rows)
     with torch.no_grad():
         logits = [m(input_ids=batch["input_ids"], use_cache=False).logits.float() for m in (plain, changed)]
@@ -112,7 +113,7 @@ def recomputation(subject: Subject) -> Finding:
     way = way_of(subject)
     kept, again = for_training(subject, way), for_training(subject, way)
     recompute_layers(again)
-    batch = batch_of(documents(kept.get_input_embeddings().num_embeddings, packed=way is not None))
+    batch = batch_of(documents(vocabulary(kept), packed=way is not None))
     loss, other = (lm_loss(model, **batch).loss_sum for model in (kept, again))
     ran: set[nn.Module] = set()
     hooks = [module.register_forward_pre_hook(lambda module, _: ran.add(module)) for module in again.modules()]
@@ -140,7 +141,7 @@ def _losses_and_gradients(about: str, loss: Tensor, found: Tensor, expected: dic
 def save(subject: Subject, folder: Path) -> nn.Module:
     """Save a small model as a run does; returns it, in evaluation."""
     model = subject.model().eval()
-    tokenizer = small_tokenizer(model.get_input_embeddings().num_embeddings)
+    tokenizer = small_tokenizer(vocabulary(model))
     match_tokenizer(model, tokenizer)
     persistent = model.state_dict().keys()
     weights = {name: p.detach() for name, p in model.named_parameters()}
@@ -155,14 +156,14 @@ def saved(subject: Subject) -> Finding:
     with tempfile.TemporaryDirectory() as folder:
         model = save(subject, Path(folder))
         loaded = load_model(folder, "fp32", subject.attention)
-    ids = torch.stack([row[0] for row in documents(model.get_input_embeddings().num_embeddings, packed=False)])
+    ids = torch.stack([row[0] for row in documents(vocabulary(model), packed=False)])
     logits = [m(input_ids=ids, use_cache=False).logits for m in (model, loaded)]
     return Finding("written as a run writes it", difference(*logits), SAVED)
 
 
 def _generator(subject: Subject) -> tuple[Generator, list[list[int]]]:
     model = subject.model().eval()
-    size = model.get_input_embeddings().num_embeddings
+    size = vocabulary(model)
     random = np.random.default_rng(SEED)
     return Generator(model, small_tokenizer(size)), [random.integers(2, size, n).tolist() for n in PROMPTS]
 
@@ -217,7 +218,7 @@ def scores(subject: Subject) -> Finding:
         model = save(subject, Path(folder))
         scorer = Scorer(folder, ["entropy", "logprob"], dtype="fp32", device="cpu")
     random = np.random.default_rng(SEED)
-    size = model.get_input_embeddings().num_embeddings
+    size = vocabulary(model)
     samples = [Sample(random.integers(2, size, n), random.random(n) < 0.7) for n in SCORED]
     worst = 0.0
     for sample, row in zip(samples, scorer.score(samples), strict=True):

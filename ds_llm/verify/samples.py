@@ -18,11 +18,16 @@ PACKED = ((3, 7, 5, 1, 2, 6), (24,))
 WHOLE = ((24,), (24,))  # for models that cannot pack
 
 
-def documents(vocabulary: int, packed: bool = True) -> list[list[Tensor]]:
+def documents(tokens: int, packed: bool = True) -> list[list[Tensor]]:
     """Documents of each row: int64 tokens [n] from 2 on; 1 ends and pads in small models."""
     generator = torch.Generator().manual_seed(SEED)
     lengths = PACKED if packed else WHOLE
-    return [[torch.randint(2, vocabulary, (n,), generator=generator) for n in row] for row in lengths]
+    return [[torch.randint(2, tokens, (n,), generator=generator) for n in row] for row in lengths]
+
+
+def vocabulary(model: nn.Module) -> int:
+    """Number of the tokens that a model both reads and predicts."""
+    return min(model.get_input_embeddings().num_embeddings, model.get_output_embeddings().out_features)
 
 
 def batch_of(rows: list[list[Tensor]]) -> dict[str, Tensor]:

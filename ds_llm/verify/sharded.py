@@ -19,7 +19,7 @@ from ds_llm.train.modes.sft import SupervisedLoss
 from ds_llm.verify.checks import for_training, way_of
 from ds_llm.verify.processes import CASES, PROCESSES
 from ds_llm.verify.report import Finding, prove
-from ds_llm.verify.samples import batch_of, documents, number, plain_loss, trained
+from ds_llm.verify.samples import batch_of, documents, number, plain_loss, trained, vocabulary
 from ds_llm.verify.subject import Subject
 
 STEPS, LR, EPSILON = 3, 3e-3, 1e-3  # a large epsilon: Adam otherwise makes whole steps of rounding
@@ -30,7 +30,7 @@ def main(subject: Subject, rows: Path) -> None:
     """Run the checks on a subject, a line in the file `rows` for each."""
     init_distributed()
     way = way_of(subject)
-    data = documents(subject.model().get_input_embeddings().num_embeddings, packed=way is not None)
+    data = documents(vocabulary(subject.model()), packed=way is not None)
     expected = reference(subject, data) if dist.get_rank() == 0 else None
     for name, keys in CASES.items():
 

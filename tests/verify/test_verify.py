@@ -135,6 +135,17 @@ def test_what_cannot_pack_is_refused_and_the_rest_is_tried(tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    "kind, check", [("nemotron_h", "cache"), ("zamba2", "cache"), ("recurrent_gemma", "padding"), ("rwkv", "padding")]
+)
+def test_what_the_page_calls_broken_is(kind, check, tmp_path):
+    page = (ROOT / "docs" / "models.md").read_text()
+    if f"wrongly in transformers {transformers.__version__}," not in page:
+        pytest.skip("the page is of another version of transformers")
+    one = subject.of_model(described(tmp_path / kind, kind))
+    assert prove("", lambda: getattr(checks, check)(one)).status == BROKEN
+
+
 def test_a_job_that_fails_is_a_broken_row_each(tmp_path, monkeypatch):
     monkeypatch.setenv("DS_LLM_EXTENSIONS", str(tmp_path / "metric.py"))
     with processes.Job(llama(77)) as job:
