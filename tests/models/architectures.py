@@ -238,8 +238,8 @@ model, `model.attention`, `data.tokenizer` and `data.train_on` count.
 Everything runs on the CPU in fp32, where the project's kernels compute in plain torch: [GPU check](gpu_check.md) is for
 those of a GPU. What depends on a model's size or on its trained weights is not shown.
 
-Of the architectures below, these generate wrongly in transformers {version}, and their rows are broken. `nemotron_h` and
-`zamba2` do not bound the time step of a layer where they go on from a cache: generate with `--no-use-cache`.
+Four of the architectures below generate wrongly in transformers {version}, and a row is broken. `nemotron_h`
+and `zamba2` do not bound the time step of a layer where they go on from a cache: generate with `--no-use-cache`.
 `recurrent_gemma` and `rwkv` mix padding into their states: generate with `--batch-size 1`.
 
 ## How documents are kept apart

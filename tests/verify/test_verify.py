@@ -24,6 +24,15 @@ from ds_llm.verify.report import BROKEN, HOLDS, REFUSED, Finding, Row, prove
 NAMES = ["packed", "kernels", "recomputed", "saved,", "generation", "left", "scores", *4 * ["ZeRO"], "experts", "rows"]
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As the table itself runs: more threads wait for each other at every operation of a small model."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def described(folder, kind: str, tokenizer=None, **options):
     """A folder with the configuration of an architecture and perhaps a tokenizer, without weights."""
     CONFIG_MAPPING[kind](**options).save_pretrained(folder)
