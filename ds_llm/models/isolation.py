@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import Context
 
 import torch
@@ -111,7 +113,7 @@ def find_way(
         dtype = torch.float32
     key = json.dumps([config.to_dict(), attention, device.type, dtype, sorted(made_of)], sort_keys=True, default=str)
     if key not in _ways:
-        with torch.random.fork_rng(), torch.enable_grad():
+        with torch.random.fork_rng(), torch.enable_grad(), _one_thread():
             torch.manual_seed(0)
             # in a context of its own: the caller may be recording what modules compute
             _ways[key] = Context().run(_search, config, attention, device, dtype, made_of)
@@ -121,6 +123,17 @@ def find_way(
             "data.isolate_documents=false"
         )
     return _ways[key]
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Tensors this small take longer on several threads, and far longer where other processes use the cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _search(config, attention: str, device: torch.device, dtype: torch.dtype, made_of: frozenset[str]) -> Way | str:
