@@ -18,7 +18,7 @@ else
   TRAIN := .[gpu]
   TEST := .[test,gpu]
 endif
-SMOKE := tests/versions_smoke.py tests/compat/test_names.py tests/distributed/test_engine.py tests/distributed/test_reused.py
+SMOKE := tests/versions_smoke.py tests/compat/test_names.py tests/multirank/test_engine.py tests/multirank/test_reused.py
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint $(LOCK)
 
 .PHONY: setup demo test lint lock test-newest test-oldest clean

@@ -2,7 +2,7 @@
 
 A process spends seconds on importing torch, DeepSpeed and transformers, and each test would pay them for every process
 of every job. The server has imported them once for all tests. The processes are real and meet by torch.distributed as
-under `torchrun`; the launchers themselves are what `distributed/test_launch.py` starts.
+under `torchrun`; the launchers themselves are what `multirank/test_launch.py` starts.
 """
 
 from __future__ import annotations

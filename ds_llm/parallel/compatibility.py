@@ -1,6 +1,6 @@
 """Which features of a run can be combined: one table of those that cannot, each with its reason.
 
-`tests/distributed/test_parallel.py` trains every pair that is not in the table.
+`tests/multirank/test_parallel.py` trains every pair that is not in the table.
 """
 
 from __future__ import annotations

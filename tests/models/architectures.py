@@ -262,7 +262,7 @@ documents do not wait for each other.
 
 Each is compared in the tests with the library's own logits of each document alone: losses and all gradients, with and
 without recomputed layers (`tests/models/test_isolation.py`), four of them under ZeRO 1 to 3 on two processes
-(`tests/distributed/test_isolation.py`).
+(`tests/multirank/test_isolation.py`).
 
 Attention document by document:
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed.test_resume import same_state
 from jobs import TRACKED, launch
+from multirank.test_resume import same_state
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

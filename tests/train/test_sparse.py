@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from chats import adapted, randomise
-from distributed.test_resume import same_state
 from jobs import ROOT, VOCAB, launch
+from multirank.test_resume import same_state
 from transformers import AutoTokenizer
 
 from ds_llm.config import deepspeed as deepspeed_config
