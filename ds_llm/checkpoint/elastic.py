@@ -76,10 +76,12 @@ def adapt(config: Config, saved: dict, processes: int, path: Path) -> list[str]:
             f"{saved['world_size']}, or set checkpoint.elastic=true"
         )
     resharded = _check_sharding(config, saved, processes, path)
-    divided = [name for name in ("expert", "tensor") if getattr(config.parallel, name) > 1]
+    divided = [f"parallel.{name}" for name in ("expert", "tensor") if getattr(config.parallel, name) > 1]
+    if config.optim.name in ("muon", "adamw8bit"):  # states that are not one number for each weight of a rank's part
+        divided.append(f"optim.name={config.optim.name}")
     if divided and (not same_world or resharded):
         raise UserError(
-            f"{path}: with parallel.{divided[0]} a run continues only as it was saved: start {saved['world_size']} "
+            f"{path}: with {divided[0]} a run continues only as it was saved: start {saved['world_size']} "
             f"processes with zero={before['zero']}"
         )
     batches = processes // (config.parallel.sequence * config.parallel.tensor)

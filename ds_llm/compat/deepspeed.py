@@ -17,6 +17,8 @@ NAMES = {
     "DeepSpeedZeroOptimizer_Stage3": ("deepspeed.runtime.zero.stage3", "ZeRO stage 3"),
     "FP16_Optimizer": ("deepspeed.runtime.fp16.fused_optimizer", "fp16 and bf16 without ZeRO, fused optimizer"),
     "FP16_UnfusedOptimizer": ("deepspeed.runtime.fp16.unfused_optimizer", "fp16 and bf16 without ZeRO"),
+    "DeepSpeedCPULion": ("deepspeed.ops.lion", "Lion for states in the memory of the CPU"),
+    "MuonWithAuxAdam": ("deepspeed.runtime.zero.muon.muon_optimizer", "Muon for matrices, AdamW for the rest"),
     # settings and builds
     "DeepSpeedConfigError": ("deepspeed.runtime.config", "what it raises for a configuration it refuses"),
     "AsyncIOBuilder": ("deepspeed.ops.op_builder", "whether access to NVMe can be built here"),

@@ -146,9 +146,15 @@ class Zero12(_Owner):
     def push(self) -> None:
         self.optimizer.update_lp_params()
 
-    def overflow(self, device: torch.device):
+    @contextlib.contextmanager
+    def overflow(self, device: torch.device) -> Iterator[None]:
         infinite = torch.tensor(float("inf"), device=device)
-        return _replaced(self.optimizer, "scaled_global_norm", lambda *_: infinite)
+        with (
+            _replaced(self.optimizer, "scaled_global_norm", lambda *_: infinite),
+            # with offload, Muon comes before the norm and would move its momentum
+            _replaced(self.optimizer, "_apply_muon_updates_cpu_offload", lambda: None),
+        ):
+            yield
 
 
 class Zero1Bf16(Zero12):
@@ -218,9 +224,15 @@ class Zero3(_Owner):
         if opt.persistent_parameters:
             opt.persistent_parameters[0].all_gather(opt.persistent_parameters)
 
-    def overflow(self, device: torch.device):
+    @contextlib.contextmanager
+    def overflow(self, device: torch.device) -> Iterator[None]:
         infinite = torch.tensor(float("inf"), device=device)
-        return _replaced(self.optimizer, "_get_norm_groups", lambda: [infinite])
+        with (
+            _replaced(self.optimizer, "_get_norm_groups", lambda: [infinite]),
+            # Muon comes before the norm and would move its momentum
+            _replaced(self.optimizer, "_apply_muon_to_accumulated_grads", lambda: None),
+        ):
+            yield
 
 
 class Fused16(_Owner):

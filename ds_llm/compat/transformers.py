@@ -25,7 +25,7 @@ NAMES = {
     "can_return_tuple": ("transformers.utils", "serves `return_dict=False`"),
     "capture_outputs": ("transformers.utils.output_capturing", "collects what layers return, on request"),
     "OutputRecorder": ("transformers.utils.output_capturing", "says which layers give which output"),
-    "Conv1D": ("transformers.pytorch_utils", "GPT-2's linear layers, which pruning treats as such"),
+    "Conv1D": ("transformers.pytorch_utils", "GPT-2's linear layers, which pruning and Muon treat as such"),
     "find_adapter_config_file": ("transformers.utils.peft_utils", "finds an adapter's configuration on the hub"),
     # attention
     "ALL_ATTENTION_FUNCTIONS": ("transformers.modeling_utils", "attention kernel of a name"),

@@ -8,6 +8,7 @@ from collections.abc import KeysView
 from pathlib import Path
 
 from ds_llm.config.run import Config, check
+from ds_llm.config.sections import OptimConfig
 from ds_llm.errors import ConfigError
 
 # Keys of the configuration's section `parallel`, and where a DeepSpeed JSON has the same
@@ -16,6 +17,9 @@ PARALLEL = {
     "sequence": "sequence_parallel_size",
     "tensor": "tensor_parallel.autotp_size",
 }
+
+# Optimizers by `optim.name`, as a DeepSpeed JSON calls them
+TYPES = {"adamw": "AdamW", "adam": "Adam", "muon": "Muon", "lion": "Lion", "adamw8bit": "AdamW8bit"}
 
 
 class AskedKeys(dict):
@@ -60,19 +64,21 @@ def generated(config: Config) -> dict:
         "zero_optimization": zero,
         "bf16": {"enabled": config.train.dtype == "bf16"},
         "fp16": {"enabled": config.train.dtype == "fp16", "initial_scale_power": 16, "hysteresis": 1},
-        "optimizer": {
-            "type": "AdamW" if o.name == "adamw" else "Adam",
-            "params": {
-                "lr": o.lr,
-                "betas": list(o.betas),
-                "eps": o.eps,
-                "weight_decay": o.weight_decay,
-                "adam_w_mode": o.name == "adamw",
-            },
-        },
+        "optimizer": {"type": TYPES[o.name], "params": _optimizer_params(o)},
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }
+
+
+def _optimizer_params(o: OptimConfig) -> dict:
+    params = {"lr": o.lr, "betas": list(o.betas), "weight_decay": o.weight_decay}
+    if o.name != "lion":
+        params["eps"] = o.eps
+    if o.name in ("adamw", "adam"):
+        params["adam_w_mode"] = o.name == "adamw"
+    if o.name == "muon":
+        params |= {"muon_lr": o.muon_lr, "momentum": o.momentum}
+    return params
 
 
 def read(source: str | dict | None) -> dict:
@@ -158,9 +164,9 @@ def adopt(config: Config, world_size: int) -> list[str]:
     elif user.get(config.train.dtype, {}).get("enabled") is False:
         take(config.train, "dtype", f"{config.train.dtype}.enabled=false", "fp32")
     params = sections["optimizer.params"]
-    if str(optimizer.get("type")).lower() in ("adam", "adamw"):
+    if str(optimizer.get("type")).lower() in TYPES:
         take(config.optim, "name", "optimizer.type", optimizer["type"].lower())
-    for name in ("lr", "eps", "weight_decay"):
+    for name in ("lr", "muon_lr", "momentum", "eps", "weight_decay"):
         take(config.optim, name, f"optimizer.params.{name}", params.get(name))
     if params.get("betas", "auto") != "auto":
         take(config.optim, "betas", "optimizer.params.betas", params["betas"])
@@ -184,8 +190,8 @@ def build(config: Config, world_size: int) -> dict:
     base = generated(config)
     if has_auto(user.get("scheduler")):
         user.pop("scheduler")  # left to the run: optim.schedule drives the learning rate
-    if user.get("optimizer", {}).get("type", "auto") not in ("auto", base["optimizer"]["type"]):
-        # another optimizer than Adam has other options: it gets those the file asks for
+    if user.get("optimizer", {}).get("type", "auto") not in ("auto", "Adam", "AdamW"):
+        # optimizers have different options: another than Adam gets those the file asks for
         wanted = {"lr", *user["optimizer"].get("params", {})}
         base["optimizer"]["params"] = {k: v for k, v in base["optimizer"]["params"].items() if k in wanted}
     settings = _overlay(base, user, "")
@@ -194,8 +200,13 @@ def build(config: Config, world_size: int) -> dict:
         if not settings[section]["enabled"]:
             settings[section] = {"enabled": False}
     offload = settings["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
-    adam = settings["optimizer"]["type"] in ("Adam", "AdamW")
-    if adam and not offload:
+    kind = settings["optimizer"]["type"]
+    if kind in ("Muon", "AdamW8bit"):
+        settings["zero_allow_untested_optimizer"] = True
+        settings["zero_force_ds_cpu_optimizer"] = False
+    if kind == "Muon" and config.zero == 3:  # DeepSpeed's orthogonalises gradients that are reduced whole
+        settings["zero_optimization"].setdefault("reduce_scatter", False)
+    if kind in ("Adam", "AdamW") and not offload:
         # torch's fused Adam is as fast as DeepSpeed's and needs no compiler on the user's machine
         settings["optimizer"]["params"].setdefault("torch_adam", True)
         settings["optimizer"]["params"].setdefault("fused", True)

@@ -93,6 +93,11 @@ def _check_together(config: Config) -> None:
             raise ConfigError(f"data.seq_len: {config.data.seq_len} is longer than model.max_seq_len={m.max_seq_len}")
     if len(config.optim.betas) != 2 or not all(0 <= b < 1 for b in config.optim.betas):
         raise ConfigError(f"optim.betas: {config.optim.betas} must be two numbers of at least 0 and less than 1")
+    if config.optim.name == "muon" and config.optim.grad_clip:
+        raise ConfigError(
+            f"optim.grad_clip: {config.optim.grad_clip}: DeepSpeed would clip Muon's update, not the gradient, "
+            "and undo its learning rate; Muon bounds its updates itself, set optim.grad_clip=0"
+        )
     if config.eval.stride and config.eval.token_length and config.eval.stride > config.eval.token_length:
         raise ConfigError(
             f"eval.stride: {config.eval.stride} is more than eval.token_length={config.eval.token_length}"

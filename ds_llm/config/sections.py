@@ -112,12 +112,16 @@ class DataConfig:
 
 @dataclass
 class OptimConfig:
-    name: str = key("adamw", "Optimizer", choices=("adamw", "adam"))
+    name: str = key("adamw", "Optimizer", choices=("adamw", "adam", "muon", "lion", "adamw8bit"))
     lr: float = key(5e-4, "Peak learning rate", above=0)
-    betas: list[float] = key([0.9, 0.95], "Adam's decay rates of the first and second moment")
+    muon_lr: float = key(
+        0.02, "Peak learning rate of the matrices under muon; all other weights are trained by AdamW at lr", above=0
+    )
+    momentum: float = key(0.95, "Muon's decay rate of the momentum", at_least=0, below=1)
+    betas: list[float] = key([0.9, 0.95], "Decay rates of Adam's two moments; of Lion's update and its momentum")
     eps: float = key(1e-8, "Adam's epsilon", above=0)
     weight_decay: float = key(
-        0.1, "Weight decay (decoupled for adamw, L2 for adam); not on norms, biases and 1-D weights", at_least=0
+        0.1, "Weight decay (L2 for adam, decoupled for the others); not on norms, biases and 1-D weights", at_least=0
     )
     grad_clip: float = key(1.0, "Largest global gradient norm; 0 turns clipping off", at_least=0)
     schedule: str = key(

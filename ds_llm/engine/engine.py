@@ -28,7 +28,7 @@ from ds_llm.compat.deepspeed import (
 )
 from ds_llm.config.deepspeed import build as build_deepspeed_config
 from ds_llm.config.run import Config
-from ds_llm.engine import nvme
+from ds_llm.engine import nvme, optimizers
 from ds_llm.engine import resharding as reshard
 from ds_llm.engine.ema import MovingAverage
 from ds_llm.engine.moe_blocks import keep_blocks_whole
@@ -85,7 +85,10 @@ class Engine:
         groups = decay_groups(module, config.optim.weight_decay)
         try:
             self._engine, self._optimizer, _, _ = deepspeed.initialize(
-                model=module, model_parameters=groups, config=self.settings
+                model=module,
+                model_parameters=groups,
+                config=self.settings,
+                optimizer=optimizers.maker(module, self.settings),
             )
         except (ValueError, AssertionError, ImportError) as error:
             raise UserError(f"DeepSpeed cannot use this configuration: {first_line(error)}") from error
@@ -95,6 +98,8 @@ class Engine:
         self._masters = MASTERS[kind](self._optimizer)
         self.module = module
         self.has_own_schedule = "scheduler" in self.settings
+        rates = [config.optim.lr if self.has_own_schedule else g["lr"] for g in self._optimizer.param_groups]
+        self._lr_ratios = [rate / config.optim.lr for rate in rates]  # `optim.schedule` moves all groups in proportion
         self.average: MovingAverage | None = None
         if config.ema.enabled:
             self.average = MovingAverage(self._masters.weights(), config.ema.decay)
@@ -145,8 +150,8 @@ class Engine:
     def step(self, lr: float, veto: bool = False) -> StepResult:
         """Update the weights. With a gradient that is not finite, or a veto, only drop the gradients."""
         if not self.has_own_schedule:
-            for group in self._optimizer.param_groups:
-                group["lr"] = lr
+            for group, ratio in zip(self._optimizer.param_groups, self._lr_ratios, strict=True):
+                group["lr"] = lr * ratio
         plain_norm = self._division.clipped_norm() if isinstance(self._masters, masters.Plain) else None
         if plain_norm is not None and not torch.isfinite(plain_norm):
             veto = True
@@ -161,8 +166,8 @@ class Engine:
         return StepResult(applied, float(norm) if norm is not None else float("nan"), loss_scale(self._optimizer))
 
     def lr(self) -> float:
-        """Learning rate of the latest step."""
-        return float(self._optimizer.param_groups[0]["lr"])
+        """Learning rate of the latest step, `optim.lr` under its schedule."""
+        return float(self._optimizer.param_groups[0]["lr"]) / self._lr_ratios[0]
 
     @contextlib.contextmanager
     def averaged_weights(self) -> Iterator[None]:

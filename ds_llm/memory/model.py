@@ -13,6 +13,7 @@ from torch import nn
 from ds_llm.config.modes import MODES
 from ds_llm.config.run import Config
 from ds_llm.errors import ConfigError
+from ds_llm.models.parameters import hidden_matrices
 from ds_llm.pretrained.lengths import lengths
 
 NF4_BYTES = 0.5 + 4 / 64  # of a weight: 4 bits, and an fp32 scale for each block of 64
@@ -28,7 +29,8 @@ class Outline:
     config: of transformers. make: builds the module of such a configuration, as the run does. trained, frozen: weights
     with and without gradients. frozen_bytes: mean bytes of a frozen weight. masks: bytes of a sparse model's masks.
     expanded: weights of the largest sparse layer, which is dense during its product. shared: trained weights of experts
-    that processes share. whole: weights of the whole model where they are not trained + frozen.
+    that processes share. whole: weights of the whole model where they are not trained + frozen. muon: share of the
+    trained weights that Muon would train.
     """
 
     config: object
@@ -40,6 +42,7 @@ class Outline:
     expanded: int = 0
     shared: int = 0
     whole: int | None = None
+    muon: float = 0.0
 
     @property
     def parameters(self) -> int:
@@ -61,7 +64,8 @@ def outline(config: Config) -> Outline:
         linear = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not model.get_output_embeddings()]
         quantized = sum(m.weight.numel() for m in linear if not m.weight.requires_grad)
     held = quantized * NF4_BYTES + (frozen - quantized) * low
-    found = Outline(architecture, make, trained, frozen, held / frozen if frozen else low)
+    muon = sum(p.numel() for p in hidden_matrices(model)) / trained if trained else 0.0
+    found = Outline(architecture, make, trained, frozen, held / frozen if frozen else low, muon=muon)
     return _part(found, config, model)
 
 

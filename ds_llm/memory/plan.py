@@ -96,6 +96,14 @@ class Planner:
         room = card * HEADROOM
         return self._estimate(setting, lambda keep: 0).total <= room and self.estimate(setting).total <= room
 
+    def _state_bytes(self, stage: int) -> float:
+        """Bytes of the optimizer's states for each trained weight, without fp32 copies."""
+        name, muon = self.config.optim.name, self.outline.muon
+        if name == "muon":  # one momentum, of which DeepSpeed's ZeRO 1 and 2 hold the next too; Adam's for the rest
+            return muon * (8 if stage in (1, 2) else 4) + (1 - muon) * 8
+        # of 8-bit states each block of 256 numbers has a scale
+        return {"lion": 4, "adamw8bit": 2 * (1 + 4 / 256)}.get(name, 8)
+
     def _estimate(self, setting: Setting, passes: Callable[[bool], int]) -> Estimate:
         o, w = self.outline, self.world
         low = 4 if self.config.train.dtype == "fp32" else 2
@@ -108,7 +116,8 @@ class Planner:
             weights = math.ceil(part * low + o.frozen * o.frozen_bytes / w)
         # ZeRO 1 to 3 keep an fp32 copy of their share of fp32 weights too
         masters = 4 * shard if setting.stage or low == 2 else 0
-        optimizer, average = masters + 8 * shard, 4 * shard if self.config.ema.enabled else 0
+        optimizer = masters + round(self._state_bytes(setting.stage) * shard)
+        average = 4 * shard if self.config.ema.enabled else 0
         accumulates = self.config.train.accumulation_steps > 1
         precise = 4 if accumulates and self.config.train.dtype == "bf16" else low  # of gradients that add up
         # gradients are gathered in a bucket, which is copied once more to be reduced

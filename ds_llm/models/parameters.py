@@ -7,8 +7,9 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from ds_llm.compat.deepspeed import is_shared_expert
+from ds_llm.compat.deepspeed import is_shared_expert, unpartitioned_shape
 from ds_llm.compat.torch import set_buffer
+from ds_llm.compat.transformers import Conv1D
 
 
 def decay_groups(module: nn.Module, weight_decay: float) -> list[dict]:
@@ -28,6 +29,27 @@ def decay_groups(module: nn.Module, weight_decay: float) -> list[dict]:
             own = [p for p in weights if getattr(p, "group_name", None) == name]
             groups.append({"params": own, "weight_decay": decay, "name": name, "moe": True})
     return [g for g in groups if g["params"]]
+
+
+def hidden_matrices(module: nn.Module) -> list[nn.Parameter]:
+    """The trained matrices between embedding and output head: weights of linear layers, and of fused experts [E, M, N].
+
+    Muon is made for these. Convolutions, routers that are no linear layers, and what a layer holds beside its matrices
+    are not among them. Nor are pruned matrices, whose kept values are a vector. GPT-2's layers hold their weight
+    transposed, so Muon's factor for tall matrices is that of the transpose there.
+    """
+    ends = [m for m in module.modules() if isinstance(m, nn.Embedding)]
+    ends += [m.get_output_embeddings() for m in module.modules() if hasattr(m, "get_output_embeddings")]
+    left = {id(p) for end in ends if end is not None for p in end.parameters()}
+    chosen = {}
+    for owner in module.modules():
+        for name, p in owner.named_parameters(recurse=False):
+            dimensions = len(unpartitioned_shape(p))
+            matrix = dimensions == 2 and name == "weight" and isinstance(owner, (nn.Linear, Conv1D))
+            experts = dimensions == 3 and not isinstance(owner, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+            if p.requires_grad and (matrix or experts) and id(p) not in left:
+                chosen[id(p)] = p
+    return list(chosen.values())
 
 
 def leave_out(module: nn.Module, names: Iterable[str]) -> None:

@@ -13,7 +13,7 @@ from ds_llm.checkpoint.resume import Start
 from ds_llm.config.deepspeed import adopt, dtype_key
 from ds_llm.config.run import Config
 from ds_llm.distributed.environment import world_size
-from ds_llm.engine import processes, startup
+from ds_llm.engine import optimizers, processes, startup
 from ds_llm.evaluation import generations
 from ds_llm.parallel import compatibility, parallelize
 from ds_llm.progress import console
@@ -49,6 +49,7 @@ def preflight(config: Config) -> Checked:
         console.print(note)
     compatibility.check(config, world_size())
     startup.check_dtype(config.train.dtype, dtype_key(config))
+    optimizers.check(config)
     mode = module(config.mode)
     data = mode.check(config)
     parallelize.check(config)

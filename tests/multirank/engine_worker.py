@@ -7,6 +7,7 @@ import json
 import shutil
 import sys
 import traceback
+from importlib.util import find_spec
 from pathlib import Path
 
 from ds_llm import cli
@@ -24,6 +25,7 @@ from ds_llm.models.head import attach_loss_head, lm_loss  # noqa: E402
 from ds_llm.train.modes.pretrain import LanguageModeling  # noqa: E402
 
 BATCH, LENGTH, VOCAB, STEPS, VETOED, LR = 8, 12, 37, 4, 1, 3e-3
+MUON_LR = 0.02
 
 
 def model() -> DecoderForCausalLM:
@@ -47,15 +49,60 @@ def batches() -> list[dict]:
     return made
 
 
+class Lion(torch.optim.Optimizer):
+    """Algorithm 2 of arXiv:2302.06675."""
+
+    def __init__(self, groups, lr, betas):
+        super().__init__(groups, {"lr": lr, "betas": betas})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            first, second = group["betas"]
+            for p in group["params"]:
+                m = self.state[p].setdefault("m", torch.zeros_like(p))
+                update = (first * m + (1 - first) * p.grad).sign()
+                p -= group["lr"] * (update + group["weight_decay"] * p)
+                m.mul_(second).add_((1 - second) * p.grad)
+
+
+class Muon:
+    """Muon of https://kellerjordan.github.io/posts/muon, in float64, on `hidden`; AdamW on the rest of `groups`."""
+
+    def __init__(self, hidden, groups):
+        self.hidden, self.momentum = hidden, [torch.zeros_like(p, dtype=torch.float64) for p in hidden]
+        own = {id(p) for p in hidden}
+        rest = [group | {"params": [p for p in group["params"] if id(p) not in own]} for group in groups]
+        self.adam = torch.optim.AdamW(rest, lr=LR, betas=(0.9, 0.95))
+        self.zero_grad = lambda: [p.__setattr__("grad", None) for g in groups for p in g["params"]]
+
+    @torch.no_grad()
+    def step(self):
+        self.adam.step()
+        for p, m in zip(self.hidden, self.momentum, strict=True):
+            grad = p.grad.double()
+            m.mul_(0.95).add_(0.05 * grad)
+            x = 0.95 * m + 0.05 * grad
+            x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+            for _ in range(5):
+                a = x @ x.mT
+                x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+            rows, columns = p.shape[-2:]
+            p.mul_(1 - MUON_LR * 0.1).sub_(MUON_LR * max(1, rows / columns) ** 0.5 * x)
+
+
 def reference(data: list[dict], name: str):
     """Plain torch, fp32, one process, no accumulation: weights, averages, losses and gradient norms."""
     plain = model()
     groups = [[p for p in plain.parameters() if (p.dim() >= 2) == matrix] for matrix in (True, False)]
-    optimizer = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[name](
-        [{"params": groups[0], "weight_decay": 0.1}, {"params": groups[1], "weight_decay": 0.0}],
-        lr=LR,
-        betas=(0.9, 0.95),
-    )
+    groups = [{"params": groups[0], "weight_decay": 0.1}, {"params": groups[1], "weight_decay": 0.0}]
+    if name == "muon":
+        ends = ("embed_tokens.weight", "lm_head.weight", "gate.weight")
+        hidden = [p for n, p in plain.named_parameters() if p.dim() >= 2 and not n.endswith(ends)]
+        optimizer = Muon(hidden, groups)
+    else:
+        kinds = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "lion": Lion}
+        optimizer = kinds[name](groups, lr=LR, betas=(0.9, 0.95))
     averages, losses, norms, updates = [p.detach().clone() for p in plain.parameters()], [], [], 0
     for step, batch in enumerate(data):
         optimizer.zero_grad()
@@ -63,7 +110,7 @@ def reference(data: list[dict], name: str):
         valid = int((batch["labels"] != -100).sum())
         (found.loss_sum / valid + found.aux_loss).backward()
         losses.append(found.loss_sum.item() / valid)
-        norms.append(float(torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)))
+        norms.append(float(torch.nn.utils.clip_grad_norm_(plain.parameters(), float("inf") if name == "muon" else 1.0)))
         if step != VETOED:
             optimizer.step()
             decay = min(0.99, (1 + updates) / (10 + updates))
@@ -100,7 +147,10 @@ def case(dtype: str, stage: int, accumulation: int, name: str, data, plain, scra
     world = dist.get_world_size()
     size = BATCH // world // accumulation
     keys = [f"zero={stage}", f"train.dtype={dtype}", f"train.batch_size={size}", f"optim.lr={LR}"]
-    keys += [f"train.accumulation_steps={accumulation}", "ema.enabled=true", "ema.decay=0.99", f"optim.name={name}"]
+    keys += [f"train.accumulation_steps={accumulation}", "ema.enabled=true", "ema.decay=0.99"]
+    name, _, offloaded = name.partition("-")
+    keys = [*keys, f"optim.name={name}", *["optim.grad_clip=0"] * (name == "muon")]
+    keys += ["deepspeed.zero_optimization.offload_optimizer.device=cpu"] * bool(offloaded)
     config = configuration.load(None, keys)
     trained = model()
     engine = engines.Engine(LanguageModeling(trained), config)
@@ -150,7 +200,8 @@ def case(dtype: str, stage: int, accumulation: int, name: str, data, plain, scra
 def main(results: Path, scratch: Path) -> None:
     processes.init_distributed()
     data = batches()
-    plain = {name: reference(data, name) for name in ("adamw", "adam")}
+    plain = {name: reference(data, name) for name in ("adamw", "adam", "muon", "lion")}
+    plain["adamw8bit"] = plain["adamw"]
     found = {}
     if dist.get_world_size() == 1:
         cases = [("fp32", stage, 4, "adamw") for stage in range(4)]
@@ -159,9 +210,14 @@ def main(results: Path, scratch: Path) -> None:
         halves = ["bf16", *["fp16"] * bool(deepspeed.get_accelerator().is_fp16_supported())]
         cases += [(dtype, stage, 2, "adamw") for dtype in halves for stage in range(4)]
         cases += [("fp32", 2, 1, "adam")]
+        cases += [("fp32", stage, 2, "muon") for stage in range(4)]
+        cases += [("fp32", stage, 2, "muon-offloaded") for stage in (2, 3)]
+        cases += [("bf16", stage, 2, "muon") for stage in (0, 2, 3)]  # at 1, DeepSpeed's takes no fused experts
+        more = ["lion", *["adamw8bit"] * (find_spec("bitsandbytes") is not None)]
+        cases += [("fp32", stage, 1, name) for name in more for stage in (0, 2, 3)]
     for dtype, stage, accumulation, name in cases:
         try:
-            outcome = case(dtype, stage, accumulation, name, data, plain[name], scratch)
+            outcome = case(dtype, stage, accumulation, name, data, plain[name.partition("-")[0]], scratch)
         except Exception:  # reported per case; a rank alone in a collective runs into the job's time limit
             outcome = {"error": traceback.format_exc()[-1500:]}
         found[f"{dtype}-{stage}-{accumulation}-{name}"] = outcome

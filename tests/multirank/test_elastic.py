@@ -160,9 +160,23 @@ def test_another_global_batch_and_missing_states_are_refused(run, whole, tmp_pat
     assert job.returncode == 0, job.stdout + job.stderr
 
 
-def state(processes: int = 2, **settings) -> tuple[config.Config, dict]:
+def test_states_that_cannot_move_stay_where_they_were_saved(monkeypatch, tmp_path):
+    monkeypatch.setattr(elastic, "Checkpoint", lambda path: None)
+    keys = ["optim.name=muon", "optim.grad_clip=0"]
+    now, saved = state(2, keys)
+    assert elastic.adapt(now, saved, 2, tmp_path) == []
+    message = r"with optim\.name=muon a run continues only as it was saved: start 2 processes with zero=2"
+    with pytest.raises(UserError, match=message):
+        elastic.adapt(now, saved, 4, tmp_path)
+    now, saved = state(2, keys)
+    now.zero = 3
+    with pytest.raises(UserError, match=message):
+        elastic.adapt(now, saved, 2, tmp_path)
+
+
+def state(processes: int = 2, keys: list[str] = (), **settings) -> tuple[config.Config, dict]:
     """A configuration and the state of a checkpoint of it."""
-    now = config.load(None, ["data.train=a.bin", "train.batch_size=6", "train.accumulation_steps=2"])
+    now = config.load(None, ["data.train=a.bin", "train.batch_size=6", "train.accumulation_steps=2", *keys])
     now.deepspeed = settings or None
     built = json.loads(json.dumps(deepspeed_config.build(now, processes)))
     return now, {"config": to_dict(now), "world_size": processes, "global_batch": 12 * processes, "deepspeed": built}

@@ -22,6 +22,8 @@ ASKED = {
     "nf4": ["lora.enabled=true", "lora.quantize=nf4"],
     "freeze": ["model.freeze=[model.layers.0]"],
     "ema": ["ema.enabled=true"],
+    "muon": ["optim.name=muon", "optim.grad_clip=0"],
+    "adamw8bit": ["optim.name=adamw8bit"],
     "generation": ["eval.generation_metrics=[bleu]"],
     "offload_optimizer": ["deepspeed.zero_optimization.offload_optimizer.device=cpu"],
     "offload_param": ["zero=3", "deepspeed.zero_optimization.offload_param.device=cpu"],
