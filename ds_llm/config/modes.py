@@ -83,7 +83,7 @@ def rewards(sides: Mapping[str, str]) -> Curves:
 MODES = {
     mode.name: mode
     for mode in (
-        Mode("pretrain"),
+        Mode("pretrain", own_figures=True),
         Mode("sft", shown=True, groups=True),
         Mode(
             "dpo",

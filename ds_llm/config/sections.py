@@ -91,7 +91,8 @@ class DataConfig:
         choices=("right", "drop"),
     )
     weights: list[float] = key(
-        [], "sft: share of each data.train entry that is used, 0.5 half of it, 2 all of it twice; empty: all once"
+        [],
+        "pretrain, sft: how often an epoch takes each data.train entry; 0.5: half of it, 2: it all twice; empty: once",
     )
     subset_ratio: float | None = key(
         None,

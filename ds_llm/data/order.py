@@ -7,6 +7,8 @@ the number of processes nor on any library's random generator.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -43,15 +45,54 @@ class SampleOrder:
 
     def take(self, start: int, count: int) -> np.ndarray:
         """Sample numbers at positions start .. start+count-1, int64 [count]; may cross epochs."""
-        positions = np.arange(start, start + count)
-        out = np.empty(count, dtype=np.int64)
+        return self.at(np.arange(start, start + count))
+
+    def at(self, positions: np.ndarray) -> np.ndarray:
+        """Sample numbers at these positions, int64 of the same shape."""
+        out = np.empty(positions.shape, dtype=np.int64)
         for epoch in np.unique(positions // self.samples):
             chosen = positions // self.samples == epoch
             out[chosen] = self.permutation(int(epoch))[positions[chosen] % self.samples]
         return out
 
 
-def micro_batch(order: SampleOrder, start: int, micro_step: int, rank: int, world_size: int, size: int) -> np.ndarray:
+class MixtureOrder:
+    """Maps positions of a run to samples of several sources that are numbered one source after the other.
+
+    Source k has `counts[k]` samples. An epoch draws round(weights[k] * counts[k]) of them and shuffles the draws of all
+    sources. The draws of a source go through all its samples, over epochs too, before one comes again.
+    """
+
+    def __init__(self, counts: Sequence[int], weights: Sequence[float], seed: int):
+        self.drawn = np.array([round(w * n) for w, n in zip(weights, counts, strict=True)], dtype=np.int64)  # an epoch
+        self._firsts = np.concatenate([[0], np.cumsum(counts)])[:-1]
+        self._ends = np.cumsum(self.drawn)
+        self._mixed = SampleOrder(int(self._ends[-1]), seed)
+        keys = hash64(np.arange(len(counts)), seed, 0)
+        self._within = [SampleOrder(max(n, 1), int(key)) for n, key in zip(counts, keys, strict=True)]
+
+    @property
+    def samples(self) -> int:
+        """Samples of an epoch."""
+        return self._mixed.samples
+
+    def take(self, start: int, count: int) -> np.ndarray:
+        """Sample numbers at positions start .. start+count-1, int64 [count]; may cross epochs."""
+        positions = np.arange(start, start + count)
+        slots = self._mixed.at(positions)
+        sources = np.searchsorted(self._ends, slots, "right")
+        draws = slots - (self._ends - self.drawn)[sources] + positions // self.samples * self.drawn[sources]
+        out = np.empty(count, dtype=np.int64)
+        for source in np.unique(sources):
+            chosen = sources == source
+            out[chosen] = self._firsts[source] + self._within[source].at(draws[chosen])
+        return out
+
+
+Order = SampleOrder | MixtureOrder
+
+
+def micro_batch(order: Order, start: int, micro_step: int, rank: int, world_size: int, size: int) -> np.ndarray:
     """Samples of one rank in one micro-step of the optimizer step whose first sample is at position `start`.
 
     The global batch has the same positions for every split into ranks and micro-steps.

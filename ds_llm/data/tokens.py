@@ -287,8 +287,8 @@ class TokenData:
                     raise UserError(
                         f"{file.path}: {name} {file.meta[name]} differs from {first.path}'s {first.meta[name]}"
                     )
-        counts = [max(0, (len(file) - 1) // seq_len) for file in self.files]
-        self._ends = np.cumsum(counts)
+        self.counts = [max(0, (len(file) - 1) // seq_len) for file in self.files]  # samples of each file
+        self._ends = np.cumsum(self.counts)
         self.meta = first.meta
         self.total_tokens = sum(len(file) for file in self.files)
         self.dropped_tokens = self.total_tokens - len(self) * seq_len

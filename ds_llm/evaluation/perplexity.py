@@ -41,6 +41,7 @@ class Perplexity:
     token_length: int
     stride: int
     seconds: float
+    streams: tuple[float, ...] = ()  # nll of each stream, NaN where none of its windows was used
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -125,7 +126,14 @@ def perplexity_of_tokens(
         token_length=token_length,
         stride=stride,
         seconds=time.perf_counter() - start,
+        streams=tuple(_stream_nll(which, windows, sums, counted) for which in range(len(streams))),
     )
+
+
+def _stream_nll(which: int, windows: list[tuple[int, int]], sums: Sequence[float], counted: list[int]) -> float:
+    mine = [number for number, (stream, _) in enumerate(windows) if stream == which]
+    tokens = sum(counted[number] for number in mine)
+    return math.fsum(sums[number] for number in mine) / tokens if tokens else math.nan
 
 
 def check_windows(token_length: int, stride: int, batch_size: int, max_windows: int) -> None:

@@ -95,6 +95,8 @@ def plots(steps: list[dict], evals: list[dict], start: dict | None = None) -> li
         unit = unit if goal == "loss" else goal
         found.append(_curve(evals, goal, title, unit, dots=True, level=level, log=True))
         found.append(_curves(evals, LABELS, "Generated answers against the references", "0 to 100", dots=True))
+        files = {name: name.removeprefix("loss/") for e in evals for name in e if name.startswith("loss/")}
+        found.append(_curves(evals, files, "Held-out loss by file", "nats per token", dots=True))
     for curves in _own_curves((start or {}).get("mode")):
         records = evals if curves.evaluations else steps
         found.append(_curves(records, curves.lines, curves.title, curves.unit, dots=curves.evaluations))

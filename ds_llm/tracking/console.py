@@ -64,6 +64,7 @@ class Console:
         ]
         if r.get("accuracy") is not None:
             parts.append(f"accuracy {r['accuracy']:.1%}")
+        parts += [f"{name.removeprefix('loss/')} {_number(v)}" for name, v in r.items() if name.startswith("loss/")]
         parts += [f"{label} {r[name]:.2f}" for name, label in LABELS.items() if r.get(name) is not None]
         if r["step"] == 0:
             parts.append("the baseline")

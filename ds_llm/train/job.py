@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ds_llm.data.batches import Samples, count_tokens
+from ds_llm.data.order import Order
 
 
 @dataclass
@@ -23,7 +24,8 @@ class Job:
     sample(engine): a list of {"prompt", "text"}. prepare(engine, stop): runs before training, while the engine holds
     the start model; calls the collective `stop()` from time to time and returns False where it returns True.
     begin_step(engine, batches, valid): gets this rank's micro-batches before their forward passes; valid: the counted
-    units of the global batch. These four are collective, or None. lr_factor: multiplies the scheduled learning rate.
+    units of the global batch. These four are collective, or None. order: of the samples; None: all of them once in an
+    epoch, shuffled by `train.seed`. lr_factor: multiplies the scheduled learning rate.
     info: recorded at the run's start.
     """
 
@@ -36,12 +38,18 @@ class Job:
     sample: Callable | None
     prepare: Callable | None = None
     begin_step: Callable[[Any, list[dict[str, torch.Tensor]], float], None] | None = None
+    order: Order | None = None
     count: Callable[[dict[str, torch.Tensor]], int] = count_tokens
     unit: str = "token"
     metrics: tuple[str, ...] = ()
     goal: str = "perplexity"
     lr_factor: float = 1.0
     info: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def epoch_samples(self) -> int:
+        """Samples of an epoch."""
+        return len(self.samples) if self.order is None else self.order.samples
 
 
 class Figures(NamedTuple):

@@ -35,7 +35,7 @@ def describe(config: Config, job: Job, world: int, device: str, global_batch: in
         f"{world} {'process' if world == 1 else 'processes'} on {device}"
     )
     console.print(
-        f"{len(job.samples):,} samples of {job.seq_len} tokens; global batch {global_batch} = "
+        f"{job.epoch_samples:,} samples of {job.seq_len} tokens; global batch {global_batch} = "
         f"{t.batch_size} x {t.accumulation_steps} x {batches}; {steps:,} steps"
     )
     return {
@@ -45,7 +45,7 @@ def describe(config: Config, job: Job, world: int, device: str, global_batch: in
         "world_size": world,
         "zero": config.zero,
         "dtype": t.dtype,
-        "samples": len(job.samples),
+        "samples": job.epoch_samples,
         "seq_len": job.seq_len,
         "global_batch": global_batch,
         "loss_unit": f"nats per {job.unit}",

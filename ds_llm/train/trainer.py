@@ -49,10 +49,10 @@ class Trainer:
         self.output = Path(config.output)
         self.engine = Engine(job.objective, config)
         self.layout, self.rank = self.engine.layout, self.engine.rank
-        self.order = SampleOrder(len(job.samples), config.train.seed)
+        self.order = job.order or SampleOrder(len(job.samples), config.train.seed)
         t = config.train
         self.global_batch = t.batch_size * t.accumulation_steps * self.layout.batches
-        self.total = t.max_steps or math.ceil(t.epochs * len(job.samples) / self.global_batch)
+        self.total = t.max_steps or math.ceil(t.epochs * job.epoch_samples / self.global_batch)
         self.state = {
             "step": 0,
             "tokens": 0,
@@ -196,7 +196,7 @@ class Trainer:
         step = self.state["step"]
         record = {
             "step": step,
-            "epoch": step * self.global_batch / len(self.job.samples),
+            "epoch": step * self.global_batch / self.job.epoch_samples,
             "loss": figures.loss,
             **figures.metrics,
             "grad_norm": result.grad_norm,
@@ -225,7 +225,7 @@ class Trainer:
 
     def _epoch_ended(self) -> bool:
         """Whether the latest step finished an epoch of the data."""
-        consumed, size = self.state["step"] * self.global_batch, len(self.job.samples)
+        consumed, size = self.state["step"] * self.global_batch, self.job.epoch_samples
         return consumed // size > (consumed - self.global_batch) // size
 
     def _evaluate(self) -> bool:
@@ -251,7 +251,7 @@ class Trainer:
         self.tracker.evaluation(
             {
                 "step": step,
-                "epoch": step * self.global_batch / len(self.job.samples),
+                "epoch": step * self.global_batch / self.job.epoch_samples,
                 **figures,
                 "goal": goal,
                 f"baseline_{goal}": state["baseline"],
@@ -366,4 +366,4 @@ def train(config: Config) -> int:
         start = meet(config, output, fingerprint)
         job = checked.build(config)
         trainer = Trainer(config, job, fingerprint, interrupt, start.asked)
-        return trainer.run(start.resume, start.notes + small_data(trainer.global_batch, len(job.samples)))
+        return trainer.run(start.resume, start.notes + small_data(trainer.global_batch, job.epoch_samples))

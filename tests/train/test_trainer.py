@@ -14,10 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ds_llm.checkpoint import folder as checkpoint
 from ds_llm.config import run as config
-from ds_llm.data.order import SampleOrder
-from ds_llm.data.tokens import TokenData, TokenWriter
+from ds_llm.data.order import MixtureOrder, SampleOrder
+from ds_llm.data.tokens import TokenData, TokenFile, TokenWriter
 from ds_llm.distributed.interrupt import EXIT_CODE
 from ds_llm.errors import ConfigError, UserError
+from ds_llm.report.run import plots
 from ds_llm.tracking import metrics_file as metrics
 from ds_llm.train import trainer
 
@@ -273,3 +274,50 @@ def test_token_file_of_another_tokenizer_is_refused(run, corpus, tmp_path):
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     with pytest.raises(UserError, match="tokenizer"):
         run(f"data.tokenizer={tmp_path / 'tokenizer'}")
+
+
+def test_a_mixture_of_token_files_is_drawn_by_its_weights_and_evaluated_by_file(run, corpus, tmp_path, capsys):
+    files = []
+    for name, part in (("code", 1), ("prose", 2)):
+        source = TokenFile(corpus / "train.bin")
+        files.append(tmp_path / f"{name}.bin")
+        meta = {key: source.meta[key] for key in ("vocab_size", "eos_token_id", "tokenizer_hash", "tokenizer")}
+        half = len(source.boundaries) // 2
+        documents = source.boundaries[:half] if part == 1 else source.boundaries[half - 1 :]
+        with TokenWriter(files[-1], **meta) as writer:
+            writer.append(source.tokens[documents[0] : documents[-1]], documents[1:] - documents[:-1])
+    both = f"[{files[0]},{files[1]}]"
+    keys = [f"data.train={both}", f"data.val={both}", "data.weights=[0.5,2]", "train.max_steps=2", "optim.lr=1e-9"]
+    code, output, records = run(*keys)
+    assert code == 0
+    data = TokenData(files, 32)
+    epoch = [round(0.5 * data.counts[0]), 2 * data.counts[1]]
+    assert next(r for r in records if r.get("event") == "start")["samples"] == sum(epoch)
+    printed = capsys.readouterr().out
+    assert f"code.bin: an epoch takes {epoch[0]:,} of {data.counts[0]:,} samples" in printed
+    order = MixtureOrder(data.counts, [0.5, 2], 0)
+    steps, last = of_kind(records, "step"), of_kind(records, "eval")[-1]
+    batch = steps[0]["samples"]
+    assert steps[0]["tokens"] == int((data.batch(order.take(0, batch))["labels"] != -100).sum())
+    model = AutoModelForCausalLM.from_pretrained(output / "model")
+    for file in files:
+        tokens = torch.tensor(TokenFile(file).tokens.astype("int64"))
+        windows = tokens[: len(tokens) // 32 * 32].view(-1, 32)
+        with torch.no_grad():
+            expected = [model(input_ids=w[None], labels=w[None]).loss.item() for w in windows]
+        assert last[f"loss/{file.stem}"] == pytest.approx(statistics.fmean(expected), abs=1e-4)
+    curves = next(p for p in plots(steps, of_kind(records, "eval")) if p.title == "Held-out loss by file")
+    assert [line.label for line in curves.lines] == ["code", "prose"]
+
+
+@pytest.mark.parametrize(
+    "weights, text",
+    [
+        ("[1,1]", r"^data\.weights: 2 weights for 1 data\.train files; give one each$"),
+        ("[-1]", r"^data\.weights: -1\.0 must be a number greater than 0$"),
+        ("[0.00001]", r"^data\.weights: 1e-05 of the [\d,]+ samples of .*train\.bin draws none; raise it, or leave"),
+    ],
+)
+def test_a_mixture_that_cannot_be_drawn_is_refused(run, weights, text):
+    with pytest.raises(ConfigError, match=text):
+        run(f"data.weights={weights}")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from ds_llm.config.run import Config
+from ds_llm.data.order import MixtureOrder
 from ds_llm.data.tokens import TokenData
 from ds_llm.errors import ConfigError, UserError
 from ds_llm.models import accelerate
@@ -16,7 +18,7 @@ from ds_llm.pretrained import lora as adapters
 from ds_llm.pretrained.architecture import architecture, build_model
 from ds_llm.pretrained.lengths import lengths
 from ds_llm.progress import console
-from ds_llm.train.job import Job
+from ds_llm.train.job import Figures, Job
 from ds_llm.train.packing import check_packing, keep_apart
 from ds_llm.train.start_model import recompute_layers, start_model
 from ds_llm.train.step import MicroStep
@@ -32,6 +34,7 @@ class Data:
     """Opened and checked inputs of a run."""
 
     train: TokenData
+    order: MixtureOrder | None
     val: Streams | None
     tokenizer: object
     seq_len: int
@@ -60,6 +63,7 @@ def check(config: Config) -> Data:
     train.check_tokenizer(tokenizer)
     for file in train.files:
         file.check_untouched()
+    order = _mixture(config, train)
     vocab_size = config.model.vocab_size
     if config.model.path is None and vocab_size and vocab_size < len(tokenizer):
         raise ConfigError(f"model.vocab_size: {vocab_size} is less than the tokenizer's {len(tokenizer)} tokens")
@@ -81,11 +85,52 @@ def check(config: Config) -> Data:
         "files": [file.meta["sha256"] for file in train.files],
         "seq_len": seq_len,
         "isolate_documents": config.data.isolate_documents,
+        **({"weights": config.data.weights} if config.data.weights else {}),
         **adapters.check(config),
     }
     if config.model.config is not None:
         fingerprint["architecture"] = architecture(config, tokenizer).to_dict()
-    return Data(train, val, tokenizer, seq_len, fingerprint)
+    return Data(train, order, val, tokenizer, seq_len, fingerprint)
+
+
+def _mixture(config: Config, train: TokenData) -> MixtureOrder | None:
+    """The order of samples where `data.weights` mixes the files. Prints what an epoch draws of each."""
+    weights = config.data.weights
+    if not weights:
+        return None
+    if len(weights) != len(train.files):
+        raise ConfigError(
+            f"data.weights: {len(weights)} weights for {len(train.files)} data.train files; give one each"
+        )
+    for weight, count, file in zip(weights, train.counts, train.files, strict=True):
+        if not 0 < weight < float("inf"):
+            raise ConfigError(f"data.weights: {weight} must be a number greater than 0")
+        if not round(weight * count):
+            raise ConfigError(
+                f"data.weights: {weight:g} of the {count:,} samples of {file.path} draws none; raise it, or leave the "
+                "file out of data.train"
+            )
+    order = MixtureOrder(train.counts, weights, config.train.seed)
+    for file, count, drawn in zip(train.files, train.counts, order.drawn, strict=True):
+        share = f"{drawn / order.samples:.1%} of an epoch"
+        console.print(f"{file.path}: an epoch takes {drawn:,} of {count:,} samples, {share}")
+    return order
+
+
+def val_names(config: Config) -> list[str]:
+    """What the losses of several files of `data.val` are recorded as: `loss/` and their shortest distinct names."""
+    paths = [Path(path) for path in config.data.val]
+    if len(paths) < 2 or any(path.suffix != ".bin" for path in paths):
+        return []  # texts are one stream
+    names = [path.stem for path in paths]
+    if len(set(names)) < len(names):
+        names = [path.with_suffix("").as_posix() for path in paths]
+    return [f"loss/{name}" for name in names]
+
+
+def figures(config: Config) -> Figures:
+    """Names of what evaluations record beside what they do in every mode."""
+    return Figures(val_names(config), ())
 
 
 def build(config: Config, data: Data) -> Job:
@@ -114,7 +159,7 @@ def job(config: Config, data: Data, model: nn.Module) -> Job:
     objective = LanguageModeling(model)
     evaluate = _evaluation(config, data) if data.val is not None else None
     sample = sampling(config, data.tokenizer, model, chat=False)
-    return Job(model, objective, data.tokenizer, data.train, data.seq_len, evaluate, sample)
+    return Job(model, objective, data.tokenizer, data.train, data.seq_len, evaluate, sample, order=data.order)
 
 
 class LanguageModeling(nn.Module):
@@ -157,6 +202,7 @@ def _evaluation(config: Config, data: Data):
             "tokens": result.tokens,
             "windows": result.windows,
             "seconds": result.seconds,
+            **dict(zip(val_names(config), result.streams, strict=False)),
         }
 
     return evaluate

@@ -71,6 +71,8 @@ def check(config: Config) -> Data:
         )
     _check_model(config)
     kind = pretrain if all(path.endswith(".bin") for path in config.data.train) else sft
+    if kind is pretrain and config.data.weights:
+        raise ConfigError(f"data.weights: {config.mode} draws token files evenly; leave it out")
     inner = kind.check(dataclasses.replace(config, lora=LoraConfig()))
     fingerprint = {
         **inner.fingerprint,
