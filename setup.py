@@ -61,6 +61,7 @@ setup(
     python_requires=">=3.11,<3.14",
     packages=[*find_packages(include=["ds_llm", "ds_llm.*"]), "ds_llm.kernels"],
     package_dir={"ds_llm.kernels": "kernels"},
+    package_data={"ds_llm.data": ["templates/*.jinja"]},
     install_requires=INSTALL,
     extras_require=EXTRAS,
 )

@@ -22,6 +22,9 @@ class ModelConfig:
     config: str | None = key(
         None, "pretrain: folder, JSON file or hub name of an architecture to train from scratch, not the decoder below"
     )
+    add_tokens: list[str] = key(
+        [], "sft, dpo, kto: special tokens added to the vocabulary; their embeddings start as the mean of all others"
+    )
     freeze: list[str] = key(
         [],
         "Parts of the model at model.path that keep their weights: beginnings of parameter names, as [sub_models.0], "
@@ -69,6 +72,10 @@ class DataConfig:
         [],
         "What to evaluate on, of the same kind as data.train, or for token files any texts (.txt, .jsonl, .parquet); "
         "empty: no evaluation",
+    )
+    chat_template: str | None = key(
+        None,
+        "sft, dpo, kto: chat template, a .jinja file or chatml, llama3, gemma, mistral, alpaca; none: the tokenizer's",
     )
     tokenizer: str | None = key(None, "Tokenizer folder; none: the one recorded beside the token file, else model.path")
     seq_len: int | None = key(

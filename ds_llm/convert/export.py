@@ -16,6 +16,7 @@ from ds_llm.files import free_folder, new_folder, writing
 from ds_llm.kernels.packed_mask import PackedMask
 from ds_llm.pretrained.lengths import max_positions
 from ds_llm.pretrained.loading import TORCH_DTYPES, Source, load_model, load_model_config, load_tokenizer, locate
+from ds_llm.pretrained.saving import stop_at_turn_end
 from ds_llm.sparsity import compact_checkpoint
 from ds_llm.sparsity.masks import save_masks
 from ds_llm.sparsity.model import check_zeros, sparsify
@@ -127,6 +128,7 @@ def write(
     """
     with new_folder(out) as partial, writing(out):
         model.to(TORCH_DTYPES[dtype])
+        stop_at_turn_end(model, tokenizer)
         for name, mask in (masks or {}).items():
             check_zeros(name, model.get_parameter(name), mask)
         if compact:

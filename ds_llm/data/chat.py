@@ -88,15 +88,34 @@ def encode_text(tokenizer, text: str) -> Encoded:
 
 def check_template(tokenizer) -> None:
     """Raise `UserError` when the tokenizer has no chat template, or one that renders no plain question and answer."""
-    if not tokenizer.chat_template:
-        raise UserError(
-            f"{tokenizer.name_or_path or 'the tokenizer'}: has no chat template, which conversations need; take the "
-            "tokenizer of an instruction-tuned model, or put a chat_template.jinja into its folder"
-        )
     try:
-        _template(tokenizer, tokenizer.get_chat_template())
+        _template(tokenizer, _text_of(tokenizer))
     except Unmaskable as error:
         raise UserError(f"{tokenizer.name_or_path or 'the tokenizer'}: chat template of no use here: {error}") from None
+
+
+def _text_of(tokenizer, tools: list[dict] | None = None) -> str:
+    """The text of the template for these tools. Raises `UserError` where there is none."""
+    name, own = tokenizer.name_or_path or "the tokenizer", tokenizer.chat_template
+    if not own:
+        raise UserError(
+            f"{name}: has no chat template, which conversations need; name one, such as data.chat_template=chatml or a "
+            ".jinja file, or take the tokenizer of an instruction-tuned model"
+        )
+    if isinstance(own, dict) and "default" not in own and not (tools and "tool_use" in own):
+        raise UserError(
+            f"{name}: has the chat templates {', '.join(own)} and none called default; choose one, for example "
+            f"data.chat_template={next(iter(own))}"
+        )
+    return tokenizer.get_chat_template(tools=tools)
+
+
+def end_of_turn(tokenizer) -> str:
+    """The special tokens that the chat template writes behind an answer; "" where there are none.
+
+    Raises `UserError` or `Unmaskable` for a template that renders no plain question and answer.
+    """
+    return _template(tokenizer, _text_of(tokenizer)).ender
 
 
 def render(tokenizer, messages: list[dict], tools: list[dict] | None = None, **options) -> str:
@@ -112,9 +131,7 @@ def find_answers(tokenizer, messages: list[dict], tools: list[dict] | None = Non
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not answers:
         raise Unmaskable("no answer", f"roles are {', '.join(m['role'] for m in messages) or 'none'}")
-    if not tokenizer.chat_template:
-        check_template(tokenizer)
-    template = _template(tokenizer, tokenizer.get_chat_template(tools=tools))
+    template = _template(tokenizer, _text_of(tokenizer, tools))
     _check_contents(template, messages, tools)
     text = render(tokenizer, messages, tools)
     for number, message in enumerate(messages, 1):

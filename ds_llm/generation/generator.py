@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from ds_llm.compat.transformers import NoRepeatNGramLogitsProcessor, RepetitionPenaltyLogitsProcessor
+from ds_llm.data.chat_templates import turn_end
 from ds_llm.errors import UserError
 from ds_llm.generation.sampling import SamplingParams, one_answer
 from ds_llm.pretrained.lengths import max_positions
@@ -270,16 +271,7 @@ class Generator:
         for config in (self.model.config.get_text_config(), self.model.generation_config):
             value = getattr(config, "eos_token_id", None)
             ends |= set(value) if isinstance(value, (list, tuple)) else {value}
-        if self.tokenizer.chat_template:
-            marker = "Zq7"
-            turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": marker}]
-            try:
-                after = self.tokenizer.apply_chat_template(turns, tokenize=False).rpartition(marker)[2].lstrip()
-            except Exception:  # a template for other messages: the other end tokens must do
-                after = ""
-            first = self.tokenizer(after, add_special_tokens=False)["input_ids"][:1]
-            ends |= set(first) & {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
-        return ends - {None}
+        return (ends | {turn_end(self.tokenizer)}) - {None}
 
     def _decode(self, ids: list[int], special: bool) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=not special, clean_up_tokenization_spaces=False)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from ds_llm.compat.peft import is_adapter
+from ds_llm.compat.peft import is_adapter, without_wrapper
+from ds_llm.data.chat_templates import turn_end
 from ds_llm.data.tokenizer import save_tokenizer
 from ds_llm.pretrained import lora as adapters
 from ds_llm.pretrained import partial
@@ -19,8 +20,23 @@ def needs_trained_only(model: nn.Module) -> bool:
     return is_adapter(model) or partial.is_partial(model)
 
 
+def stop_at_turn_end(model: nn.Module, tokenizer) -> None:
+    """Have the model's `generation_config` stop where a turn of the chat template ends, beside where it stops already.
+
+    Tools that do not know the template, such as transformers and vLLM, then stop there as `launch/generate.py` does.
+    """
+    end = turn_end(tokenizer)
+    if end is None or not model.can_generate():
+        return
+    ends = model.generation_config.eos_token_id
+    ends = [tokenizer.eos_token_id] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    if end not in ends:
+        model.generation_config.eos_token_id = [*(i for i in ends if i is not None), end]
+
+
 def save(model: nn.Module, weights: dict[str, Tensor], tokenizer, folder: Path) -> None:
     """Write gathered `weights` and the tokenizer as a Hugging Face, peft, partial or compact folder."""
+    stop_at_turn_end(without_wrapper(model), tokenizer)
     if partial.is_partial(model):
         partial.save(model, weights, folder)
     elif is_adapter(model):

@@ -9,7 +9,8 @@ from ds_llm.config.run import Config
 from ds_llm.errors import UserError
 from ds_llm.models import accelerate
 from ds_llm.models.head import attach_loss_head
-from ds_llm.pretrained.loading import load_model, match_tokenizer
+from ds_llm.pretrained.added_tokens import add_rows
+from ds_llm.pretrained.loading import load_model, load_tokenizer, match_tokenizer
 from ds_llm.pretrained.lora import add_adapter, is_in_parts
 from ds_llm.progress import console
 
@@ -28,6 +29,10 @@ def start_model(config: Config, tokenizer, dtype: str | None = None) -> nn.Modul
         compute_dtype=config.train.dtype,
         quantize=lora.quantize if lora.enabled else "none",
     )
+    if config.model.add_tokens:
+        before = load_tokenizer(config.data.tokenizer or config.model.path).get_vocab()
+        new = [token for token in config.model.add_tokens if token not in before]
+        add_rows(model, tokenizer, tokenizer.convert_tokens_to_ids(new))
     match_tokenizer(model, tokenizer)
     if config.train.kernels:
         console.print(str(accelerate(model)))

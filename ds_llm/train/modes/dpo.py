@@ -21,6 +21,7 @@ from ds_llm.train.evaluation import measure
 from ds_llm.train.job import Figures, Job, Shown
 from ds_llm.train.losses.preference import METRICS, Preference
 from ds_llm.train.start_model import start_model
+from ds_llm.train.start_tokenizer import start_tokenizer
 from ds_llm.train.step import MicroStep
 
 
@@ -70,7 +71,6 @@ def check(config: Config) -> Data:
     Pairs and reference log-probabilities are stored in `alignment.cache()`.
     """
     from ds_llm.evaluation.samples import check_prompts
-    from ds_llm.pretrained.loading import load_tokenizer
 
     data, options = config.data, config.dpo
     alignment.check_keys(config, "data/pairs.jsonl")
@@ -86,7 +86,7 @@ def check(config: Config) -> Data:
         raise ConfigError(f"dpo.reference: the {options.loss} loss has no reference; leave it out")
     seq_len, limit = lengths(config)
     start = adapters.check(config)
-    tokenizer = load_tokenizer(data.tokenizer or config.model.path)
+    tokenizer = start_tokenizer(config)
     if loss.needs_reference:
         start["reference"] = alignment.check_reference(config, options.reference, tokenizer, seq_len)
     check_prompts(config, tokenizer, limit, chat=True)

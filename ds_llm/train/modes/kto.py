@@ -34,6 +34,7 @@ from ds_llm.train import alignment
 from ds_llm.train.evaluation import measure
 from ds_llm.train.job import Figures, Job, Shown
 from ds_llm.train.start_model import start_model
+from ds_llm.train.start_tokenizer import start_tokenizer
 from ds_llm.train.step import MicroStep
 
 METRICS = (
@@ -99,7 +100,6 @@ def check(config: Config) -> Data:
     Answers and reference log-probabilities are stored in `alignment.cache()`.
     """
     from ds_llm.evaluation.samples import check_prompts
-    from ds_llm.pretrained.loading import load_tokenizer
 
     data, options = config.data, config.kto
     alignment.check_keys(config, "data/answers.jsonl")
@@ -107,7 +107,7 @@ def check(config: Config) -> Data:
         raise ConfigError("kto.desirable_weight: 0, as kto.undesirable_weight is, leaves nothing to learn")
     seq_len, limit = lengths(config)
     start = adapters.check(config)
-    tokenizer = load_tokenizer(data.tokenizer or config.model.path)
+    tokenizer = start_tokenizer(config)
     start["reference"] = alignment.check_reference(config, options.reference, tokenizer, seq_len)
     check_prompts(config, tokenizer, limit, chat=True)
     train, val = (

@@ -50,6 +50,10 @@ def check(config: Config) -> Data:
 
     if not config.data.train:
         raise ConfigError("data.train: name the token files to train on, for example data.train=data/train.bin")
+    for name in ("data.chat_template", "model.add_tokens"):
+        section, key = name.split(".")
+        if getattr(getattr(config, section), key):
+            raise ConfigError(f"{name}: is for conversations; token files are made with their tokenizer")
     seq_len, limit = lengths(config)
     if seq_len % config.parallel.sequence:
         raise ConfigError(f"parallel.sequence: {config.parallel.sequence} does not divide data.seq_len={seq_len}")

@@ -71,6 +71,8 @@ def check(config: Config) -> Data:
         )
     _check_model(config)
     kind = pretrain if all(path.endswith(".bin") for path in config.data.train) else sft
+    if config.model.add_tokens:
+        raise ConfigError(f"model.add_tokens: {config.mode} keeps the vocabulary; add the tokens by mode=sft before")
     if kind is pretrain and config.data.weights:
         raise ConfigError(f"data.weights: {config.mode} draws token files evenly; leave it out")
     inner = kind.check(dataclasses.replace(config, lora=LoraConfig()))

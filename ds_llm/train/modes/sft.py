@@ -21,6 +21,7 @@ from ds_llm.train.evaluation import measure
 from ds_llm.train.job import Job, Shown
 from ds_llm.train.packing import check_packing, keep_apart
 from ds_llm.train.start_model import start_model
+from ds_llm.train.start_tokenizer import start_tokenizer
 from ds_llm.train.step import MicroStep
 
 
@@ -41,7 +42,6 @@ def check(config: Config) -> Data:
     Samples are stored in the folder `supervised` of the cache, see `ds_llm.data.corpora.cache_folder`.
     """
     from ds_llm.evaluation.samples import check_prompts
-    from ds_llm.pretrained.loading import load_tokenizer
 
     data = config.data
     if config.model.path is None:
@@ -65,7 +65,7 @@ def check(config: Config) -> Data:
     if budget < seq_len:
         raise ConfigError(f"data.tokens_per_batch: {budget} is less than data.seq_len={seq_len}")
     identity = adapters.check(config)
-    tokenizer = load_tokenizer(data.tokenizer or config.model.path)
+    tokenizer = start_tokenizer(config)
     check_prompts(config, tokenizer, limit, chat=True)
     documents = _prepare(config, data.train, tokenizer, seq_len, "train", data.weights)
 

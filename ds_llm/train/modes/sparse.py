@@ -59,6 +59,8 @@ def check(config: Config) -> Data:
     if options.scale_lr and scheduler is not None and not deepspeed_config.has_auto(scheduler):
         raise ConfigError("sparse.scale_lr: the scheduler of the DeepSpeed JSON sets the learning rate itself")
     kind = pretrain if all(path.endswith(".bin") for path in config.data.train) else sft
+    if config.model.add_tokens:
+        raise ConfigError(f"model.add_tokens: {config.mode} keeps the vocabulary; add the tokens by mode=sft before")
     if kind is pretrain and config.data.weights:
         raise ConfigError(f"data.weights: {config.mode} draws token files evenly; leave it out")
     inner = kind.check(config)
