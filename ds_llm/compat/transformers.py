@@ -41,6 +41,7 @@ NAMES = {
     "NoRepeatNGramLogitsProcessor": ("transformers.generation.logits_process", "bans repeated n-grams"),
     "RepetitionPenaltyLogitsProcessor": ("transformers.generation.logits_process", "penalises repeated tokens"),
     "render_jinja_template": ("transformers.utils.chat_template_utils", "renders chats, with the assistant's spans"),
+    "_compile_jinja_template": ("transformers.utils.chat_template_utils", "parses a chat template as it is rendered"),
     # output on the terminal
     "disable_progress_bar": ("transformers.utils.logging", "hides the bars of loading"),
     "enable_progress_bar": ("transformers.utils.logging", "shows them again"),

@@ -37,7 +37,7 @@ from ds_llm.progress import console, progress
 if TYPE_CHECKING:
     import torch
 
-VERSION = 2  # of the stored form: raise it when the same input gives other bytes
+VERSION = 3  # of the stored form: raise it when the same input gives other bytes
 IGNORE_INDEX = -100
 NAMED = 5  # places named per reason
 REJECTS = "rejects.jsonl"

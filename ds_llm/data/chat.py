@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
+from jinja2.meta import find_undeclared_variables
 
 from ds_llm.data.conversations import RowError
 from ds_llm.errors import UserError
@@ -29,6 +31,9 @@ REASONS = {
     "answer not found": "which part of the rendered text the assistant says cannot be determined",
     "no end of turn": "the template puts no end-of-turn token behind an answer",
 }
+# what transformers passes to every template; `tools` and `messages` have places of their own
+GIVEN = {"messages", "tools", "add_generation_prompt", "raise_exception", "strftime_now", "range", "namespace"}
+GIVEN |= {f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")}
 REASONING = ("reasoning_content", "thinking", "reasoning")  # what messages and templates call it
 _MARK = "\ue000\ue001\ue002"  # private-use characters: neither a template nor a text holds them in a row
 
@@ -56,10 +61,18 @@ class _Template:
     longest: int  # characters of a special token
 
 
-def encode(tokenizer, messages: list[dict], tools: list[dict] | None = None, *, train_on: str = "all") -> Encoded:
+def encode(
+    tokenizer,
+    messages: list[dict],
+    tools: list[dict] | None = None,
+    columns: Mapping | None = None,
+    *,
+    train_on: str = "all",
+) -> Encoded:
     """Tokens of a conversation as the chat template renders it; trained are the answers.
 
-    messages: dicts with `role` and `content` (text), in assistant messages also `tool_calls`; tools: JSON schemas. An
+    messages: dicts with `role` and `content` (text), in assistant messages also `tool_calls`; tools: JSON schemas.
+    columns: other values of the row, of which the template gets those that it names (`variables`). An
     answer is trained from behind its header through its end-of-turn token; a white space behind that is not. train_on:
     every answer ("all") or only the last one ("last"), in either case without those of `weight` 0. A token that
     straddles the beginning of an answer is trained.
@@ -67,7 +80,7 @@ def encode(tokenizer, messages: list[dict], tools: list[dict] | None = None, *, 
     The ids are those of `tokenizer.apply_chat_template(messages, tools=tools)`. Raises `Unmaskable` when an answer's
     place cannot be determined, `UserError` when the tokenizer has no chat template.
     """
-    text, spans = find_answers(tokenizer, messages, tools)
+    text, spans = find_answers(tokenizer, messages, tools, columns)
     answers = [message for message in messages if message["role"] == "assistant"]
     wanted = [span for span, answer in zip(spans, answers, strict=True) if answer.get("weight", 1)]
     return tokenise(tokenizer, text, wanted if train_on == "all" else [span for span in wanted if span == spans[-1]])
@@ -99,8 +112,8 @@ def _text_of(tokenizer, tools: list[dict] | None = None) -> str:
     name, own = tokenizer.name_or_path or "the tokenizer", tokenizer.chat_template
     if not own:
         raise UserError(
-            f"{name}: has no chat template, which conversations need; name one, such as data.chat_template=chatml or a "
-            ".jinja file, or take the tokenizer of an instruction-tuned model"
+            f"{name}: has no chat template, which conversations need; name one for a training, such as "
+            "data.chat_template=chatml, or put a chat_template.jinja into its folder"
         )
     if isinstance(own, dict) and "default" not in own and not (tools and "tool_use" in own):
         raise UserError(
@@ -118,32 +131,53 @@ def end_of_turn(tokenizer) -> str:
     return _template(tokenizer, _text_of(tokenizer)).ender
 
 
-def render(tokenizer, messages: list[dict], tools: list[dict] | None = None, **options) -> str:
-    """The conversation as text by `apply_chat_template` and its options. `Unmaskable` when the template refuses it."""
+def context_of(tokenizer, tools: list[dict] | None = None, columns: Mapping | None = None) -> dict:
+    """What the chat template gets beside the messages: tools, and of the columns of a row those that it names."""
+    taken = variables(_text_of(tokenizer, tools)) & columns.keys() if columns else ()
+    return {name: columns[name] for name in sorted(taken)} | ({"tools": tools} if tools else {})
+
+
+@lru_cache(maxsize=16)
+def variables(template: str) -> frozenset[str]:
+    """Names that a chat template reads and does not set, without those that the library or a tokenizer gives it."""
+    from ds_llm.compat.transformers import _compile_jinja_template
+
+    environment = _compile_jinja_template(template).environment
+    return frozenset(find_undeclared_variables(environment.parse(template))) - GIVEN
+
+
+def render(tokenizer, messages: list[dict], context: Mapping | None = None, **options) -> str:
+    """The conversation as text by `apply_chat_template` and its options. `Unmaskable` when the template refuses it.
+
+    context: of `context_of`.
+    """
     try:
-        return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **options)
+        return tokenizer.apply_chat_template(messages, tokenize=False, **(context or {}), **options)
     except Exception as error:  # whatever a template raises speaks of the messages
         raise Unmaskable("refused by the chat template", str(error).strip() or type(error).__name__) from None
 
 
-def find_answers(tokenizer, messages: list[dict], tools: list[dict] | None = None) -> tuple[str, list[tuple[int, int]]]:
-    """The rendered conversation, and [start, end) of each answer in its characters, in order."""
+def find_answers(
+    tokenizer, messages: list[dict], tools: list[dict] | None = None, columns: Mapping | None = None
+) -> tuple[str, list[tuple[int, int]]]:
+    """The rendered conversation, and [start, end) of each answer in its characters, in order. columns: see `encode`."""
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not answers:
         raise Unmaskable("no answer", f"roles are {', '.join(m['role'] for m in messages) or 'none'}")
     template = _template(tokenizer, _text_of(tokenizer, tools))
-    _check_contents(template, messages, tools)
-    text = render(tokenizer, messages, tools)
+    context = context_of(tokenizer, tools, columns)
+    _check_contents(template, messages, context)
+    text = render(tokenizer, messages, context)
     for number, message in enumerate(messages, 1):
         if message["role"] in ("system", "developer", "user") and message["content"].strip() not in text:
             raise Unmaskable("not in the template", f"message {number} ({message['role']}) does not show as it is")
-    spans = _marked_spans(tokenizer, template, messages, tools)
+    spans = _marked_spans(tokenizer, template, messages, context)
     if len(spans) == len(answers):
         spans = [_whole_turn(template, text, start, end, i) for (start, end), i in zip(spans, answers, strict=True)]
     else:
         spans, done = [], 0
         for i in answers:
-            spans.append(_locate(tokenizer, template, messages, tools, text, i, done))
+            spans.append(_locate(tokenizer, template, messages, context, text, i, done))
             done = spans[-1][1]
     if any(a[1] > b[0] for a, b in pairwise(spans)):
         raise Unmaskable("answer not found", "the places of two answers overlap")
@@ -190,8 +224,8 @@ def _common(a: str, b: str) -> int:
     return low
 
 
-def _check_contents(template: _Template, messages: list[dict], tools: list[dict] | None) -> None:
-    used = {"tools"} if tools else set()
+def _check_contents(template: _Template, messages: list[dict], context: Mapping) -> None:
+    used = {"tools"} & context.keys()
     used |= {"tool_calls" for message in messages if message.get("tool_calls")}
     used |= {"reasoning" for message in messages if any(message.get(name) for name in REASONING)}
     for name in sorted(used):
@@ -206,7 +240,7 @@ def _check_contents(template: _Template, messages: list[dict], tools: list[dict]
                 raise Unmaskable("control token", f"message {number} spells {token}")
 
 
-def _marked_spans(tokenizer, template: _Template, messages, tools) -> list[tuple[int, int]]:
+def _marked_spans(tokenizer, template: _Template, messages, context) -> list[tuple[int, int]]:
     """The spans that the template marks by `{% generation %}`, without the header."""
     if not re.search(r"\{%-?\s*generation\s*-?%\}", template.text):
         return []
@@ -215,7 +249,7 @@ def _marked_spans(tokenizer, template: _Template, messages, tools) -> list[tuple
     messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
     texts, spans = render_jinja_template(
         [messages],
-        tools=tools,
+        **context,
         chat_template=template.text,
         return_assistant_tokens_mask=True,
         **tokenizer.special_tokens_map,
@@ -245,21 +279,21 @@ def _whole_turn(template: _Template, text: str, start: int, end: int, i: int) ->
     raise Unmaskable("no end of turn", f"after message {i + 1}")
 
 
-def _locate(tokenizer, template: _Template, messages, tools, text: str, i: int, done: int) -> tuple[int, int]:
+def _locate(tokenizer, template: _Template, messages, context, text: str, i: int, done: int) -> tuple[int, int]:
     """[start, end) in `text` of the assistant's message i; the answer before it ends at `done`."""
     problem = Unmaskable("answer not found", f"message {i + 1} does not show in the rendered text")
     for changed in _changes(messages[i]):
         try:
-            other = render(tokenizer, [*messages[:i], changed, *messages[i + 1 :]], tools)
+            other = render(tokenizer, [*messages[:i], changed, *messages[i + 1 :]], context)
             if _MARK not in other:
                 continue
             content, end = _difference(template, text, other, f"message {i + 1}")
-            start = _behind_header(tokenizer, template, messages, tools, text, i, done, content)
+            start = _behind_header(tokenizer, template, messages, context, text, i, done, content)
             if start == content and changed.get("tool_calls"):  # the marker is only in the arguments
-                start = _behind_before(tokenizer, template, messages, tools, text, i)
+                start = _behind_before(tokenizer, template, messages, context, text, i)
             if start < done:
                 raise Unmaskable("answer not found", f"message {i + 1} changes what is rendered before it")
-            return start, _turn_end(tokenizer, template, messages, tools, text, i, end)
+            return start, _turn_end(tokenizer, template, messages, context, text, i, end)
         except Unmaskable as error:
             problem = error
     raise problem
@@ -277,22 +311,22 @@ def _changes(message: dict) -> list[dict]:
     return [plain, {**plain, "tool_calls": calls}, {**message, "tool_calls": calls}]
 
 
-def _behind_header(tokenizer, template: _Template, messages, tools, text, i: int, done: int, content: int) -> int:
+def _behind_header(tokenizer, template: _Template, messages, context, text, i: int, done: int, content: int) -> int:
     """Start of the answer whose content begins at `content`: there, or earlier, where its header ends."""
     at = text.rfind(template.header, done, content) if template.header else -1
     start = content if at < 0 else at + len(template.header)
     if start < content and i and messages[i - 1]["role"] != "assistant":
         # the header is not next to the content: make sure that it is no part of the message before
         marked = {**messages[i - 1], "content": _MARK}
-        other = render(tokenizer, [*messages[: i - 1], marked, *messages[i:]], tools)
+        other = render(tokenizer, [*messages[: i - 1], marked, *messages[i:]], context)
         if _MARK in other and _difference(template, text, other, f"message {i}")[1] > at:
             return content
     return start
 
 
-def _behind_before(tokenizer, template: _Template, messages, tools, text: str, i: int) -> int:
+def _behind_before(tokenizer, template: _Template, messages, context, text: str, i: int) -> int:
     """Start of message i in `text`: behind the earlier messages and the part of the header that follows them."""
-    before = render(tokenizer, messages[:i], tools) if i else ""
+    before = render(tokenizer, messages[:i], context) if i else ""
     if not text.startswith(before):
         raise Unmaskable("answer not found", f"message {i + 1} has no header, and changes what is rendered before it")
     return len(before) + _common(template.header, text[len(before) :])
@@ -318,7 +352,7 @@ def _difference(template: _Template, text: str, other: str, name: str) -> tuple[
     return min(start, end), end
 
 
-def _turn_end(tokenizer, template: _Template, messages, tools, text: str, i: int, end: int) -> int:
+def _turn_end(tokenizer, template: _Template, messages, context, text: str, i: int, end: int) -> int:
     """End of the end-of-turn token behind message i, whose content ends at `end`."""
     found = template.special.search(text, end)
     if found is None:
@@ -327,10 +361,10 @@ def _turn_end(tokenizer, template: _Template, messages, tools, text: str, i: int
     if template.ender and not gap.strip() and text.startswith(template.ender, found.start()):
         return found.start() + len(template.ender)
     # another token than behind a plain answer: it must end the conversation when that ends here, ...
-    if render(tokenizer, messages[: i + 1], tools).rstrip().endswith(gap + ender):
+    if render(tokenizer, messages[: i + 1], context).rstrip().endswith(gap + ender):
         return found.end()
     # ... or, where the last turn ends with a token of its own, end the message before as well
-    if i and not gap.strip() and render(tokenizer, messages[:i], tools).rstrip().endswith(ender):
+    if i and not gap.strip() and render(tokenizer, messages[:i], context).rstrip().endswith(ender):
         return found.end()
     raise Unmaskable("no end of turn", f"message {i + 1} is followed by {text[end : found.end()]!r}"[:200])
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from ds_llm.data.rows import load_json
 
@@ -24,6 +25,9 @@ FIELDS = {
     "alpaca": ("instruction", "output"),
     "text": ("text",),
 }
+# fields of rows that are parts of a conversation or say something of it; all others may be for the chat template
+PARTS = {field for fields in FIELDS.values() for field in fields}
+PARTS |= {"conversations", "input", "tools", "system", "label"}
 ROLES = {
     "system": "system",
     "developer": "developer",
@@ -73,8 +77,16 @@ def detect(row: dict) -> str | None:
     return None
 
 
-def to_messages(row: dict, format: str) -> tuple[list[dict], list[dict] | None]:
-    """A row as (messages, tools): messages of `role`, `content` (text) and perhaps `tool_calls`; tools or None.
+class Conversation(NamedTuple):
+    """messages of `role`, `content` (text) and perhaps `tool_calls`; tools or None; the row's columns beside these."""
+
+    messages: list[dict]
+    tools: list[dict] | None
+    columns: dict
+
+
+def to_messages(row: dict, format: str) -> Conversation:
+    """A row as a conversation.
 
     format: messages, prompt_completion or alpaca. Roles have one name each (human is user, gpt is assistant), content
     in parts is joined, arguments of tool calls given as JSON text are parsed, and null values are left out. Raises
@@ -96,11 +108,16 @@ def to_messages(row: dict, format: str) -> tuple[list[dict], list[dict] | None]:
         )
     else:
         raise ValueError(f"rows of format {format} are no single conversation")
-    return _with_system(row, messages), _tools(row)
+    return Conversation(_with_system(row, messages), _tools(row), columns(row))
 
 
-def to_pair(row: dict) -> tuple[list[dict], list[dict], list[dict] | None]:
-    """A preference row as (chosen, rejected, tools): two whole conversations that share their beginning.
+def columns(row: dict) -> dict:
+    """The values of a row beside its messages, such as `enable_thinking`. A chat template may read them."""
+    return {name: value for name, value in row.items() if value is not None and name not in PARTS}
+
+
+def to_pair(row: dict) -> tuple[Conversation, Conversation]:
+    """A preference row as (chosen, rejected): two whole conversations that share their beginning.
 
     `chosen` and `rejected` are whole conversations or, with `prompt`, only what follows it. Texts without a prompt are
     refused. Raises `Malformed`.
@@ -117,7 +134,8 @@ def to_pair(row: dict) -> tuple[list[dict], list[dict], list[dict] | None]:
     chosen, rejected = pair
     if chosen == rejected:
         raise Malformed("same answers")
-    return chosen, rejected, _tools(row)
+    tools, rest = _tools(row), columns(row)
+    return Conversation(chosen, tools, rest), Conversation(rejected, tools, rest)
 
 
 def _field(row: dict, name: str, kind: type):

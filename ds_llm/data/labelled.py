@@ -104,8 +104,8 @@ def encode_row(row: dict, tokenizer) -> Sequence[Answer]:
         raise RowError("no label", "label is null" if "label" in row else "the row has no label")
     if label not in (0, 1) or not isinstance(label, (bool, int)):
         raise RowError("bad label", f"label is {str(label)[:50]!r}, not true, false, 1 or 0")
-    messages, tools = conversations.to_messages(row, format)
+    conversation = conversations.to_messages(row, format)
     completion = row["completion"] if format == "prompt_completion" else None
     last = len(completion) if isinstance(completion, list) else 1
-    answer = pairs.encode_answer(tokenizer, messages, tools, len(messages) - last)
+    answer = pairs.encode_answer(tokenizer, conversation, len(conversation.messages) - last)
     return [Answer(answer, bool(label))]

@@ -17,7 +17,7 @@ import numpy as np
 from ds_llm.data import answers, conversations
 from ds_llm.data.answers import Answer, Answers
 from ds_llm.data.chat import Encoded, find_answers, tokenise
-from ds_llm.data.conversations import RowError
+from ds_llm.data.conversations import Conversation, RowError
 from ds_llm.errors import UserError
 
 if TYPE_CHECKING:
@@ -90,17 +90,18 @@ def encode_pair(row: dict, tokenizer) -> tuple[Encoded, Encoded]:
     """
     if not row.get("prompt") and isinstance(row.get("chosen"), str) and isinstance(row.get("rejected"), str):
         return _encode_texts(row["chosen"], row["rejected"], tokenizer)
-    chosen, rejected, tools = conversations.to_pair(row)
-    shared = _shared(chosen, rejected)
-    return encode_answer(tokenizer, chosen, tools, shared), encode_answer(tokenizer, rejected, tools, shared)
+    chosen, rejected = conversations.to_pair(row)
+    shared = _shared(chosen.messages, rejected.messages)
+    return encode_answer(tokenizer, chosen, shared), encode_answer(tokenizer, rejected, shared)
 
 
-def encode_answer(tokenizer, messages: list[dict], tools: list[dict] | None, prompt: int) -> Encoded:
+def encode_answer(tokenizer, conversation: Conversation, prompt: int) -> Encoded:
     """A conversation as tokens; trained are the assistant's messages behind the first `prompt` messages.
 
     Raises `RowError` where there is none, or it cannot be told where they lie.
     """
-    text, spans = find_answers(tokenizer, messages, tools)
+    messages = conversation.messages
+    text, spans = find_answers(tokenizer, *conversation)
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     own = [s for s, i in zip(spans, answers, strict=True) if i >= prompt and messages[i].get("weight", 1)]
     if not own:

@@ -30,9 +30,9 @@ from ds_llm.data.sources import Source, build_once, digests, resolve
 from ds_llm.data.tokens import IGNORE, tokenizer_hash
 from ds_llm.data.workers import available_cpus, ordered
 from ds_llm.errors import UserError
-from ds_llm.progress import progress
+from ds_llm.progress import console, progress
 
-VERSION = 1  # of the stored form: raise it when the same input gives other bytes
+VERSION = 2  # of the stored form: raise it when the same input gives other bytes
 FORMATS = ("messages", "prompt_completion", "alpaca", "text")
 TRUNCATE = ("right", "drop")
 REASONS = {
@@ -151,6 +151,7 @@ def prepare(
     formats = [find_format(source, FORMATS) if format == "auto" else format for source in found]
     if any(name != "text" for name in formats):
         chat.check_template(tokenizer)
+    _say_columns(tokenizer, found, formats)
     options = {"max_length": max_length, "train_on": train_on, "truncate": truncate}
     key = _key(digests(found, cache), formats, tokenizer, options)
     folder = build_once(cache, key, lambda out: _build(out, key, found, formats, tokenizer, options))
@@ -158,6 +159,18 @@ def prepare(
     if not result.report["supervised_tokens"]:
         raise UserError(_nothing(names, folder, result.report))
     return result
+
+
+def _say_columns(tokenizer, sources: list[Source], formats: list[str]) -> None:
+    """Name the columns beside the messages that the chat template reads."""
+    if not isinstance(tokenizer.chat_template, str):
+        return
+    seen = set()
+    for source, format in zip(sources, formats, strict=True):
+        if format != "text":
+            seen |= {name for row in islice(source.rows(), FORMAT_ROWS) for name in conversations.columns(row)}
+    if taken := sorted(chat.variables(tokenizer.chat_template) & seen):
+        console.print(f"the chat template takes these columns of the rows: {', '.join(taken)}")
 
 
 def find_format(source: Source, formats: Sequence[str]) -> str:

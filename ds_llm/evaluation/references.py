@@ -122,16 +122,15 @@ def _rows(source: Source) -> Iterator[tuple[str, int, dict | Reject]]:
 
 def _split(tokenizer, row: dict, format: str) -> tuple[str, str]:
     """(prompt as text, reference) of a row. Raises `RowError`."""
-    if format == "preference":
-        messages, _, tools = conversations.to_pair(row)
-    else:
-        messages, tools = conversations.to_messages(row, format)
+    found = conversations.to_pair(row)[0] if format == "preference" else conversations.to_messages(row, format)
+    messages, tools, columns = found
     last = max((i for i, m in enumerate(messages) if m["role"] == "assistant" and m["content"].strip()), default=0)
     if not last:
         raise RowError("no answer in words", f"roles are {', '.join(m['role'] for m in messages)}")
     before, answer = messages[:last], messages[last]["content"]
     if tokenizer.chat_template:
-        return chat.render(tokenizer, before, tools, add_generation_prompt=True), answer
+        context = chat.context_of(tokenizer, tools, columns)
+        return chat.render(tokenizer, before, context, add_generation_prompt=True), answer
     if len(before) > 1 or (format == "prompt_completion" and not isinstance(row["prompt"], str)):
         raise RowError("needs a chat template", "the tokenizer has none")
     return before[0]["content"], answer

@@ -27,7 +27,7 @@ from ds_llm.scoring.metrics import create
 from ds_llm.scoring.options import ScoreConfig, output_field
 from ds_llm.scoring.parts import differences
 
-VERSION = 1  # of the stored form and of how batches are cut: another one continues no run
+VERSION = 2  # of the stored form and of how batches are cut: another one continues no run
 WORK = ("missing.npy", "parts", "index", "merge")  # of no use once the output is there
 RESULTS = ("manifest.json", "statistics.json", "rows.parquet", "tokens.parquet", "report.html", "*.npy", *WORK)
 WEIGHTS = (".safetensors", ".bin", ".gguf", ".json")

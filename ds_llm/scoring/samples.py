@@ -136,15 +136,15 @@ def _unicode(text: str, where: str) -> str:
 
 def _conversation(tokenizer, row: dict, format: str, tokens: str) -> Sample | RowError:
     """A sample by the chat template. In a conversation without an answer no token counts."""
-    messages, tools = conversations.to_messages(row, format)
+    messages, tools, columns = conversations.to_messages(row, format)
     if tokens != "all":
         try:
-            encoded = chat.encode(tokenizer, messages, tools, train_on="last" if tokens == "last" else "all")
+            encoded = chat.encode(tokenizer, messages, tools, columns, train_on="last" if tokens == "last" else "all")
             return _sample(encoded.input_ids, encoded.trained)
         except chat.Unmaskable as error:
             if error.reason != "no answer":
                 raise
-    text = chat.render(tokenizer, messages, tools)
+    text = chat.render(tokenizer, messages, chat.context_of(tokenizer, tools, columns))
     return _sample(chat.tokenise(tokenizer, text, []).input_ids, tokens == "all")
 
 

@@ -19,8 +19,8 @@ def start_tokenizer(config: Config):
     if config.model.add_tokens:
         if config.lora.enabled:
             raise ConfigError(
-                "model.add_tokens: adapters would leave the new rows of the embedding as they begin; add the tokens by a "
-                "run with lora.enabled=false"
+                "model.add_tokens: adapters would leave the new rows as they begin; add the tokens by a run with "
+                "lora.enabled=false"
             )
         add_tokens(tokenizer, config.model.add_tokens)
     if config.data.chat_template is not None:

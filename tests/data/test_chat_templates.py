@@ -78,7 +78,7 @@ def test_a_file_or_one_of_the_tokenizers_own_templates_is_taken(tokenizer, tmp_p
     set_template(tokenizer, str(tmp_path / "own.jinja"))
     assert tokenizer.apply_chat_template(MESSAGES[:1], tokenize=False) == f"system: {SYSTEM}<|im_end|>"
     tokenizer.chat_template = {"tool_use": "{{ 'tools' }}", "rag": tokenizer.chat_template}
-    with pytest.raises(UserError, match="has the chat templates tool_use, rag and none called default; .*=tool_use$"):
+    with pytest.raises(UserError, match=r"has the chat templates tool_use, rag and none called default; .*=tool_use$"):
         chat.check_template(tokenizer)
     assert turn_end(tokenizer) is None
     set_template(tokenizer, "rag")

@@ -97,7 +97,7 @@ def test_detects_the_format_by_the_fields(row, format):
 )
 def test_rows_become_messages(row, messages, tools):
     before = json.dumps(row)
-    assert to_messages(row, detect(row)) == (messages, tools)
+    assert to_messages(row, detect(row))[:2] == (messages, tools)
     assert json.dumps(row) == before
 
 
@@ -173,7 +173,7 @@ OTHER = [user("q"), assistant("b")]
     ],
 )
 def test_pairs_are_two_whole_conversations(row):
-    assert to_pair(row) == (QA, OTHER, None)
+    assert to_pair(row) == ((QA, None, {}), (OTHER, None, {}))
 
 
 @pytest.mark.parametrize(
@@ -222,15 +222,28 @@ VALUES = st.recursive(
 def test_any_row_gives_well_formed_messages_or_a_reason(row):
     for format in ("messages", "prompt_completion", "alpaca", "preference"):
         try:
-            *conversations, tools = to_pair(row) if format == "preference" else to_messages(row, format)
+            found = to_pair(row) if format == "preference" else [to_messages(row, format)]
         except Malformed as error:
             assert error.reason in REASONS
             continue
-        assert tools is None or all(isinstance(tool, dict) for tool in tools)
-        for messages in conversations:
-            assert messages
+        for messages, tools, columns in found:
+            assert tools is None or all(isinstance(tool, dict) for tool in tools)
+            assert messages and not columns
             for message in messages:
                 assert message["role"] in ("system", "developer", "user", "assistant", "tool")
                 assert isinstance(message["content"], str)
                 calls = message.get("tool_calls", [])
                 assert all(isinstance(call["function"]["arguments"], dict) for call in calls)
+
+
+def test_what_is_no_part_of_the_messages_is_kept_for_the_template():
+    row = {
+        "messages": [user("q"), assistant("a")],
+        "enable_thinking": False,
+        "source": "web",
+        "documents": None,
+        "system": "s",
+    }
+    assert to_messages(row, "messages").columns == {"enable_thinking": False, "source": "web"}
+    pair = to_pair({"prompt": "q", "chosen": "a", "rejected": "b", "persona": "kind"})
+    assert [side.columns for side in pair] == [{"persona": "kind"}] * 2
