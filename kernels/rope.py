@@ -15,19 +15,27 @@ CHUNK = 1 << 18  # elements that the reference turns at a time
 
 
 def rope_tables(
-    positions: int | Tensor, rotary_dim: int, theta: float = 10000.0, *, device: torch.device | str | None = None
+    positions: int | Tensor,
+    rotary_dim: int,
+    theta: float = 10000.0,
+    *,
+    frequencies: Tensor | None = None,
+    device: torch.device | str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Cosines and sines of `position * theta ** (-2 i / rotary_dim)`, float32, `[*positions.shape, rotary_dim / 2]`.
 
-    `positions` is a tensor of token positions of any shape, or a length n that stands for 0 .. n - 1.
+    `positions` is a tensor of token positions of any shape, or a length n that stands for 0 .. n - 1. `frequencies`
+    [rotary_dim / 2] take the place of the powers of `theta`.
     """
     if rotary_dim <= 0 or rotary_dim % 2:
         raise ValueError(f"rotary_dim must be a positive even number, not {rotary_dim}")
     if isinstance(positions, int):
         positions = torch.arange(positions, device=device)
     # float64: at position 1e6 a float32 angle is off by 0.06 radian
-    exponent = torch.arange(0, rotary_dim, 2, device=positions.device, dtype=torch.float64) / rotary_dim
-    angle = positions.double()[..., None] * theta**-exponent
+    if frequencies is None:
+        exponent = torch.arange(0, rotary_dim, 2, device=positions.device, dtype=torch.float64) / rotary_dim
+        frequencies = theta**-exponent
+    angle = positions.double()[..., None] * frequencies.to(positions.device, torch.float64)
     return angle.cos().float(), angle.sin().float()
 
 

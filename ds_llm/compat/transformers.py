@@ -33,6 +33,8 @@ NAMES = {
     "ALL_MASK_ATTENTION_FUNCTIONS": ("transformers.masking_utils", "makes the mask of an attention kernel"),
     "and_masks": ("transformers.masking_utils", "joins conditions of a mask"),
     "causal_mask_function": ("transformers.masking_utils", "condition of a causal mask"),
+    "create_sliding_window_causal_mask": ("transformers.masking_utils", "the same within a window"),
+    "ROPE_INIT_FUNCTIONS": ("transformers.modeling_rope_utils", "scaled rotary frequencies of a configuration"),
     "create_causal_mask": ("transformers.masking_utils", "causal mask, block-diagonal for packed documents"),
     "eager_attention_forward": ("transformers.models.llama.modeling_llama", "attention that returns its weights"),
     "is_flash_attn_2_available": ("transformers.utils", "whether flash-attn can be used"),

@@ -89,6 +89,17 @@ def _check_together(config: Config) -> None:
                 f"model.num_experts_per_tok: {m.num_experts_per_tok} is more than "
                 f"model.n_routed_experts={m.n_routed_experts}"
             )
+        if m.use_moe and m.first_dense_layers >= m.n_layers:
+            raise ConfigError(
+                f"model.first_dense_layers: {m.first_dense_layers} of model.n_layers={m.n_layers} leave no experts"
+            )
+        for name in ("first_dense_layers", "router_bias_speed"):
+            if getattr(m, name) and not m.use_moe:
+                raise ConfigError(f"model.{name}: is for experts; set model.use_moe=true, or leave it out")
+        if m.full_attention_every and not m.sliding_window:
+            raise ConfigError("model.full_attention_every: is for model.sliding_window; set that, or leave it out")
+        if m.rope_scaling is not None and not isinstance(m.rope_scaling, dict):
+            raise ConfigError("model.rope_scaling: must be a mapping, as {rope_type: yarn, factor: 4}")
         if config.data.seq_len and config.data.seq_len > m.max_seq_len:
             raise ConfigError(f"data.seq_len: {config.data.seq_len} is longer than model.max_seq_len={m.max_seq_len}")
     if len(config.optim.betas) != 2 or not all(0 <= b < 1 for b in config.optim.betas):

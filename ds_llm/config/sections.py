@@ -6,6 +6,7 @@ Sections of single modes and of adapters are in `ds_llm.config.mode_sections`.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from ds_llm.config.options import key
 from ds_llm.config.text_metrics import METRICS
@@ -37,6 +38,14 @@ class ModelConfig:
     vocab_size: int | None = key(None, "Vocabulary size; none: the tokenizer's", at_least=1)
     max_seq_len: int = key(512, "Longest sequence in tokens", at_least=1)
     rope_theta: float = key(10000.0, "Base of the rotary frequencies", above=0)
+    rope_scaling: Any = key(
+        None, "Scaled rotary positions as transformers writes them: {rope_type: linear, llama3 or yarn, factor: ...}"
+    )
+    qk_norm: bool = key(False, "RMSNorm of each head's queries and keys before the rotation, as in Qwen3")
+    sliding_window: int | None = key(None, "Tokens that a token sees, its own among them; none: all", at_least=1)
+    full_attention_every: int = key(
+        0, "With sliding_window: every so many layers one that sees all tokens; 0: none", at_least=0
+    )
     norm_eps: float = key(1e-6, "Epsilon of RMSNorm", above=0)
     dropout: float = key(0.0, "Dropout probability on attention and MLP outputs", at_least=0, below=1)
     multiple_of: int = key(64, "The MLP width is rounded up to a multiple of this", at_least=1)
@@ -52,6 +61,12 @@ class ModelConfig:
     num_experts_per_tok: int = key(2, "Experts a token is sent to", at_least=1)
     n_shared_experts: int = key(0, "Experts every token passes, beside the routed ones", at_least=0)
     moe_intermediate_size: int | None = key(None, "Width of one expert; none: as the dense MLP", at_least=1)
+    first_dense_layers: int = key(0, "With use_moe: so many first layers keep a dense MLP", at_least=0)
+    router_bias_speed: float = key(
+        0.0,
+        "Balance experts by a bias on their scores, moved by so much each step (arXiv:2408.15664, there 0.001); 0: off",
+        at_least=0,
+    )
     scoring_func: str = key("softmax", "Router scores", choices=("softmax", "sigmoid"))
     norm_topk_prob: bool = key(True, "Normalise the weights of the chosen experts to sum to 1")
     aux_loss_alpha: float = key(0.01, "Weight of the load-balancing loss", at_least=0)

@@ -5,17 +5,16 @@ query attention (Ainslie et al., arXiv:2305.13245), SwiGLU. Without experts its 
 of transformers' Llama. Importing this module registers it with transformers' Auto classes.
 """
 
-# no `from __future__ import annotations` here: the configuration's types are checked at run time
+from __future__ import annotations
+
 import math
-from typing import Self
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedConfig
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, GenerationMixin
 
-from ds_llm.compat.hf_model import CACHE, CausalModel, cache_argument, model_output, takes_cache
+from ds_llm.compat.hf_model import CausalModel, cache_argument, model_output, takes_cache
 from ds_llm.compat.transformers import (
     ALL_ATTENTION_FUNCTIONS,
     Cache,
@@ -25,125 +24,15 @@ from ds_llm.compat.transformers import (
     capture_outputs,
     chosen_attention,
     create_causal_mask,
+    create_sliding_window_causal_mask,
     eager_attention_forward,
 )
 from ds_llm.compat.transformers import initialization as init
-from ds_llm.config.sections import ModelConfig
 from ds_llm.kernels.rope import apply_rope, rope_tables
+from ds_llm.models.decoder_config import DecoderConfig
 from ds_llm.models.documents import Documents
 from ds_llm.models.head import LMHead, loss_and_logits
 from ds_llm.models.moe import MLP, Experts, MoEBlock, Router
-
-
-@strict
-class DecoderConfig(PreTrainedConfig):
-    """Configuration of the decoder; names are those of transformers, see docs/model.md for each field.
-
-    Raises `huggingface_hub.errors.StrictDataclassError` for a wrong type, or heads, experts or rotary options that do
-    not fit together.
-    """
-
-    model_type = "ds_llm_decoder"
-    keys_to_ignore_at_inference = [CACHE, "aux_loss", "aux_report", "expert_counts"]  # noqa: RUF012
-    base_model_tp_plan = {  # noqa: RUF012
-        **{f"layers.*.self_attn.{name}_proj": "colwise" for name in "qkv"},
-        **{f"layers.*.mlp.{name}_proj": "colwise" for name in ("gate", "up")},
-        "layers.*.self_attn.o_proj": "rowwise",
-        "layers.*.mlp.down_proj": "rowwise",
-    }
-
-    vocab_size: int = 6400
-    hidden_size: int = 512
-    num_hidden_layers: int = 8
-    num_attention_heads: int = 8
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
-    intermediate_size: int | None = None
-    max_position_embeddings: int = 512
-    rope_parameters: dict | None = None
-    rms_norm_eps: float = 1e-6
-    tie_word_embeddings: bool = True
-    dropout: float | int = 0.0
-    attention_dropout: float | int = 0.0
-    initializer_range: float = 0.02
-    use_cache: bool = True
-    use_moe: bool = False
-    n_routed_experts: int = 8
-    num_experts_per_tok: int = 2
-    n_shared_experts: int = 0
-    moe_intermediate_size: int | None = None
-    scoring_func: str = "softmax"
-    norm_topk_prob: bool = True
-    aux_loss_alpha: float | int = 0.01
-    seq_aux: bool = True
-    z_loss_alpha: float | int = 0.0
-    pad_token_id: int | None = None
-    bos_token_id: int | None = None
-    eos_token_id: int | list[int] | None = None
-
-    def __post_init__(self, **kwargs):
-        if self.num_key_value_heads is None:
-            self.num_key_value_heads = self.num_attention_heads
-        if self.head_dim is None:
-            self.head_dim = self.hidden_size // self.num_attention_heads
-        if self.intermediate_size is None:
-            self.intermediate_size = swiglu_width(self.hidden_size, 64)
-        if self.moe_intermediate_size is None:
-            self.moe_intermediate_size = self.intermediate_size
-        super().__post_init__(**kwargs)
-
-    def validate_architecture(self):
-        """Called by the base class after construction."""
-        if self.hidden_size % self.num_attention_heads and self.head_dim * self.num_attention_heads != self.hidden_size:
-            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of {self.num_attention_heads} heads")
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads "
-                f"{self.num_key_value_heads}"
-            )
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim must be even for rotary positions, not {self.head_dim}")
-        if (self.rope_parameters or {}).get("rope_type", "default") != "default":
-            raise ValueError(f"rope_type '{self.rope_parameters['rope_type']}' is not supported: only 'default' is")
-        if self.use_moe and self.num_experts_per_tok > self.n_routed_experts:
-            raise ValueError(
-                f"num_experts_per_tok {self.num_experts_per_tok} is more than n_routed_experts {self.n_routed_experts}"
-            )
-        if self.scoring_func not in ("softmax", "sigmoid"):
-            raise ValueError(f"scoring_func must be softmax or sigmoid, not '{self.scoring_func}'")
-
-    @classmethod
-    def from_model_config(cls, model: ModelConfig, vocab_size: int, **kwargs) -> Self:
-        """From the `model` section of a run's configuration; `kwargs` are further fields (token ids)."""
-        return cls(
-            vocab_size=vocab_size,
-            hidden_size=model.dim,
-            num_hidden_layers=model.n_layers,
-            num_attention_heads=model.n_heads,
-            num_key_value_heads=model.n_kv_heads,
-            intermediate_size=model.intermediate_size or swiglu_width(model.dim, model.multiple_of),
-            max_position_embeddings=model.max_seq_len,
-            rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},
-            rms_norm_eps=model.norm_eps,
-            tie_word_embeddings=model.tie_embeddings,
-            dropout=model.dropout,
-            use_moe=model.use_moe,
-            n_routed_experts=model.n_routed_experts,
-            num_experts_per_tok=model.num_experts_per_tok,
-            n_shared_experts=model.n_shared_experts,
-            moe_intermediate_size=model.moe_intermediate_size,
-            scoring_func=model.scoring_func,
-            norm_topk_prob=model.norm_topk_prob,
-            aux_loss_alpha=model.aux_loss_alpha,
-            seq_aux=model.seq_aux,
-            z_loss_alpha=model.z_loss_alpha,
-            **kwargs,
-        )
-
-
-def swiglu_width(hidden_size: int, multiple_of: int) -> int:
-    """8/3 of the hidden size, rounded up: three SwiGLU matrices of it hold what two of a 4x wide MLP hold."""
-    return math.ceil(8 * hidden_size / 3 / multiple_of) * multiple_of
 
 
 @model_output
@@ -197,17 +86,22 @@ class DecoderAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
         self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
         self.o_proj.into_residual = True
+        self.q_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.sliding_window = config.window_of(layer_idx)
 
     def forward(self, hidden, rope, attention_mask=None, cache=None, **kwargs) -> tuple[Tensor, Tensor | None]:
         """hidden [B, S, H], rope = (cos, sin) [S or B x S, head_dim / 2] -> output [B, S, H], attention weights."""
         shape = (*hidden.shape[:-1], -1, self.head_dim)
-        q, k = apply_rope(self.q_proj(hidden).view(shape), self.k_proj(hidden).view(shape), *rope)
+        q, k = self.q_norm(self.q_proj(hidden).view(shape)), self.k_norm(self.k_proj(hidden).view(shape))
+        q, k = apply_rope(q, k, *rope)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), self.v_proj(hidden).view(shape).transpose(1, 2)
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(chosen_attention(self.config), eager_attention_forward)
         dropout = self.config.attention_dropout if self.training else 0.0
-        out, weights = attend(self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
+        kwargs |= {"dropout": dropout, "scaling": self.scaling, "sliding_window": self.sliding_window}
+        out, weights = attend(self, q, k, v, attention_mask, **kwargs)
         return self.o_proj(out.reshape(*hidden.shape[:-1], -1)), weights
 
 
@@ -218,7 +112,8 @@ class DecoderLayer(GradientCheckpointingLayer):
         super().__init__()
         self.dropout = config.dropout
         self.self_attn = DecoderAttention(config, layer_idx)
-        self.mlp = MoEBlock(config) if config.use_moe else MLP(config.hidden_size, config.intermediate_size)
+        experts = config.use_moe and layer_idx >= config.first_k_dense_replace
+        self.mlp = MoEBlock(config) if experts else MLP(config.hidden_size, config.intermediate_size)
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
@@ -273,6 +168,7 @@ class DecoderModel(DecoderPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([DecoderLayer(config, i) for i in range(config.num_hidden_layers)])
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rope_frequencies, self.rope_scale = config.rope()
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -301,13 +197,17 @@ class DecoderModel(DecoderPreTrainedModel):
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         batch, length = hidden.shape[:2]
         # made from the caller's cache: transformers looks for packed documents only where there is no cache
-        causal_mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=hidden,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            **cache_argument(cache),
-        )
+        make = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
+        masks = {
+            kind: make[kind](
+                config=self.config,
+                inputs_embeds=hidden,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                **cache_argument(cache),
+            )
+            for kind in set(self.config.layer_types)
+        }
         flash = "flash" in (chosen_attention(self.config) or "") and "cu_seq_lens_q" not in kwargs
         if flash and position_ids is not None and attention_mask is None and cache is None:
             documents = Documents.of(position_ids.expand(batch, -1))
@@ -321,23 +221,21 @@ class DecoderModel(DecoderPreTrainedModel):
             positions = torch.arange(length, device=hidden.device) + seen
         else:
             positions = position_ids[0] if position_ids.shape[0] == 1 else position_ids
-        rope = rope_tables(positions, self.config.head_dim, self.config.rope_parameters["rope_theta"])
+        theta = self.config.rope_parameters["rope_theta"]
+        rope = rope_tables(positions, self.config.head_dim, theta, frequencies=self.rope_frequencies)
+        rope = [table * self.rope_scale for table in rope] if self.rope_scale != 1 else rope
         if token_mask is None and self.config.use_moe and attention_mask is not None and attention_mask.dim() == 2:
             token_mask = attention_mask[:, -length:].bool()
 
         stats = []
-        for layer in self.layers:
+        for layer, kind in zip(self.layers, self.config.layer_types, strict=False):
+            mask = masks[kind]
             hidden, *rest = layer(
-                hidden,
-                rope,
-                attention_mask=causal_mask,
-                token_mask=token_mask,
-                **cache_argument(cache),
-                **kwargs,
+                hidden, rope, attention_mask=mask, token_mask=token_mask, **cache_argument(cache), **kwargs
             )
-            stats.append(rest)
+            stats += [rest] if rest else []
         out = DecoderOutput(last_hidden_state=self.norm(hidden), **cache_argument(cache))
-        if self.config.use_moe:
+        if stats:
             aux, balance, counts = (torch.stack(column) for column in zip(*stats, strict=True))
             out.aux_loss, out.aux_report, out.expert_counts = aux.sum(), balance.mean(), counts
         return out

@@ -110,6 +110,9 @@ class MoEBlock(nn.Module):
             config.seq_aux,
             config.z_loss_alpha,
         )
+        self.bias_speed = config.router_bias_speed
+        bias = torch.zeros(config.n_routed_experts, dtype=torch.float32) if self.bias_speed else None
+        self.register_buffer("e_score_correction_bias", bias)
         self.gate = Router(hidden, config.n_routed_experts)
         self.experts = Experts(config.n_routed_experts, hidden, width)
         self.shared_experts = MLP(hidden, config.n_shared_experts * width) if config.n_shared_experts else None
@@ -127,6 +130,7 @@ class MoEBlock(nn.Module):
             self.top_k,
             scoring=self.scoring,
             normalize=self.normalize,
+            bias=self.e_score_correction_bias,
             mask=None if mask is None else mask.reshape(-1),
             sequences=hidden.shape[0],
         )
@@ -140,3 +144,18 @@ class MoEBlock(nn.Module):
         if self.z_loss_alpha:
             aux = aux + self.z_loss_alpha * z_loss(stats)
         return out.view_as(hidden), aux, balance.detach(), stats.counts.sum(0, dtype=torch.int32)
+
+
+@torch.no_grad()
+def balance(model: nn.Module, load: list[list[float]]) -> None:
+    """Move the biases of a model's routers by `bias_speed` towards experts that got less than the mean, in place.
+
+    load: share of the global batch that each expert got, [layers with experts][E]. No loss is added and no gradient
+    changed (Wang et al., "Auxiliary-Loss-Free Load Balancing", arXiv:2408.15664, algorithm 1). Models without such
+    biases stay as they are.
+    """
+    blocks = [module for module in model.modules() if isinstance(module, MoEBlock)]
+    for block, shares in zip(blocks, load, strict=False):
+        if block.bias_speed:
+            got = torch.tensor(shares, device=block.e_score_correction_bias.device)
+            block.e_score_correction_bias += block.bias_speed * (got.mean() - got).sign()

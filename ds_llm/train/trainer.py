@@ -21,6 +21,7 @@ from ds_llm.engine import processes
 from ds_llm.engine.engine import Engine, StepResult
 from ds_llm.errors import UserError
 from ds_llm.files import lock
+from ds_llm.models.moe import balance
 from ds_llm.pretrained import saving
 from ds_llm.progress import console
 from ds_llm.tracking.throughput import Meter
@@ -155,6 +156,8 @@ class Trainer:
         result = self.engine.step(rate, veto=reason is not None)
         if reason is None and not result.applied:
             reason = "gradient overflow" if self.config.train.dtype == "fp16" else "non-finite gradient"
+        if reason is None and figures.expert_load is not None:
+            balance(self.job.model, figures.expert_load)
         self._count_step(counted, figures, result, reason)
         self.tracker.step(self._step_record(counted, figures, result, reason))
         if reason:

@@ -25,6 +25,9 @@ def decoder(**options) -> DecoderForCausalLM:
 
 MAKERS = {name: lambda name=name: tiny(name) for name in ARCHITECTURES}
 MAKERS["decoder"] = decoder
+MAKERS["decoder with windows"] = lambda: decoder(
+    sliding_window=4, layer_types=["sliding_attention", "full_attention"], qk_norm=True
+)
 MAKERS["decoder with experts"] = lambda: decoder(use_moe=True, n_routed_experts=4, moe_intermediate_size=16)
 
 

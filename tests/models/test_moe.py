@@ -26,6 +26,7 @@ def make(hidden=16, width=24, experts=5, top_k=2, shared=0, **options) -> MoEBlo
         n_routed_experts=experts,
         num_experts_per_tok=top_k,
         n_shared_experts=shared,
+        router_bias_speed=0.0,
         **{"scoring_func": "softmax", "norm_topk_prob": True, "aux_loss_alpha": 0.1, "seq_aux": True, "z_loss_alpha": 0}
         | options,
     )

@@ -1,6 +1,7 @@
 """The loop in one process: when it evaluates, saves, skips, stops, and what it refuses."""
 
 import json
+import shutil
 import signal
 import statistics
 import threading
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from devices import FP16_HERE, in_fp16_here
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ds_llm.checkpoint import folder as checkpoint
@@ -321,3 +323,28 @@ def test_a_mixture_of_token_files_is_drawn_by_its_weights_and_evaluated_by_file(
 def test_a_mixture_that_cannot_be_drawn_is_refused(run, weights, text):
     with pytest.raises(ConfigError, match=text):
         run(f"data.weights={weights}")
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_router_biases_follow_the_load_and_continue_bit_for_bit(run, tmp_path, stage):
+    keys = ["model.use_moe=true", "model.n_routed_experts=4", "model.first_dense_layers=1", "model.n_layers=3"]
+    keys += ["model.aux_loss_alpha=0", "model.router_bias_speed=0.01", "train.dtype=bf16", "train.max_steps=4"]
+    keys += ["checkpoint.every_steps=2", "checkpoint.keep=0", f"zero={stage}", "eval.before=false"]
+    code, output, records = run(*keys)
+    assert code == 0
+    loads = torch.tensor([r["expert_load"] for r in of_kind(records, "step")])  # [steps, layers with experts, E]
+    assert loads.shape[1:] == (2, 4)
+    expected = (0.01 * (loads.mean(-1, keepdim=True) - loads).sign()).sum(0)
+    weights = load_file(output / "model" / "model.safetensors")
+    for layer, bias in zip((1, 2), expected, strict=True):
+        found = weights[f"model.layers.{layer}.mlp.e_score_correction_bias"]
+        assert found.dtype == torch.float32  # steps of 0.01 would round away in bf16
+        torch.testing.assert_close(found, bias)
+    again = tmp_path / "again"
+    shutil.copytree(output, again)
+    for last in again.glob("checkpoints/step-*4"):
+        shutil.rmtree(last)
+    code, _, _ = run(*keys, output=again)
+    assert code == 0
+    repeated = load_file(again / "model" / "model.safetensors")
+    assert repeated.keys() == weights.keys() and all(torch.equal(repeated[n], weights[n]) for n in weights)
