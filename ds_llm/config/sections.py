@@ -24,7 +24,7 @@ class ModelConfig:
         None, "pretrain: folder, JSON file or hub name of an architecture to train from scratch, not the decoder below"
     )
     add_tokens: list[str] = key(
-        [], "sft, dpo, kto: special tokens added to the vocabulary; their embeddings start as the mean of all others"
+        [], "conversations: special tokens added to the vocabulary; their embeddings start as the mean of all others"
     )
     freeze: list[str] = key(
         [],
@@ -80,8 +80,8 @@ class ModelConfig:
 class DataConfig:
     train: list[str] = key(
         [],
-        "pretrain: token files (.bin). sft, dpo (pairs), kto (labels or pairs): JSONL, JSON or Parquet files, folders, "
-        "patterns or hub names. sparse, router: either kind",
+        "pretrain: token files (.bin). sparse, router: these or conversations. All others: JSONL, JSON or Parquet "
+        "files, folders, patterns or hub names",
     )
     val: list[str] = key(
         [],
@@ -90,7 +90,7 @@ class DataConfig:
     )
     chat_template: str | None = key(
         None,
-        "sft, dpo, kto: chat template, a .jinja file or chatml, llama3, gemma, mistral, alpaca; none: the tokenizer's",
+        "conversations: chat template, a .jinja file or chatml, llama3, gemma, mistral, alpaca; none: the tokenizer's",
     )
     tokenizer: str | None = key(None, "Tokenizer folder; none: the one recorded beside the token file, else model.path")
     seq_len: int | None = key(
@@ -109,7 +109,7 @@ class DataConfig:
     )
     truncate: str = key(
         "right",
-        "sft, dpo, kto: what happens to samples longer than data.seq_len; right: cut their end off",
+        "conversations: what happens to samples longer than data.seq_len; right: cut their end off",
         choices=("right", "drop"),
     )
     weights: list[float] = key(
@@ -186,8 +186,10 @@ class EvalConfig:
         None, "pretrain: window of the perplexity protocol; none: the training sequence length", at_least=2
     )
     stride: int | None = key(None, "pretrain: step between windows; none: token_length (no overlap)", at_least=1)
-    max_windows: int = key(0, "Use only the first windows (sft: packs, dpo: pairs, kto: answers); 0: all", at_least=0)
-    prompts: list[str] = key([], "Prompts answered greedily at every evaluation and logged; sft, dpo, kto: as a chat")
+    max_windows: int = key(0, "Use only the first windows, or packs, pairs, answers; 0: all", at_least=0)
+    prompts: list[str] = key(
+        [], "Prompts answered greedily at every evaluation and logged; with conversations as a chat"
+    )
     max_new_tokens: int = key(64, "Tokens generated per prompt", at_least=1)
     generation_metrics: list[str] = key(
         [],

@@ -6,7 +6,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -19,9 +19,11 @@ from ds_llm.data.order import SampleOrder
 from ds_llm.engine.engine import Engine
 from ds_llm.engine.inference import inference
 from ds_llm.errors import ConfigError, UserError
+from ds_llm.pretrained import lora as adapters
 from ds_llm.pretrained.fingerprint import identity, model_fingerprint
-from ds_llm.pretrained.lengths import max_positions
+from ds_llm.pretrained.lengths import lengths, max_positions
 from ds_llm.train.reference import reference_log_probs
+from ds_llm.train.start_tokenizer import start_tokenizer
 
 
 class Scored(Protocol):
@@ -76,6 +78,44 @@ def check_reference(config: Config, path: str | None, tokenizer, seq_len: int) -
     if tokenizer_hash(load_tokenizer(path)) != tokenizer_hash(tokenizer):
         raise UserError(f"{key}: {path} has another tokenizer than the model, so their tokens do not compare")
     return identity(path)
+
+
+class Prepared(NamedTuple):
+    """Data of a run, `val` None without `data.val`. start: identities of the models that it starts from."""
+
+    train: Scored
+    val: Scored | None
+    tokenizer: object
+    seq_len: int
+    start: dict
+
+
+def prepare(
+    config: Config,
+    tokenise: Callable,
+    samples: Callable[..., Scored],
+    reference: str | None,
+    needs_reference: bool = True,
+) -> Prepared:
+    """Tokenise `data.train` and `data.val` into the cache and check tokenizer, prompts and reference model.
+
+    tokenise: `prepare_pairs` or `prepare_labelled`; samples: makes `Scored` of what it returns. reference: path of the
+    reference model, None for the start model. Raises `ConfigError` or `UserError`.
+    """
+    from ds_llm.evaluation.samples import check_prompts
+
+    seq_len, limit = lengths(config)
+    start = adapters.check(config)
+    tokenizer = start_tokenizer(config)
+    if needs_reference:
+        start["reference"] = check_reference(config, reference, tokenizer, seq_len)
+    check_prompts(config, tokenizer, limit, chat=True)
+    options = {"max_length": seq_len, "truncate": config.data.truncate, "cache": cache()}
+    train, val = (
+        samples(tokenise(list(sources), tokenizer, **options, name=name)) if sources else None
+        for name, sources in (("train", config.data.train), ("val", config.data.val))
+    )
+    return Prepared(train, val, tokenizer, seq_len, start)
 
 
 def cache() -> Path:

@@ -14,14 +14,11 @@ from ds_llm.config.modes import MODES
 from ds_llm.config.run import Config
 from ds_llm.data.pairs import Pairs, prepare_pairs
 from ds_llm.errors import ConfigError
-from ds_llm.pretrained import lora as adapters
-from ds_llm.pretrained.lengths import lengths
 from ds_llm.train import alignment
 from ds_llm.train.evaluation import measure
 from ds_llm.train.job import Figures, Job, Shown
 from ds_llm.train.losses.preference import METRICS, Preference
 from ds_llm.train.start_model import start_model
-from ds_llm.train.start_tokenizer import start_tokenizer
 from ds_llm.train.step import MicroStep
 
 
@@ -70,9 +67,7 @@ def check(config: Config) -> Data:
 
     Pairs and reference log-probabilities are stored in `alignment.cache()`.
     """
-    from ds_llm.evaluation.samples import check_prompts
-
-    data, options = config.data, config.dpo
+    options = config.dpo
     alignment.check_keys(config, "data/pairs.jsonl")
     loss = Preference(
         options.loss,
@@ -84,29 +79,9 @@ def check(config: Config) -> Data:
     )
     if options.reference and not loss.needs_reference:
         raise ConfigError(f"dpo.reference: the {options.loss} loss has no reference; leave it out")
-    seq_len, limit = lengths(config)
-    start = adapters.check(config)
-    tokenizer = start_tokenizer(config)
-    if loss.needs_reference:
-        start["reference"] = alignment.check_reference(config, options.reference, tokenizer, seq_len)
-    check_prompts(config, tokenizer, limit, chat=True)
-    train, val = (
-        Samples(
-            prepare_pairs(
-                list(sources),
-                tokenizer,
-                max_length=seq_len,
-                truncate=data.truncate,
-                cache=alignment.cache(),
-                name=name,
-            )
-        )
-        if sources
-        else None
-        for name, sources in (("train", data.train), ("val", data.val))
-    )
-    fingerprint = {"pairs": train.pairs.fingerprint, "seq_len": seq_len, **start}
-    return Data(loss, train, val, tokenizer, seq_len, fingerprint)
+    found = alignment.prepare(config, prepare_pairs, Samples, options.reference, loss.needs_reference)
+    fingerprint = {"pairs": found.train.pairs.fingerprint, "seq_len": found.seq_len, **found.start}
+    return Data(loss, found.train, found.val, found.tokenizer, found.seq_len, fingerprint)
 
 
 def figures(config: Config) -> Figures:

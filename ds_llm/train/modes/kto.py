@@ -16,6 +16,7 @@ import hashlib
 import math
 import time
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -27,14 +28,11 @@ from ds_llm.config.run import Config
 from ds_llm.data.labelled import LabelledAnswers, prepare_labelled
 from ds_llm.engine.engine import Engine
 from ds_llm.errors import ConfigError
-from ds_llm.pretrained import lora as adapters
-from ds_llm.pretrained.lengths import lengths
 from ds_llm.progress import console
 from ds_llm.train import alignment
 from ds_llm.train.evaluation import measure
 from ds_llm.train.job import Figures, Job, Shown
 from ds_llm.train.start_model import start_model
-from ds_llm.train.start_tokenizer import start_tokenizer
 from ds_llm.train.step import MicroStep
 
 METRICS = (
@@ -99,38 +97,17 @@ def check(config: Config) -> Data:
 
     Answers and reference log-probabilities are stored in `alignment.cache()`.
     """
-    from ds_llm.evaluation.samples import check_prompts
-
-    data, options = config.data, config.kto
+    options = config.kto
     alignment.check_keys(config, "data/answers.jsonl")
     if not options.desirable_weight and not options.undesirable_weight:
         raise ConfigError("kto.desirable_weight: 0, as kto.undesirable_weight is, leaves nothing to learn")
-    seq_len, limit = lengths(config)
-    start = adapters.check(config)
-    tokenizer = start_tokenizer(config)
-    start["reference"] = alignment.check_reference(config, options.reference, tokenizer, seq_len)
-    check_prompts(config, tokenizer, limit, chat=True)
-    train, val = (
-        Samples(
-            prepare_labelled(
-                list(sources),
-                tokenizer,
-                max_length=seq_len,
-                truncate=data.truncate,
-                cache=alignment.cache(),
-                name=name,
-            ),
-            options.kl,
-            config.train.seed,
-        )
-        if sources
-        else None
-        for name, sources in (("train", data.train), ("val", data.val))
-    )
-    _check_balance(options, train.answers)
-    labels = hashlib.sha256(train.answers.desirable.tobytes()).hexdigest()
-    fingerprint = {"answers": train.answers.fingerprint, "labels": labels, "seq_len": seq_len, **start}
-    return Data(train, val, tokenizer, seq_len, fingerprint)
+    samples = partial(Samples, kl=options.kl, seed=config.train.seed)
+    found = alignment.prepare(config, prepare_labelled, samples, options.reference)
+    answers = found.train.answers
+    _check_balance(options, answers)
+    labels = hashlib.sha256(answers.desirable.tobytes()).hexdigest()
+    fingerprint = {"answers": answers.fingerprint, "labels": labels, "seq_len": found.seq_len, **found.start}
+    return Data(found.train, found.val, found.tokenizer, found.seq_len, fingerprint)
 
 
 def _check_balance(options: KtoConfig, answers: LabelledAnswers) -> None:
