@@ -1,10 +1,12 @@
 """Boosted models: an ensemble of causal language models with one vocabulary, as one Hugging Face model.
 
-Its logits are a vote of its sub-models': z = (1 - lambda) z_0 + lambda z_1, for more than two their mean. Each may also
-see what its predecessor sees (`ds_llm.models.predecessor`). The vote of linear heads is itself one linear head, of the
-concatenated hidden states, so loss and token statistics are computed from these as for any other model
-(`ds_llm.models.head`). Weights are named `sub_models.{i}.` followed by the sub-model's own name. Importing this module
-registers it with transformers' Auto classes.
+Two sub-models vote by z = (1 - lambda) z_0 + lambda z_1, where z are logits. More than two vote by their mean. A
+sub-model may also read what its predecessor's attention reads (`ds_llm.models.predecessor`). The vote of linear heads
+is itself a linear head on the concatenated hidden states. Loss and token statistics are therefore computed from these,
+as for any other model (`ds_llm.models.head`).
+
+Weights are named `sub_models.{i}.` followed by the sub-model's own name. Importing this module registers the model with
+transformers' Auto classes.
 """
 
 import copy
@@ -48,8 +50,11 @@ from ds_llm.models.head import (
 
 @model_output
 class MixedOutput(ModelOutput):
-    """`last_hidden_state` [B, S, sum of H_i]: those of the sub-models side by side. With experts, see `DecoderOutput`:
-    `aux_loss` and `aux_report` of the sub-models that train, `expert_counts` of all layers."""
+    """Output of `MixedBackbone`.
+
+    `last_hidden_state` [B, S, sum of H_i]: hidden states of the sub-models, concatenated. With experts, as in
+    `DecoderOutput`: `aux_loss` and `aux_report` of the sub-models that are trained, `expert_counts` of all layers.
+    """
 
     last_hidden_state: Tensor | None = None
     cache: Cache | None = None
@@ -59,7 +64,7 @@ class MixedOutput(ModelOutput):
 
 
 class MixedHead(nn.Module):
-    """The vote of the sub-models' output heads. It has no weights of its own."""
+    """The weighted sum of the sub-models' logits. It has no weights of its own."""
 
     def __init__(self, model: "QwenBoostForCausalLM"):
         super().__init__()
@@ -75,7 +80,7 @@ class MixedHead(nn.Module):
 
     @property
     def computes_loss(self) -> bool:
-        """Whether all heads are plain: an adapter around one of them must be called."""
+        """Whether all heads are plain linear layers. A head with an adapter must be called as it is."""
         return all(isinstance(head, LMHead) and head.bias is None for head in self.heads)
 
     def attach(self) -> None:
@@ -84,7 +89,7 @@ class MixedHead(nn.Module):
             attach_loss_head(part)
 
     def forward(self, hidden: Tensor, labels: Tensor | None = None, reduction: str = "sum") -> Tensor | TokenStats:
-        """As `LMHead.forward`, of hidden [..., sum of H_i]; labels only where `computes_loss`."""
+        """As `LMHead.forward`, for hidden [..., sum of H_i]. Labels may be given only where `computes_loss`."""
         heads, weights = self.heads, self._model[0].vote()
         parts = hidden.split([part.config.get_text_config().hidden_size for part in self._model[0].sub_models], -1)
         if labels is None:
@@ -100,7 +105,7 @@ class MixedHead(nn.Module):
 
 
 class MixedBackbone(nn.Module):
-    """The sub-models' backbones, run one after the other on the same tokens."""
+    """The sub-models' backbones. They run one after the other on the same tokens."""
 
     takes_token_mask = True
 

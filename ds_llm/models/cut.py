@@ -1,6 +1,6 @@
-"""A small model of the same make: few layers of each kind, narrow, with random weights.
+"""A small model of a configuration: few layers of each kind, narrow, with random weights.
 
-What holds for it holds for the architecture and its options, as far as that does not depend on size.
+A check that does not depend on size holds for the configuration if it holds for the small model.
 """
 
 from __future__ import annotations
@@ -165,9 +165,9 @@ def _build(config: PreTrainedConfig, attention: str) -> nn.Module:
 
 @torch.no_grad()
 def randomize(model: nn.Module, scale: float = 1.0) -> None:
-    """Weights with which all tokens that a token sees matter: the usual first ones are too small for that.
+    """Draw weights with which every visible token changes a token's output. The usual initial weights are too small.
 
-    scale: of the matrices, relative to that which keeps the size of values.
+    scale: factor on the matrices, relative to the one that keeps the size of activations.
     """
     for parameter in model.parameters():
         if parameter.ndim < 2:

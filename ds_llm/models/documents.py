@@ -1,8 +1,8 @@
 """Packed documents that do not see each other, in any causal model of transformers.
 
-While a model runs inside `apart(...)`, three things know where documents begin: the masks that transformers makes, our
-attention kernel, and modules that mix tokens by other means (recurrent layers, convolutions), which run on each
-document as a row of its own. `ds_llm.models.isolation` finds out which of them a model needs.
+Inside `apart(...)` three parts of a model know where documents begin: the masks that transformers makes, our attention
+kernel, and modules that mix tokens by other means (recurrent layers, convolutions). Those run on each document as a row
+of its own. `ds_llm.models.isolation` finds out which of the three a model needs.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ MASKED = ("sdpa", "eager", "flex_attention")  # kernels of transformers that rea
 class Documents:
     """Where documents lie in the rows [B, S] of a micro-batch.
 
-    bounds: first tokens of the documents and B * S, of all rows laid end to end; no document crosses rows.
+    bounds: index of each document's first token in the concatenated rows, and B * S at the end. No document crosses
+    rows.
     """
 
     shape: tuple[int, int]
@@ -50,8 +51,10 @@ class Documents:
 
     @classmethod
     def of(cls, position_ids: Tensor, device: torch.device | None = None) -> Documents | None:
-        """Documents of rows whose position_ids [B, S] do not go on by one where a document begins; None where each row
-        is a single one. device: where the model is, if not where position_ids are."""
+        """Documents of rows whose position_ids [B, S] restart where one begins; None where each row is one document.
+
+        device: device of the model; None: that of position_ids.
+        """
         starts = torch.ones_like(position_ids, dtype=torch.bool)
         starts[:, 1:] = position_ids.diff(dim=-1) != 1
         first = starts.reshape(-1).nonzero().view(-1).tolist()
@@ -108,8 +111,11 @@ class Group(NamedTuple):
 
 @dataclass(frozen=True)
 class Way:
-    """How a causal language model keeps documents apart. kernel: the attention kernel that packed rows run with;
-    modules: class names of what runs on each document by itself."""
+    """How a causal language model keeps documents apart.
+
+    kernel: name of the attention kernel for packed rows. modules: class names of modules that run on each document by
+    itself.
+    """
 
     kernel: str
     modules: tuple[str, ...] = ()
@@ -143,8 +149,10 @@ def parts(model: nn.Module) -> list[nn.Module]:
 
 @contextlib.contextmanager
 def apart(ways: Sequence[tuple[nn.Module, Way]], documents: Documents) -> Iterator[None]:
-    """Keep `documents` apart in forward passes of these models inside the block, and where a later backward pass
-    computes their layers again."""
+    """Context manager: forward passes of these models keep `documents` apart.
+
+    A later backward pass that computes layers again keeps them apart too.
+    """
     before = []
     for model, way in ways:
         for config in _configs(model):

@@ -1,7 +1,7 @@
-"""Finds out, for any causal model of transformers, how packed documents are kept from seeing each other.
+"""Chooses how a causal model of transformers keeps packed documents apart.
 
-No architecture is trusted: a small model of the same configuration (`ds_llm.models.cut`) runs packed documents and the
-same documents alone, forward and backward. The first way of `ds_llm.models.documents` that gives the same is taken.
+No architecture is trusted. A small model of the same configuration (`ds_llm.models.cut`) runs packed documents, and
+each document alone, forward and backward. The first way of `ds_llm.models.documents` that gives equal results is taken.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ class LeakError(UserError):
 
 
 def isolate(model: nn.Module, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
-    """Prepare a causal language model, in place, for packed documents that do not see each other.
+    """Prepare a causal language model, in place, so that packed documents do not see each other.
 
-    It may have adapters or be a boosted one. device, dtype: where and in what it will compute, if not as it is. Raises
-    `LeakError` where there is no way.
+    The model may have adapters or be a boosted one. device, dtype: where and in which dtype it will compute; None:
+    where it is. Raises `LeakError` where no way keeps documents apart.
     """
     for part in parts(model):
         if getattr(part, "packing_way", None) is None:
@@ -63,8 +63,10 @@ def run_backbone(
     packed: Documents | None = None,
     **options,
 ):
-    """What the backbone of a causal language model returns for a batch without a cache; arguments as for
-    `ds_llm.models.head.lm_loss`, options as the backbone takes them."""
+    """Run the backbone of a causal language model without a cache and return its output.
+
+    Arguments as for `ds_llm.models.head.lm_loss`; options are passed to the backbone.
+    """
     body = backbone(model)
     if token_mask is not None and getattr(body, "takes_token_mask", False):
         options["token_mask"] = token_mask
@@ -83,7 +85,7 @@ def run_backbone(
 
 
 def prepare(model: nn.Module, way: Way) -> None:
-    """Have those modules of a model run on each document by itself that do in this way."""
+    """Have the modules of a model that this way names run on each document by itself."""
     for module in model.modules():
         if type(module).__name__ in way.modules and not hasattr(type(module), "each_document_apart"):
             run_each_apart(module)
@@ -104,10 +106,10 @@ def find_way(
     dtype: torch.dtype = torch.float32,
     made_of: frozenset[str] = frozenset(),
 ) -> Way:
-    """How models of a configuration that use an attention kernel keep documents apart, found once per process.
+    """How models of a configuration keep documents apart with an attention kernel; found once per process.
 
-    It is tried on the device: on a GPU in `dtype`, for which kernels differ, on a CPU in float32. made_of: class names
-    of modules that must be in what is tried. Raises `LeakError` where there is no way.
+    It is tried on the device. A GPU computes in `dtype`, because its kernels differ by dtype; a CPU in float32.
+    made_of: class names of modules that the tried model must contain. Raises `LeakError` where there is no way.
     """
     if device.type == "cpu":
         dtype = torch.float32
@@ -127,7 +129,7 @@ def find_way(
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Tensors this small take longer on several threads, and far longer where other processes use the cores."""
+    """Runs torch on one thread. Tensors this small take longer on several, and far longer on busy cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -170,7 +172,7 @@ def _kernels(model: nn.Module, attention: str) -> list[str]:
 
 
 def _try(model: nn.Module, kernel: str) -> Way | str:
-    """The way in which a small model keeps documents apart with an attention kernel, or what is in the way."""
+    """The way in which a small model keeps documents apart with this kernel, or the reason why there is none."""
     try:
         vocabulary = model.get_input_embeddings().num_embeddings
         rows = torch.randint(2, vocabulary, (len(LENGTHS), sum(LENGTHS[0])), device=next(model.parameters()).device)
@@ -238,7 +240,7 @@ def _first_tensor(output) -> Tensor | None:
 def _hidden(
     model: nn.Module, rows: Tensor, positions: Tensor, documents: Documents | None = None, way: Way | None = None
 ) -> Tensor:
-    """Last hidden states [B, S, H] of rows; of documents in a way, or of single ones."""
+    """Last hidden states [B, S, H] of packed rows, kept apart in the given way, or of single documents."""
     if documents is None:
         return backbone(model)(input_ids=rows, position_ids=positions, use_cache=False).last_hidden_state
     bounds = documents.arguments() if way.takes_bounds else {}
@@ -249,8 +251,10 @@ def _hidden(
 def _compare(
     model: nn.Module, rows: Tensor, positions: Tensor, documents: Documents, way: Way
 ) -> tuple[str | None, float]:
-    """What of packed documents differs from the same ones alone (None: nothing), in evaluation, in training and in
-    gradients; and by how much their outputs differ where they are one document."""
+    """Compare packed documents with the same documents alone, in evaluation, training and gradients.
+
+    Returns what differs (None: nothing), and by how much outputs differ where the documents are taken as one.
+    """
     flat, at = rows.flatten(), positions.flatten()
     spans = list(itertools.pairwise(documents.bounds))
 

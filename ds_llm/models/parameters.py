@@ -1,4 +1,7 @@
-"""A module's parameters and buffers: which decay, which are left out of its state, which are cast to no other type."""
+"""Parameters and buffers of a module:
+
+groups for the optimizer, names left out of its state, buffers kept in float32.
+"""
 
 from __future__ import annotations
 
@@ -68,8 +71,10 @@ def leave_out(module: nn.Module, names: Iterable[str]) -> None:
 
 
 def exact_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Copies of the fp32 buffers: casting a module to bf16 or fp16 would round the rotary frequencies, and with them
-    every position."""
+    """Copies of the float32 buffers, before the module is cast.
+
+    A cast to bf16 or fp16 would round the rotary frequencies.
+    """
     return {n: b.detach().clone() for n, b in module.named_buffers() if b.dtype == torch.float32}
 
 

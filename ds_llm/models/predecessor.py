@@ -1,8 +1,8 @@
-"""Attention that also sees what the same layer of a predecessor model sees (LLMBoost, arXiv:2512.22309).
+"""Attention that also reads the inputs of a predecessor's attention (LLMBoost, arXiv:2512.22309).
 
-In layer l of a successor, q = h W_q becomes q = h W_q + p W_prev, with p what the predecessor's attention sees in its
-own layer l, behind the norm; k and v likewise. Gated, the added term is multiplied by sigmoid(h w_gate), one number per
-token. W_prev and w_gate start at 0, so that a successor starts as the model it was.
+Layer l of a successor computes q = h W_q + p W_prev instead of q = h W_q, where p is the normalised input of the
+predecessor's attention in its layer l; k and v likewise. With gates the added term is multiplied by sigmoid(h w_gate),
+one number per token. W_prev and w_gate start at 0, so a successor starts as the model it was.
 
 The weights are named `self_attn.prev_{q,k,v}_proj` and `self_attn.prev_{q,k,v}_gate`.
 """
@@ -20,10 +20,10 @@ PROJECTIONS = ("q", "k", "v")
 
 
 class Feed:
-    """What one attention layer is fed with, for as long as its forward pass runs.
+    """Holds the predecessor's input of one attention layer while its forward pass runs.
 
-    It comes as a keyword argument through all layers, so that a layer that activation checkpointing runs again in the
-    backward pass is fed again.
+    It travels as a keyword argument through all layers. A layer that activation checkpointing runs again in the
+    backward pass therefore gets it again.
     """
 
     hidden: Tensor | None = None
@@ -38,7 +38,10 @@ class Feed:
 
 
 class FedLinear(nn.Linear):
-    """A linear layer of an attention that adds a projection of what the attention is fed with, where it is."""
+    """The q, k or v projection of a connected attention.
+
+    It adds the projection of the predecessor's input, if there is one.
+    """
 
     def forward(self, hidden: Tensor) -> Tensor:
         out = super().forward(hidden)
@@ -51,10 +54,9 @@ class FedLinear(nn.Linear):
 
 
 def connect(predecessor: nn.Module, successor: nn.Module, connection: str) -> None:
-    """Give the attention layers of `successor` weights for what `predecessor` sees; both causal language models.
+    """Add the connection's weights to the attention layers of `successor`. Both are causal language models.
 
-    Raises ValueError where the two do not have equally many layers with q_proj, k_proj and v_proj and an
-    input_layernorm.
+    Raises `ValueError` unless both have equally many layers with q_proj, k_proj, v_proj and an input_layernorm.
     """
     if connection not in CONNECTIONS:
         raise ValueError(f"connection '{connection}': must be one of {', '.join(CONNECTIONS)}")
@@ -80,19 +82,19 @@ def connect(predecessor: nn.Module, successor: nn.Module, connection: str) -> No
 
 @torch.no_grad()
 def reset(successor: nn.Module) -> None:
-    """Set the weights of its connection to 0."""
+    """Set the connection's weights of a successor to 0."""
     for name, parameter in successor.named_parameters():
         if is_connection(name):
             nn.init.zeros_(parameter)
 
 
 def is_connection(name: str) -> bool:
-    """Whether a parameter of this name belongs to a connection."""
+    """Whether the parameter of this name belongs to a connection."""
     return ".self_attn.prev_" in f".{name}"
 
 
 def attention_inputs(model: nn.Module, hidden_states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """What each layer's attention sees, from the `hidden_states` that the model's backbone returned."""
+    """Inputs of each layer's attention, computed from the `hidden_states` that the model's backbone returned."""
     layers = _layers(model)
     return tuple(layer.input_layernorm(h) for layer, h in zip(layers, hidden_states[: len(layers)], strict=True))
 

@@ -1,12 +1,14 @@
-"""Quality gates: in every mixture-of-experts block a scalar that says how far a token's experts are to be trusted.
+"""Quality gates: one scalar per token and mixture-of-experts block, which weighs the experts' output.
 
-A gate is a linear layer without bias on the normalised hidden state x that the experts see: s = w x, g = sigmoid(s),
-and the block's output becomes y = g MoE(x) + (1 - g) trash(x). `add_gates` puts one into every block of a backbone, of
-the project's decoder as of transformers' models: the block's class is replaced by a subclass of the same name, so
-parameters keep their names and whatever goes by the class (ZeRO-3, kernels, recorders of router logits) still finds it.
+A gate is a linear layer without bias on the normalised hidden state x that the experts read: s = w x, g = sigmoid(s).
+The block's output becomes y = g MoE(x) + (1 - g) trash(x).
+
+`add_gates` puts a gate into every block of a backbone, the project's decoder or a model of transformers. It replaces
+the block's class by a subclass of the same name. Parameters keep their names, and code that goes by the class name
+(ZeRO-3, kernels, recorders of router logits) still finds the block.
 
 A backbone with gates takes `output_quality_scores=True`, beside `output_router_logits=True`. Its output then has
-`quality_scores`: s of each block with experts, a tuple of [batch, seq, 1], float32, and `router_logits`: a tuple of
+`quality_scores`, a tuple with s of each block, [batch, seq, 1] float32, and `router_logits`, a tuple of
 [batch * seq, experts].
 """
 
@@ -47,8 +49,8 @@ def _pattern(size: int, seed: int) -> Tensor:
 class Noise(nn.Module):
     """Gaussian noise with each token's own mean and standard deviation, [..., H] -> [..., H].
 
-    In training it is drawn anew for every token. In evaluation all tokens get the same pattern, which depends on `seed`
-    alone: a token then gives the same output whatever it is batched with, with a cache and without.
+    In training every token gets fresh noise. In evaluation all tokens get one pattern, a function of `seed` alone. A
+    token then gives the same output in any batch, with a cache and without.
     """
 
     def __init__(self, seed: int):
@@ -68,8 +70,11 @@ TRASH: dict[str, Callable[[int, int], nn.Module | None]] = {
 
 
 def register_trash(name: str) -> Callable:
-    """Make a trash expert known by its name, a decorator of a function (hidden size, layer index) -> nn.Module that
-    maps hidden states [B, S, H] to [B, S, H]. Parameters that it has are trained and saved with the gate."""
+    """Decorator that registers a trash expert under a name.
+
+    It decorates a function (hidden size, layer index) -> nn.Module, which maps hidden states [B, S, H] to [B, S, H].
+    The module's parameters are trained and saved with the gate.
+    """
 
     def register(factory: Callable[[int, int], nn.Module]) -> Callable:
         TRASH[name] = factory
@@ -167,7 +172,10 @@ def _finish_recording(_, __, output):
 
 @contextmanager
 def record_scores() -> Iterator[list[Tensor]]:
-    """Inside the block the scores of all gates are appended to the list, unless a forward pass asks for its own."""
+    """Context manager that appends the scores of all gates to the list.
+
+    A forward pass that asks for scores keeps its own.
+    """
     scores: list[Tensor] = []
     outer = _recording.get()
     _recording.set((scores, outer))

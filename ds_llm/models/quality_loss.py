@@ -1,15 +1,15 @@
-"""Losses on the gates of a Select-MoE model (`ds_llm.models.quality_gate`), each a function with true gradients.
+"""Losses on the gates of a Select-MoE model (`ds_llm.models.quality_gate`).
 
-Four kinds, by what they are averaged over:
+Four kinds, by what a loss is averaged over:
 
-- tokens: a loss per token; the loss is its mean over the tokens that are no padding.
+- tokens: one loss per token, averaged over the tokens that are not padding.
 - moments: a function of the mean m and the variance v of the gates over those tokens.
-- pairs: a loss per pair of a sample and its corrupted copy; the loss is its mean over pairs.
-- losses: a loss per sample, from its score and the model's own loss on it; the loss is its mean over samples.
+- pairs: one loss per pair of a sample and its corrupted copy, averaged over pairs.
+- losses: one loss per sample, from its score and the model's own loss on it, averaged over samples.
 
-Of the first two every layer has its own, and the loss is the mean over layers. Means, variances, pairs and samples are
-those of the global batch where `ds_llm.train.modes.router` trains, which alone knows the last two kinds; of the first
-two they are those of the batch at hand where the model computes its loss itself.
+The first two kinds are computed for each layer and averaged over layers. In training (`ds_llm.train.modes.router`) all
+averages are over the global batch. A model that computes its loss itself takes the first two kinds over its own batch,
+and cannot compute the other two.
 """
 
 from __future__ import annotations

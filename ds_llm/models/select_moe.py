@@ -1,8 +1,8 @@
-"""Select-MoE: a mixture-of-experts language model whose blocks have quality gates (`ds_llm.models.quality_gate`).
+"""Select-MoE: a mixture-of-experts language model with quality gates in its blocks (`ds_llm.models.quality_gate`).
 
-The backbone and the output head are those of the model it was made of (OLMoE, Qwen3-MoE, Mixtral, the project's
-decoder), under the same names, so that model's weight files are also this one's; the gates stand beside the experts as
-`model.layers.{i}.mlp.quality_gate.weight`. Importing this module registers it with transformers' Auto classes.
+Backbone and output head are those of the base model (OLMoE, Qwen3-MoE, Mixtral, the project's decoder), under the same
+names, so its weight files are also this model's. The gates are named `model.layers.{i}.mlp.quality_gate.weight`.
+Importing this module registers the model with transformers' Auto classes.
 """
 
 # no `from __future__ import annotations` here: the configuration's types are checked at run time

@@ -90,7 +90,7 @@ def figures(config: Config) -> Figures:
 
 
 def shown(data: Data) -> Shown:
-    """The pairs for the eye."""
+    """The pairs as `prepare.py show` prints them."""
     pairs = data.train.pairs
 
     def parts(i: int) -> list:

@@ -133,7 +133,7 @@ def figures(config: Config) -> Figures:
 
 
 def shown(data: Data) -> Shown:
-    """The answers for the eye."""
+    """The answers as `prepare.py show` prints them."""
     answers = data.train.answers
 
     def parts(i: int) -> list:
@@ -176,9 +176,11 @@ def build(config: Config, data: Data) -> Job:
 
 @dataclass(frozen=True)
 class Whole:
-    """What the loss and its figures need of all answers together: the reference point `kl` in nats, and what the sums
-    over desirable and over undesirable answers are multiplied by to have their means where all sums are divided by the
-    number of all answers; NaN where there are none."""
+    """Figures of all answers of the global batch that the loss needs.
+
+    kl: the reference point in nats. The two factors turn a sum over desirable or undesirable answers, divided by the
+    number of all answers, into the mean of that kind. NaN where there are no answers of a kind.
+    """
 
     kl: float
     per_desirable: float

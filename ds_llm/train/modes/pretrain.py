@@ -98,7 +98,10 @@ def check(config: Config) -> Data:
 
 
 def _mixture(config: Config, train: TokenData) -> MixtureOrder | None:
-    """The order of samples where `data.weights` mixes the files. Prints what an epoch draws of each."""
+    """The order of samples that `data.weights` asks for;
+
+    None without weights. Prints what an epoch takes of each file.
+    """
     weights = config.data.weights
     if not weights:
         return None
@@ -122,7 +125,7 @@ def _mixture(config: Config, train: TokenData) -> MixtureOrder | None:
 
 
 def val_names(config: Config) -> list[str]:
-    """What the losses of several files of `data.val` are recorded as: `loss/` and their shortest distinct names."""
+    """Names under which evaluations record the loss of each file of `data.val`; empty where it is one stream."""
     paths = [Path(path) for path in config.data.val]
     if len(paths) < 2 or any(path.suffix != ".bin" for path in paths):
         return []  # texts are one stream

@@ -1,7 +1,7 @@
-"""Stage 1 of data selection: training the quality gates of a Select-MoE model, and its routers where asked.
+"""Stage 1 of data selection: trains the quality gates of a Select-MoE model, and its routers if asked.
 
-The loss is `ds_llm.train.losses.router`. Nothing else is trained, so gradients and optimizer states are of gates and
-routers alone, and only they are saved (`ds_llm.pretrained.partial`, or an adapter).
+The loss is `ds_llm.train.losses.router`. Only gates and routers are trained, so only they have gradients and optimizer
+states, and only they are saved (`ds_llm.pretrained.partial`, or an adapter).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ PAIR_METRICS = ("gate_mean_corrupted", "pair_accuracy")
 
 @dataclass
 class Data:
-    """Inputs of a run: `kind`, the mode whose data they are, and what its check gave."""
+    """Inputs of a run. kind: the mode that reads the data, pretrain or sft. inner: what its check returned."""
 
     kind: ModuleType
     inner: pretrain.Data | sft.Data
@@ -51,7 +51,7 @@ class Data:
 
 
 def check(config: Config) -> Data:
-    """Check the model, then the data as pretrain does where all of it are token files, else as sft does."""
+    """Check the model, then the data: as pretrain does for token files, else as sft does."""
     options, lora = config.router, config.lora
     loss = quality_loss.find(options.quality_loss)
     if config.model.path is None:
@@ -149,7 +149,7 @@ def build(config: Config, data: Data) -> Job:
 
 
 def configure(model: nn.Module, config: Config) -> None:
-    """Have the model compute the losses that the run asks for; its configuration records them."""
+    """Set the losses that the model computes, in its configuration too."""
     options = config.router
     for name, value in (
         ("quality_loss_type", options.quality_loss),
@@ -174,7 +174,7 @@ def _trained(block: nn.Module, routers: bool) -> list[nn.Parameter]:
 
 
 def _add_adapters(model: nn.Module, config: Config) -> nn.Module:
-    """A peft model with low-rank adapters on the routers, and the gates trained whole: low rank is all they have."""
+    """A peft model with low-rank adapters on the routers. Gates are trained whole, because they are one row each."""
     import peft
 
     lora = config.lora

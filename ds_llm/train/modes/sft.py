@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: the loss counts on what the assistant says, on any format of conversations or prompts."""
+"""Supervised fine-tuning: the loss counts on the assistant's answers, for every format of conversations or prompts."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ class Data:
 
 
 def check(config: Config) -> Data:
-    """Tokenise and mask the samples (once: they are cached) and pack them; finds every mistake before a model is built.
+    """Tokenise, mask and pack the samples, and find every mistake before a model is built.
 
-    Samples are stored in the folder `supervised` of the cache, see `ds_llm.data.corpora.cache_folder`.
+    Tokenised samples are cached in the folder `supervised`, see `ds_llm.data.corpora.cache_folder`.
     """
     from ds_llm.evaluation.samples import check_prompts
 
@@ -115,7 +115,7 @@ def _prepare(config: Config, sources: list[str], tokenizer, seq_len: int, what: 
 
 
 def shown(data: Data) -> Shown:
-    """The samples for the eye, before they are packed."""
+    """The samples as `prepare.py show` prints them, before packing."""
     samples = data.train.documents
     return Shown(len(samples), lambda i: [(f"sample {i}", *samples.example(i))], samples.report)
 

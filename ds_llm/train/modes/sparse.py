@@ -32,7 +32,10 @@ DENSITY_TOLERANCE = 0.005  # rows keep whole numbers of weights
 
 @dataclass
 class Data:
-    """Inputs of a run: `kind`, the mode whose data they are, what its check gave, the masks where a file holds them."""
+    """Inputs of a run.
+
+    kind: the mode that reads the data. inner: what its check returned. masks: from a file, or None.
+    """
 
     kind: ModuleType
     inner: pretrain.Data | sft.Data
@@ -45,7 +48,7 @@ class Data:
 
 
 def check(config: Config) -> Data:
-    """Check the data as pretrain does where all of it are token files, else as sft does; read the masks."""
+    """Check the data, as pretrain does for token files, else as sft does, and read the masks."""
     options = config.sparse
     if config.model.path is None:
         raise ConfigError("model.path: sparse fine-tunes a pruned model; name it, for example model.path=models/pruned")
@@ -92,7 +95,7 @@ def _check_density(config: Config, masks: dict[str, PackedMask]) -> None:
 
 
 def build(config: Config, data: Data) -> Job:
-    """Load the pruned model, hold its pruned layers compactly, and join it with the data."""
+    """Load the pruned model, convert its pruned layers to the compact form, and join it with the data."""
     model = start_model(dataclasses.replace(config, lora=LoraConfig()), data.inner.tokenizer)
     masks = data.masks
     if masks is None:
@@ -126,7 +129,7 @@ def _untied(model: nn.Module) -> bool:
 
 
 class FixedEpoch:
-    """`count` samples drawn once: all of `samples` in a random order, as often as it takes, cut after `count`."""
+    """`count` samples drawn once from `samples`: passes over all of them in random order, cut after `count`."""
 
     def __init__(self, samples: Samples, count: int, seed: int):
         self.samples = samples
@@ -136,5 +139,5 @@ class FixedEpoch:
         return len(self.chosen)
 
     def batch(self, indices) -> dict:
-        """The batch of these of the chosen samples."""
+        """The batch of the samples at these positions of the drawn list."""
         return self.samples.batch(self.chosen[indices])
