@@ -67,7 +67,6 @@ ATTENTION = {
     "olmoe": "OlmoeAttention",
 }
 ROUTERS = {"qwen3_moe": "Qwen3MoeTopKRouter", "mixtral": "MixtralTopKRouter", "olmoe": "OlmoeTopKRouter"}
-EXPERTS = {"qwen3_moe": "Qwen3MoeExperts", "mixtral": "MixtralExperts", "olmoe": "OlmoeExperts"}
 
 
 def chosen_attention(config) -> str | None:
@@ -112,6 +111,11 @@ def without_renaming(function):
     while getattr(function, "__code__", None) and function.__code__.co_filename.endswith("/utils/deprecation.py"):
         function = function.__wrapped__
     return function
+
+
+def has_usual_gate(experts) -> bool:
+    """Whether a module of experts activates the gate projection and multiplies it with the up projection."""
+    return getattr(getattr(type(experts), "_apply_gate", None), "__name__", "") == "_default_apply_gate"
 
 
 def apply_gate(experts):

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ds_llm.compat.hf_model import takes_cache
-from ds_llm.compat.transformers import ATTENTION, EXPERTS, ROUTERS, apply_gate, experts_kernel, without_renaming
-from ds_llm.kernels.moe_routing import permute, route, unpermute
+from ds_llm.compat.transformers import ATTENTION, ROUTERS, experts_kernel, without_renaming
+from ds_llm.kernels.moe_routing import route
 from ds_llm.kernels.rope import apply_rope
-from ds_llm.models.moe import grouped_linear
+from ds_llm.models.expert_modules import is_fused, run_experts
 
 # what a model has unless its user asked for another implementation
 DEFAULT_EXPERTS = (None, "eager", "grouped_mm")
@@ -56,14 +56,6 @@ def _route_float32_weights(self, hidden_states: Tensor) -> tuple[Tensor, Tensor,
     return logits, weights, experts.long()
 
 
-def _experts(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """Forward of gated experts: hidden [T, H], index and weights [T, K] -> [T, H]."""
-    rows, offsets, inverse = permute(hidden_states, top_k_index, self.num_experts)
-    rows = apply_gate(self)(grouped_linear(rows, self.gate_up_proj, offsets))
-    out = unpermute(grouped_linear(rows, self.down_proj, offsets), inverse, top_k_weights)
-    return out.to(hidden_states.dtype)
-
-
 @cache
 def _with_forward(original: type, forward) -> type:
     # a subclass of the same name: hooks, `isinstance` and lists of class names keep working, other models of the
@@ -100,20 +92,21 @@ def _accelerated(module: nn.Module) -> tuple[str, type | None] | None:
         return "rope", _with_rope(original)
     if original.__name__ == ROUTERS.get(file):
         return "routers", _with_forward(original, _route_float32_weights if file == "mixtral" else _route)
-    if original.__name__ == EXPERTS.get(file):
+    if is_fused(module):
         supported = experts_kernel(module.config) in DEFAULT_EXPERTS
-        return "experts", _with_forward(original, _experts) if supported else None
+        return "experts", _with_forward(original, run_experts) if supported else None
     return None
 
 
 def accelerate(model: nn.Module) -> Acceleration:
     """Makes the attention, routers and experts of a transformers model use the project's kernels, in place.
 
-    For Llama, Qwen2, Qwen3, Qwen3-MoE, Mixtral and OLMoE, also inside a wrapper such as a PEFT model. Outputs and
-    gradients are those of the unchanged model up to rounding: rotations and weighted sums of expert outputs are
-    computed in float32 where transformers computes in the model's dtype, and equal router logits choose the expert of
-    lower index. Parameters, their names and saved files do not change. Experts for which another implementation was
-    asked (`experts_implementation`) keep it.
+    Attention of Llama, Qwen2, Qwen3, Qwen3-MoE, Mixtral and OLMoE, routers of the last three, and fused experts of any
+    family (`ds_llm.models.expert_modules`), also inside a wrapper such as a PEFT model. Outputs and gradients are those
+    of the unchanged model up to rounding: rotations and weighted sums of expert outputs are computed in float32 where
+    transformers computes in the model's dtype, and equal router logits choose the expert of lower index. Parameters,
+    their names and saved files do not change. Experts for which another implementation was asked
+    (`experts_implementation`) keep it.
 
     Returns what was done; a model without such modules is left as it is, and the report says why.
     """
@@ -141,5 +134,5 @@ def accelerate(model: nn.Module) -> Acceleration:
         if already:
             note = f"{type(model).__name__} uses the kernels already"
         else:
-            note = f"{type(model).__name__} has no attention or router of {', '.join(ATTENTION)}"
+            note = f"{type(model).__name__} has no attention or router of {', '.join(ATTENTION)}, and no fused experts"
     return Acceleration(done["rope"], done["routers"], done["experts"], note)

@@ -49,7 +49,7 @@ def hidden_matrices(module: nn.Module) -> list[nn.Parameter]:
         for name, p in owner.named_parameters(recurse=False):
             dimensions = len(unpartitioned_shape(p))
             matrix = dimensions == 2 and name == "weight" and isinstance(owner, (nn.Linear, Conv1D))
-            experts = dimensions == 3 and not isinstance(owner, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+            experts = dimensions == 3 and hasattr(owner, "num_experts")
             if p.requires_grad and (matrix or experts) and id(p) not in left:
                 chosen[id(p)] = p
     return list(chosen.values())

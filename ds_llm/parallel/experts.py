@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from ds_llm.compat.deepspeed import (
     AFFINE_MAP,
@@ -25,13 +26,11 @@ from ds_llm.compat.deepspeed import (
     legacy_uniform_autoep_placement_descriptor,
     share_experts,
 )
-from ds_llm.compat.transformers import EXPERTS
 from ds_llm.errors import UserError
 from ds_llm.kernels.moe_routing import permute, unpermute
+from ds_llm.models.expert_modules import is_fused, is_shareable
 from ds_llm.models.moe import Experts, grouped_linear
 from ds_llm.parallel.layout import Exchange
-
-NAMES = ("Experts", *EXPERTS.values())  # classes of modules with `gate_up_proj` [E, 2 I, H] and `down_proj` [E, H, I]
 
 
 class ExpertShare(AutoEPMoELayer):
@@ -99,12 +98,17 @@ class ExpertShare(AutoEPMoELayer):
 def check(architecture, size: int) -> None:
     """Raise `UserError` where `size` ranks cannot share the experts of a model with this transformers configuration."""
     config = architecture.get_text_config()
-    names = ("n_routed_experts", "num_local_experts", "num_experts")  # they say a number without experts too
+    # they say a number without experts too
+    names = ("n_routed_experts", "num_local_experts", "num_experts", "moe_num_experts")
     count = next((n for name in names if (n := getattr(config, name, None))), 0)
     if not count or not getattr(config, "use_moe", True):
         raise UserError(f"parallel.expert: a '{config.model_type}' model of this configuration has no experts")
     if count % size:
         raise UserError(f"parallel.expert: {size} does not divide the model's {count} experts")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(architecture)
+    if not any(map(is_shareable, model.modules())):
+        raise _not_shareable(model)
 
 
 def spread(module: nn.Module, size: int) -> None:
@@ -115,11 +119,19 @@ def spread(module: nn.Module, size: int) -> None:
     rank, done = dist.get_rank() % size, 0
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
-            if type(child).__name__ in NAMES and hasattr(child, "gate_up_proj"):
+            if is_shareable(child):
                 setattr(parent, name, ExpertShare(child, size, rank))
                 done += 1
     if not done:
-        raise UserError(f"parallel.expert: the model has no experts of a known kind ({', '.join(NAMES)})")
+        raise _not_shareable(module)
+
+
+def _not_shareable(module: nn.Module) -> UserError:
+    kinds = sorted({type(m).__name__ for m in module.modules() if is_fused(m)})
+    return UserError(
+        f"parallel.expert: {', '.join(kinds) or 'the experts'} of this model cannot be shared: that needs one 3-D "
+        "weight for gate and up projections, one for down projections, and no bias; use zero=3"
+    )
 
 
 def whole_weights(model: nn.Module, gathered: Callable) -> Iterator[tuple[str, Tensor | None]]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import textwrap
+from collections.abc import Iterable
 from functools import cache
 
 import torch
@@ -109,6 +110,15 @@ ARCHITECTURES: dict[str, dict] = {
 }
 # whose documents cannot be kept apart: they take neither a mask of documents nor run document by document
 REFUSED = ("cpmant", "openai-gpt", "rwkv")
+# whose experts are fused and recognised; `NOT_SHARED` cannot be divided among processes
+FUSED_EXPERTS = (
+    *("afmoe", "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "exaone_moe", "flex_olmo", "glm4_moe", "gpt_oss"),
+    *("granitemoe", "granitemoehybrid", "granitemoeshared", "hunyuan_v1_moe", "jamba", "kimi_linear", "lfm2_moe"),
+    *("minimax", "minimax_m2", "mixtral", "nemotron_h", "olmoe", "phimoe", "qwen2_moe", "qwen3_5_moe_text"),
+    *("qwen3_moe", "qwen3_next"),
+)
+NOT_SHARED = ("gpt_oss", "nemotron_h")
+OTHER_EXPERTS = ("jetmoe", "llama4_text")
 
 
 @cache
@@ -152,8 +162,15 @@ def markdown() -> str:
         plain=plain,
         mixed=mixed,
         masked=masked,
-        refused=", ".join(f"`{name}`" for name in REFUSED),
+        refused=_names(REFUSED),
+        fused=textwrap.fill(_names(FUSED_EXPERTS) + ".", 118),
+        unshared=_names(NOT_SHARED),
+        other=_names(OTHER_EXPERTS),
     )
+
+
+def _names(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
 
 
 PAGE = """# Models
@@ -279,6 +296,19 @@ Attention under a mask:
 Refused, because no way passes the check: {refused}.
 
 No GPU has run these tests: on one the check itself runs there, in the type of the run.
+
+## Experts
+
+A layer's experts are recognised by what their module holds, not by the name of the model: one 3-D weight for each
+projection, in the order that transformers' common interface of experts says, with or without gates and biases. They
+then run as grouped products and the project's movement of tokens ([kernels](kernels.md)), outputs and gradients equal
+to the library's (`tests/models/test_expert_modules.py`):
+
+{fused}
+
+`parallel.expert` divides the experts of all of these among processes ([parallelism](parallelism.md)), but for
+{unshared}, whose experts have biases or no gates. A run says so before it loads the model. {other} hold
+their experts in another way: they keep the library's forward pass and are not divided.
 """
 
 

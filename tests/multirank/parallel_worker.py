@@ -36,6 +36,10 @@ EXPERTS = {
     "decoder": {"use_moe": True, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8},
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "head_dim": 4},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "glm4_moe": {  # sigmoid scores with a bias, a shared expert, a dense layer first
+        **{"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "head_dim": 4},
+        **{"n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1},
+    },
 }
 
 
@@ -257,6 +261,7 @@ def cases(world: int) -> list[Case]:
         made += [Case(kind, ("zero=2", key, "train.activation_checkpointing=true"))]
     made += [Case(kind, (f"zero={stage}", "parallel.expert=2")) for kind, stage in (("qwen3_moe", 1), ("mixtral", 3))]
     made += [Case("mixtral", ("zero=2", "parallel.expert=2"), plain_kernels=True)]
+    made += [Case("glm4_moe", (f"zero={stage}", "parallel.expert=2")) for stage in (2, 3)]
     made += [Case(f"gated-{kind}", ("zero=2", "parallel.expert=2")) for kind in ("decoder-moe", "qwen3_moe")]
     made += [Case("llama-lora", (f"zero={stage}", "parallel.sequence=2")) for stage in (0, 3)]
     made += [
