@@ -39,8 +39,9 @@ folder, name, kind, answer = Path(sys.argv[1]), *sys.argv[2:]
 def main():
     if kind == "ours":
         builds.guard()
-    (folder / f"{name}.part").write_text(str(os.getpid()))
-    (folder / f"{name}.part").rename(folder / f"{name}.pid")
+    part = folder / f"{name}.{os.getpid()}"  # the ranks of a job have one name
+    part.write_text(str(os.getpid()))
+    part.rename(folder / f"{name}.pid")
     module = cpp_extension.load("quick", [str(folder / "quick.cpp")], extra_cflags=[f"-DANSWER={answer}"])
     print(f"answer {module.answer()}")
 
