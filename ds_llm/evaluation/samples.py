@@ -8,6 +8,7 @@ from torch import nn
 
 from ds_llm.compat.peft import without_wrapper
 from ds_llm.config.run import Config
+from ds_llm.data import chat as chat_template
 from ds_llm.errors import ConfigError
 from ds_llm.generation.generator import Generator, SamplingParams
 
@@ -19,7 +20,11 @@ def check_prompts(config: Config, tokenizer, limit: int | None, chat: bool) -> N
         if isinstance(message, str):
             length = len(tokenizer(message)["input_ids"])
         else:
-            text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+            chat_template.check_template(tokenizer)
+            try:
+                text = chat_template.render(tokenizer, message, add_generation_prompt=True)
+            except chat_template.Unmaskable as error:
+                raise ConfigError(f"eval.prompts: {prompt[:40]!r}...: {error}") from None
             length = len(tokenizer(text, add_special_tokens=False)["input_ids"])
         if limit and length >= limit:
             raise ConfigError(f"eval.prompts: {prompt[:40]!r}... has {length} tokens, the model {limit} positions")

@@ -252,9 +252,12 @@ def balancing_loss(model: nn.Module):
             counts = []
             for logits in router_logits:
                 chosen = logits.topk(top_k, dim=-1).indices
+                counted = torch.ones_like(chosen, dtype=torch.int32)
                 if attention_mask is not None:
-                    chosen = chosen[attention_mask.reshape(-1).bool()]
-                counts.append(torch.bincount(chosen.reshape(-1), minlength=experts).int())
+                    counted *= attention_mask.reshape(-1, 1).bool()
+                # not torch.bincount, for which a GPU would be waited
+                count = torch.zeros(experts, dtype=torch.int32, device=logits.device)
+                counts.append(count.scatter_add_(0, chosen.reshape(-1), counted.reshape(-1)))
         return weight * balance, balance.detach() / top_k, torch.stack(counts)  # transformers counts every choice
 
     return loss

@@ -6,6 +6,7 @@ import re
 
 import jobs
 import pytest
+from models.architectures import tiny
 
 from ds_llm.config.deepspeed import adopt
 from ds_llm.config.run import load
@@ -139,3 +140,15 @@ def test_what_processes_share_is_counted_once_in_a_group():
     rows = planner("parallel.sequence=4")
     assert rows.outline.trained == alone.outline.trained
     assert 0.2 < rows.estimate(Setting(2)).activations / alone.estimate(Setting(2)).activations < 0.5
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "gemma2", "qwen3_next"])
+def test_other_architectures_are_planned(name, tmp_path):
+    tiny(name).config.save_pretrained(tmp_path)
+    keys = ["data.seq_len=64", "model.vocab_size=500", "train.batch_size=2"]
+    config = load(None, ["mode=pretrain", f"model.config={tmp_path}", *keys])
+    adopt(config, 1)
+    planner = Planner(config, 1, touched=True)
+    found = planner.estimate(Setting(0, False, False))
+    assert found.activations > 2 * 64 * planner.outline.config.get_text_config().hidden_size * 2
+    assert planner.outline.parameters == planner.outline.trained > 0
