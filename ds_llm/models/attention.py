@@ -13,9 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ds_llm.compat.torch import variable_length_attention
-from ds_llm.compat.transformers import ATTENTION
 
-MODEL_TYPES = ("ds_llm_decoder", *ATTENTION)  # whose attention is causal, without sinks, soft caps or biases on scores
 HALF = (torch.bfloat16, torch.float16)
 
 

@@ -16,14 +16,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from ds_llm.compat.transformers import ALL_ATTENTION_FUNCTIONS
+from ds_llm.compat.transformers import ALL_ATTENTION_FUNCTIONS, is_flash_attn_2_available
 from ds_llm.errors import UserError
-from ds_llm.models.attention import MODEL_TYPES, document_attention
+from ds_llm.models.attention import document_attention
 from ds_llm.models.documents import Documents
 from ds_llm.models.head import IGNORE_INDEX
 from ds_llm.parallel.layout import Exchange, Total
 
 NAME = "ds_llm_sequence"
+# Families in which attention alone mixes tokens, and which hand `shard` on to it. `tests/multirank/test_rows.py`
+# compares each with unshared rows.
+MODEL_TYPES = (
+    "ds_llm_decoder",
+    *("afmoe", "apertus", "arcee", "biogpt", "bitnet", "cohere", "cohere2", "ctrl", "cwm", "deepseek_v2"),
+    *("deepseek_v3", "diffllama", "dots1", "ernie4_5", "ernie4_5_moe", "exaone4", "exaone_moe", "flex_olmo", "gemma"),
+    *("gemma2", "gemma3_text", "gemma3n_text", "glm", "glm4", "glm4_moe", "gpt2", "gpt_bigcode", "gpt_neox"),
+    *("gpt_oss", "granite", "granitemoe", "granitemoeshared", "hunyuan_v1_dense", "hunyuan_v1_moe", "jetmoe", "llama"),
+    *("minimax_m2", "ministral", "mistral", "mixtral", "nanochat", "olmo", "olmo2", "olmo3", "olmoe", "opt"),
+    *("persimmon", "phi", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3"),
+    *("starcoder2", "vaultgemma"),
+)
 
 
 @dataclass
@@ -104,6 +116,8 @@ def attention(
     rows, heads, length = query.shape[:3]
     for name in ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"):
         kwargs.pop(name, None)  # of this rank's part
+    if kwargs.get("s_aux") is not None:  # a sink for each head
+        kwargs["s_aux"] = kwargs["s_aux"].view(size, -1)[dist.get_rank(shard.group)]
     if "flash" in shard.kernel:
         attend = ALL_ATTENTION_FUNCTIONS[shard.kernel]
         out, _ = attend(module, query, key, value, None, **shard.documents.arguments(), **kwargs)
@@ -128,16 +142,26 @@ def _heads_for_tokens(x: Tensor, shard: Shard) -> Tensor:
     rows, length, heads, width = x.shape
     parts = x.view(rows, size, length // size, heads, width).transpose(0, 1)
     parts = Exchange.apply(parts, [1] * size, [1] * size, shard.group)  # [rank, B, S / ranks, heads / ranks, D]
-    return parts.permute(1, 2, 0, 3, 4).reshape(rows, length // size, size * heads, width)
+    return parts.permute(1, 2, 0, 3, 4).reshape(rows, length // size, size * heads, width).contiguous()
 
 
 def check(architecture, size: int) -> None:
     """Raise `UserError` where a model with this transformers configuration cannot compute on parts of rows."""
     config = architecture.get_text_config()
     if config.model_type not in MODEL_TYPES:
-        known = ", ".join(MODEL_TYPES)
-        raise UserError(f"parallel.sequence: not known to be right for '{config.model_type}' models, only for {known}")
-    heads, shared = config.num_attention_heads, config.num_key_value_heads
+        raise UserError(
+            f"parallel.sequence: not known to be right for '{config.model_type}' models; docs/models.md names those "
+            "that can share rows"
+        )
+    sinks, capped = config.model_type == "gpt_oss", getattr(config, "attn_logit_softcapping", None)
+    if torch.cuda.is_available() and (sinks or (capped and not is_flash_attn_2_available())):
+        raise UserError(
+            f"parallel.sequence: no attention of this machine's GPUs has the {'sinks' if sinks else 'soft caps'} of "
+            f"'{config.model_type}' models over shared rows; set parallel.sequence=1"
+            + ("" if sinks else ", or install flash-attn")
+        )
+    heads = config.num_attention_heads
+    shared = getattr(config, "num_key_value_heads", None) or heads
     if heads % size:
         raise UserError(f"parallel.sequence: {size} does not divide the model's {heads} attention heads")
     if shared % size and size % shared:

@@ -16,6 +16,7 @@ import transformers
 from ds_llm.compat.transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 from ds_llm.models.cut import small_configs, small_model
 from ds_llm.models.isolation import find_way
+from ds_llm.parallel.sequence import MODEL_TYPES
 
 HYBRID = ["conv", "conv", "full_attention", "conv"] * 8
 # model types, with what their default configuration lacks or has in a form that shows less than users' models do
@@ -163,6 +164,8 @@ def markdown() -> str:
         mixed=mixed,
         masked=masked,
         refused=_names(REFUSED),
+        count_rows=len(MODEL_TYPES) - 1,
+        rows=textwrap.fill(_names(MODEL_TYPES[1:]) + ".", 118),
         fused=textwrap.fill(_names(FUSED_EXPERTS) + ".", 118),
         unshared=_names(NOT_SHARED),
         other=_names(OTHER_EXPERTS),
@@ -309,6 +312,16 @@ to the library's (`tests/models/test_expert_modules.py`):
 `parallel.expert` divides the experts of all of these among processes ([parallelism](parallelism.md)), but for
 {unshared}, whose experts have biases or no gates. A run says so before it loads the model. {other} hold
 their experts in another way: they keep the library's forward pass and are not divided.
+
+## Rows
+
+`parallel.sequence` shares rows between processes in the project's decoder and in {count_rows} families. Losses,
+auxiliary losses and gradients on two processes are compared with those of whole rows
+(`tests/multirank/test_rows.py`):
+
+{rows}
+
+On a GPU `gpt_oss` does not, and models with soft caps need flash-attn. A run says so before it loads the model.
 """
 
 
