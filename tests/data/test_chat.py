@@ -381,28 +381,3 @@ def test_no_chat_template(tokenizer_of):
             call()
     with pytest.raises(UserError, match="of no use here"):
         chat.check_template(tokenizer_of("smollm2", "{{ raise_exception('never') }}"))
-
-
-PERSONA = (
-    "{% if persona is defined %}{{ 'You are ' + persona + '.\n' }}{% endif %}"
-    "{% for message in messages %}{% set said = message['content'] %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + said + '<|im_end|>\n' }}{% endfor %}"
-)
-
-
-def test_a_template_gets_the_columns_that_it_reads_and_no_other(tokenizer_of):
-    tokenizer = tokenizer_of("smollm2", PERSONA)
-    assert chat.variables(PERSONA) == {"persona"}
-    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
-    plain = encode(tokenizer, messages)
-    columns = {"persona": "kind", "said": "no", "messages": "no", "source": "no"}
-    told = encode(tokenizer, messages, None, columns)
-    assert told.input_ids == tokenizer.apply_chat_template(messages, persona="kind")["input_ids"] != plain.input_ids
-    assert encode(tokenizer, messages, None, {"source": "x"}) == plain
-    trained = [[i for i, t in zip(e.input_ids, e.trained, strict=True) if t] for e in (plain, told)]
-    assert trained[0] == trained[1] and tokenizer.decode(trained[0]) == "hello<|im_end|>"
-
-
-@pytest.mark.parametrize("name", TOKENS)
-def test_the_variables_of_a_template_are_no_part_of_every_rendering(tokenizer_of, name):
-    assert not chat.variables(tokenizer_of(name).chat_template) & {"messages", "message", "loop", "bos_token", "tools"}

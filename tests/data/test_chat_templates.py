@@ -1,5 +1,7 @@
 """Chat templates by name against what their grammar says, and what is refused."""
 
+from pathlib import Path
+
 import pytest
 
 from ds_llm.data import chat
@@ -84,3 +86,27 @@ def test_a_file_or_one_of_the_tokenizers_own_templates_is_taken(tokenizer, tmp_p
     set_template(tokenizer, "rag")
     chat.check_template(tokenizer)
     assert turn_end(tokenizer) == tokenizer.convert_tokens_to_ids("<|im_end|>")
+
+
+PERSONA = (
+    "{% if persona is defined %}{{ 'You are ' + persona + '.\\n' }}{% endif %}"
+    "{% for message in messages %}{% set said = message['content'] %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + said + '<|im_end|>\\n' }}{% endfor %}"
+)
+
+
+def test_a_template_gets_the_columns_that_it_reads_and_no_other(tokenizer):
+    tokenizer.chat_template = PERSONA
+    assert chat.variables(PERSONA) == {"persona"}
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+    plain = chat.encode(tokenizer, messages)
+    told = chat.encode(tokenizer, messages, None, {"persona": "kind", "said": "no", "messages": "no", "source": "no"})
+    assert told.input_ids == tokenizer.apply_chat_template(messages, persona="kind")["input_ids"] != plain.input_ids
+    assert chat.encode(tokenizer, messages, None, {"source": "x"}) == plain
+    trained = [[i for i, t in zip(e.input_ids, e.trained, strict=True) if t] for e in (plain, told)]
+    assert trained[0] == trained[1] and tokenizer.decode(trained[0]) == "hello<|im_end|>"
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parent / "templates").glob("*.jinja")), ids=lambda p: p.stem)
+def test_variables_are_none_that_every_rendering_has(path):
+    assert not chat.variables(path.read_text()) & {"messages", "message", "loop", "bos_token", "tools"}
