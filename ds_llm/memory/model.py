@@ -105,7 +105,8 @@ def _architecture(config: Config) -> tuple[object, Callable]:
             accelerate(model)
         attach_loss_head(model)
         if lora is not None:
-            return adapters.add_adapter(model, lora, config.model.path, config.model.freeze)
+            tokens = bool(config.model.add_tokens)
+            return adapters.add_adapter(model, lora, config.model.path, config.model.freeze, tokens)
         for name, parameter in model.named_parameters(remove_duplicate=False):
             if any(name == start or name.startswith(f"{start}.") for start in config.model.freeze):
                 parameter.requires_grad_(False)

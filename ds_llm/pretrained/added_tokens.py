@@ -29,6 +29,16 @@ def add_tokens(tokenizer, tokens: Sequence[str]) -> None:
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in new], special_tokens=True)
 
 
+def grow(model: nn.Module, tokenizer) -> None:
+    """Give both embeddings a row for each token, in place. Raises `UserError` where the model cannot grow."""
+    if len(tokenizer) <= model.get_input_embeddings().num_embeddings:
+        return
+    try:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    except Exception as error:  # a model with embeddings of its own kind, such as a boosted one
+        raise UserError(f"model.add_tokens: this '{model.config.model_type}' model cannot grow ({error})") from None
+
+
 @torch.no_grad()
 def add_rows(model: nn.Module, tokenizer, new: Sequence[int]) -> None:
     """Give a model rows for the tokens `new` of its tokenizer, in the input and the output embedding, in place.
@@ -37,11 +47,7 @@ def add_rows(model: nn.Module, tokenizer, new: Sequence[int]) -> None:
     (Hewitt, "Initializing New Word Embeddings for Pretrained Language Models", 2021). Rows that pad the embedding are
     used before it grows. Raises `UserError` for a model whose embedding cannot grow.
     """
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        try:
-            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-        except Exception as error:  # a model with embeddings of its own kind, such as a boosted one
-            raise UserError(f"model.add_tokens: this '{model.config.model_type}' model cannot grow ({error})") from None
+    grow(model, tokenizer)
     old = torch.ones(len(tokenizer), dtype=torch.bool)
     old[list(new)] = False
     rows = {}  # tied embeddings are one parameter

@@ -38,6 +38,7 @@ from ds_llm.distributed.environment import rank
 from ds_llm.errors import UserError
 from ds_llm.models.boost import QwenBoostConfig, sub_config
 from ds_llm.pretrained import partial
+from ds_llm.pretrained.added_tokens import grow
 from ds_llm.pretrained.source import PARTIAL_FILE, Source, check_index, detect_model_type, did_you_mean, locate, nearest
 from ds_llm.sparsity import compact_checkpoint
 
@@ -326,6 +327,8 @@ def _load_adapter(
     if settings.is_prompt_learning:
         raise UserError(f"{source.name}: a {settings.peft_type.value} adapter has no weights to merge; use LoRA")
     base = load_model(name, dtype, attention, compute_dtype)
+    if settings.modules_to_save:  # a run that added tokens saves the embeddings with its adapters
+        grow(base, load_tokenizer(source.name))
     try:
         model = PeftModel.from_pretrained(base, source.name)
         return model.merge_and_unload() if merge else model

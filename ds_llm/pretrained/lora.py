@@ -128,10 +128,13 @@ def is_in_parts(name: str, starts: list[str]) -> bool:
     return any(name == start or name.startswith(f"{start}.") for start in starts)
 
 
-def add_adapter(model: nn.Module, lora: LoraConfig, base: str, freeze: list[str] = ()) -> nn.Module:
+def add_adapter(
+    model: nn.Module, lora: LoraConfig, base: str, freeze: list[str] = (), embeddings: bool = False
+) -> nn.Module:
     """A peft model in which only new adapters are trainable, with none in the parts that `freeze` names.
 
-    base: name of the model that the adapters belong to.
+    base: name of the model that the adapters belong to. embeddings: copies of the input and the output embedding are
+    trained whole and saved with the adapters, as added tokens need it.
     """
     import peft
 
@@ -146,6 +149,7 @@ def add_adapter(model: nn.Module, lora: LoraConfig, base: str, freeze: list[str]
         use_dora=lora.dora,
         use_rslora=lora.rslora,
         init_lora_weights=True if lora.init == "default" else lora.init,
+        **(_trained_embeddings(model) if embeddings else {}),
     )
     settings.base_model_name_or_path = base_name(base)
     try:
@@ -156,11 +160,24 @@ def add_adapter(model: nn.Module, lora: LoraConfig, base: str, freeze: list[str]
     return wrapped
 
 
+def _trained_embeddings(model: nn.Module) -> dict:
+    """peft's options for training both embeddings whole; tied ones stay tied."""
+    ends = [model.get_input_embeddings()]
+    tied = model.config.get_text_config().tie_word_embeddings
+    ends += [] if tied else [model.get_output_embeddings()]
+    names = [name for name, module in model.named_modules() if any(module is end for end in ends)]
+    return {"modules_to_save": names, "ensure_weight_tying": tied}
+
+
 def save_adapter(model: nn.Module, weights: dict[str, torch.Tensor], folder: Path) -> None:
     """Write a peft folder: adapter_model.safetensors from the gathered `weights`, and adapter_config.json.
 
     Raises `UserError` where a weight is missing or empty, as in a sharded model that was not gathered.
     """
     trained_names(model, weights, f"{folder}: the adapter")
+    first: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):  # peft asks for tied ones by both names
+        if first.setdefault(id(parameter), name) in weights:
+            weights.setdefault(name, weights[first[id(parameter)]])
     model.save_pretrained(folder, state_dict=weights, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty form of a model card

@@ -41,7 +41,7 @@ def start_model(config: Config, tokenizer, dtype: str | None = None) -> nn.Modul
         recompute_layers(model)
     if lora.enabled:
         torch.manual_seed(config.train.seed)
-        model = add_adapter(model, lora, config.model.path, config.model.freeze)
+        model = add_adapter(model, lora, config.model.path, config.model.freeze, bool(config.model.add_tokens))
     else:
         for name, parameter in model.named_parameters(remove_duplicate=False):
             if is_in_parts(name, config.model.freeze):

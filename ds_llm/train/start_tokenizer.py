@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from ds_llm.config.run import Config
 from ds_llm.data.chat_templates import set_template
-from ds_llm.errors import ConfigError
 from ds_llm.pretrained.added_tokens import add_tokens
 
 
@@ -17,11 +16,6 @@ def start_tokenizer(config: Config):
 
     tokenizer = load_tokenizer(config.data.tokenizer or config.model.path)
     if config.model.add_tokens:
-        if config.lora.enabled:
-            raise ConfigError(
-                "model.add_tokens: adapters would leave the new rows as they begin; add the tokens by a run with "
-                "lora.enabled=false"
-            )
         add_tokens(tokenizer, config.model.add_tokens)
     if config.data.chat_template is not None:
         set_template(tokenizer, config.data.chat_template)

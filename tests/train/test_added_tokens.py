@@ -3,12 +3,14 @@
 import pytest
 import torch
 from jobs import TRACKED, launch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from ds_llm.config import run as config
 from ds_llm.convert.export import export
 from ds_llm.errors import ConfigError, UserError
 from ds_llm.generation.generator import Generator
+from ds_llm.pretrained.loading import load_model
 from ds_llm.train import trainer
 from ds_llm.train.start_model import start_model
 from ds_llm.train.start_tokenizer import start_tokenizer
@@ -86,7 +88,6 @@ def test_a_token_that_is_there_already_keeps_its_row(chats, arguments, capsys):
     [
         (["model.add_tokens=[a,a]"], ConfigError, "^model.add_tokens: a is named twice$"),
         (["model.add_tokens=['']"], ConfigError, "^model.add_tokens: a token is empty$"),
-        (["lora.enabled=true"], ConfigError, "^model.add_tokens: adapters would leave the new rows"),
         (["model.add_tokens=[]"], UserError, r"^data.chat_template: llama3 writes .* model.add_tokens="),
     ],
 )
@@ -99,3 +100,36 @@ def test_token_files_have_neither(tiny):
     for key in ("data.chat_template=chatml", "model.add_tokens=[a]"):
         with pytest.raises(ConfigError, match="is for conversations; token files are made with their tokenizer"):
             trainer.train(config.load(None, [*tiny, "zero=0", key]))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_adapters_train_and_save_the_embeddings(chats, arguments, tmp_path, tied):
+    config_ = LlamaConfig(**LlamaConfig.from_pretrained(chats / "llama").to_dict() | {"tie_word_embeddings": tied})
+    torch.manual_seed(0)
+    LlamaForCausalLM(config_).save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(chats / "llama").save_pretrained(tmp_path / "base")
+    keys = [*arguments, f"model.path={tmp_path / 'base'}", "lora.enabled=true", "lora.r=4"]
+    assert trainer.train(config.load(None, [*keys, f"output={tmp_path / 'one'}", "zero=0"])) == 0
+    done = launch("forked", [*keys, f"output={tmp_path / 'two'}", "zero=3", "train.batch_size=1"])
+    assert done.returncode == 0, done.stdout + done.stderr
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "one" / "model")
+    ids = tokenizer.convert_tokens_to_ids(TOKENS)
+    merged = load_model(tmp_path / "one", "fp32")
+    start = AutoModelForCausalLM.from_pretrained(tmp_path / "base").get_input_embeddings().weight
+    mean = start[: ids[0]].mean(0)
+    for row in merged.get_input_embeddings().weight[ids]:
+        assert (row - mean).abs().max() > 1e-3  # trained
+    shared = merged.get_input_embeddings().weight is merged.get_output_embeddings().weight
+    assert shared == tied
+    exported = AutoModelForCausalLM.from_pretrained(export(tmp_path / "one", tmp_path / "out").folder)
+    other = load_model(tmp_path / "two", "fp32")
+    prompt = torch.tensor([[*ids, 5, 6, 7]])
+    with torch.no_grad():
+        logits = [model(prompt).logits for model in (merged, exported, other)]
+    torch.testing.assert_close(logits[1], logits[0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits[2], logits[0], atol=2e-2, rtol=1e-2)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "base")  # as peft's users load it
+    theirs.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    theirs = PeftModel.from_pretrained(theirs, tmp_path / "one" / "model").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(prompt).logits, logits[0], atol=1e-4, rtol=1e-4)
