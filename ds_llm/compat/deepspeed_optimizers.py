@@ -1,12 +1,14 @@
-"""The fp32 weights that DeepSpeed's optimizers update, one class for each optimizer, by duck typing.
+"""The float32 weights that DeepSpeed's optimizers update, one class for each kind of optimizer.
 
-`weights()` are those this rank updates: its partition under ZeRO, all of them without. `push()` copies them into the
-module's weights on all ranks. In a block of `overflow(device)` a step of the optimizer takes DeepSpeed's own path for
-non-finite gradients, which drops them.
+- `weights()`: the weights that this rank updates. Under ZeRO these are its partition, without ZeRO all of them.
+- `push()`: copies them into the module's weights on all ranks.
+- `overflow(device)`: a context manager in which a step drops the gradients, by DeepSpeed's own path for non-finite
+ones.
 
-For states that move to other layouts (see `ds_llm.engine.resharding`): `inner` is the torch optimizer that steps;
-`fragments()` says which part of which parameter lies where in `weights()`; `read` finds the tensors of `weights()` and
-their optimizer states in a rank's file of a DeepSpeed checkpoint, whose name is the pattern `file(rank)`.
+States that move to another layout need more (see `ds_llm.engine.resharding`). `inner` is the torch optimizer that
+steps. `fragments()` says which part of which parameter lies where in `weights()`. `file(rank)` is the pattern of the
+name of a rank's file in a DeepSpeed checkpoint. `read` finds the tensors of `weights()` and their optimizer states in
+it.
 """
 
 from __future__ import annotations
@@ -23,7 +25,10 @@ from ds_llm.compat.torch import _flatten_dense_tensors, _unflatten_dense_tensors
 
 
 class Fragment(NamedTuple):
-    """Numbers offset .. offset+length-1 of a flattened parameter, at start .. of a tensor of `weights()`."""
+    """A part of a parameter in a tensor of `weights()`.
+
+    Numbers offset .. offset + length - 1 of the flattened parameter lie at start .. of tensor number `tensor`.
+    """
 
     param: Parameter
     tensor: int
@@ -33,7 +38,7 @@ class Fragment(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What a rank's file of a checkpoint holds: fp32 weights, their optimizer states, the optimizer's groups."""
+    """Content of a rank's file in a checkpoint: float32 weights, their optimizer states, the optimizer's groups."""
 
     weights: list[torch.Tensor]
     states: dict[int, dict]
@@ -53,7 +58,7 @@ def _replaced(owner, name: str, stand_in: Callable) -> Iterator[None]:
 def _partition(
     tensor: int, params: Iterable[Parameter], flat: torch.Tensor, size: int, rank: int
 ) -> Iterator[Fragment]:
-    """What of `params`, which are views of `flat`, lies in partition `rank` of `size` numbers."""
+    """Fragments of `params`, which are views of `flat`, that lie in partition `rank` of `size` numbers."""
     for param in params:
         # by address: the order in `flat` depends on DeepSpeed's settings
         at = (param.data_ptr() - flat.data_ptr()) // param.element_size() - rank * size
@@ -63,7 +68,7 @@ def _partition(
 
 
 class _Owner:
-    """What holds for most optimizers."""
+    """Defaults of the classes below."""
 
     sharded = True
 
@@ -75,16 +80,19 @@ class _Owner:
         return self.optimizer.optimizer
 
     def swapped(self) -> list[int]:
-        """Those of `weights()` that are kept on a disk between steps."""
+        """Numbers of the tensors of `weights()` that are kept on a disk between steps."""
         return []
 
     def present(self, tensor: int, changed: bool = False):
-        """In the block tensor `tensor` of `weights()` and its states are in memory; changed: and are written back."""
+        """Context manager that brings tensor number `tensor` of `weights()` and its states into memory.
+
+        changed: write them back to the disk at the end.
+        """
         return contextlib.nullcontext()
 
 
 class Plain(_Owner):
-    """Of an optimizer of torch: fp32 without ZeRO."""
+    """An optimizer of torch, which DeepSpeed uses for float32 without ZeRO."""
 
     sharded = False
 
@@ -98,7 +106,7 @@ class Plain(_Owner):
 
     @staticmethod
     def read(state: dict, names: list[str]) -> Saved:
-        """names: of the parameters, in the order of `weights()`."""
+        """Read the weights by the names of their parameters, in the order of `weights()`."""
         inner = state["optimizer"]
         return Saved([state["module"][name] for name in names], inner["state"], inner["param_groups"])
 
@@ -110,7 +118,7 @@ class Plain(_Owner):
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def push(self) -> None:
-        """They are the module's weights."""
+        """Nothing to do: the optimizer updates the module's own weights."""
 
     def overflow(self, device: torch.device):
         return _replaced(self.optimizer, "step", lambda *_, **__: None)
@@ -238,8 +246,8 @@ class Zero3(_Owner):
 class Fused16(_Owner):
     """fp16 or bf16 without ZeRO, by a fused optimizer: each group is one flat tensor.
 
-    DeepSpeed builds this optimizer with a step on zero gradients, which decays the weights and leaves Adam's bias
-    correction one step ahead: the module's weights are taken again and the states forgotten.
+    DeepSpeed's constructor steps once on zero gradients. That decays the weights and leaves Adam's bias correction one
+    step ahead. So this class copies the module's weights again and clears the states.
     """
 
     sharded = False

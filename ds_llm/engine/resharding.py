@@ -126,10 +126,11 @@ class Checkpoint:
 
 
 class States:
-    """The states of this rank: fp32 weights, optimizer states, averages.
+    """The states of this rank: float32 weights, optimizer states, averages.
 
-    owner: the object of `masters` that updates the weights of `module`. average: of the same weights, or None. apart:
-    ranks hold different weights without ZeRO too (`ds_llm.parallel`). held: number of weights that this rank updates.
+    owner: the object of `ds_llm.compat.deepspeed_optimizers` that updates the weights of `module`. average: of the same
+    weights, or None. apart: ranks hold different weights without ZeRO too (`ds_llm.parallel`). held: number of weights
+    that this rank updates.
     """
 
     def __init__(self, owner, module: nn.Module, average: MovingAverage | None, apart: bool = False):

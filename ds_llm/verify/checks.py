@@ -62,7 +62,7 @@ def checks(subject: Subject) -> dict[str, Callable[[], Finding]]:
 
 
 def way_of(subject: Subject) -> Way | None:
-    """How documents are kept apart in the subject's model; None where its runs do not pack."""
+    """How packed documents are kept apart in the subject's model; None where its runs do not pack."""
     try:
         return find_way(subject.config, subject.attention, CPU)
     except LeakError:
@@ -70,7 +70,7 @@ def way_of(subject: Subject) -> Way | None:
 
 
 def for_training(subject: Subject, way: Way | None) -> nn.Module:
-    """A small model with loss head that keeps documents apart in this way, in training."""
+    """A small model with loss head, in training mode, that keeps documents apart in this way."""
     model = attach_loss_head(subject.model())
     if way is not None:
         prepare(model, way)
@@ -130,7 +130,7 @@ def recomputation(subject: Subject) -> Finding:
 
 
 def _losses_and_gradients(about: str, loss: Tensor, found: Tensor, expected: dict, grads: dict) -> Finding:
-    """That of the two which is farther from what rounding may change."""
+    """A finding on losses or on gradients, whichever differ more in units of what rounding may change."""
     name, of_gradients = gradient_difference(expected, grads)
     of_loss = number(abs(found.item() / loss.item() - 1))
     if of_loss / OUTPUTS > max(of_gradients / GRADIENTS, 1):
@@ -169,7 +169,7 @@ def _generator(subject: Subject) -> tuple[Generator, list[list[int]]]:
 
 
 def _steps(generator: Generator, prompts: list[list[int]], cached: bool = True) -> tuple[list[list[int]], list[Tensor]]:
-    """Greedy tokens of each prompt, and the output head's logits [prompts, vocabulary] at each step."""
+    """Generate greedily. Returns the tokens of each prompt, and the logits [prompts, vocabulary] of each step."""
     logits: list[Tensor] = []
     head = generator.model.get_output_embeddings()
     hook = head.register_forward_hook(lambda *call: logits.append(call[-1][:, -1].float()))
@@ -182,7 +182,10 @@ def _steps(generator: Generator, prompts: list[list[int]], cached: bool = True) 
 
 
 def _apart(expected: tuple, found: tuple, row: int = 0) -> tuple[float, int]:
-    """Largest difference of the logits of row 0 and of row `row`, and its step, up to where the tokens part."""
+    """Largest difference between the logits of row 0 and of row `row`, and the step where it is.
+
+    Steps count up to the first at which the two rows choose different tokens.
+    """
     worst = (0.0, 0)
     for step, (one, other) in enumerate(zip(expected[1], found[1], strict=True)):
         value = difference(one[0], other[row])

@@ -1,4 +1,4 @@
-"""Starts the job of two processes whose checks `ds_llm.verify.sharded` holds, and follows what it finds."""
+"""Starts the job of two processes that runs the checks of `ds_llm.verify.sharded`, and reads its results."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ NOT_OURS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"
 
 
 class Job:
-    """The job of two processes for a subject. It runs while the block does, beside what the block does."""
+    """The job of two processes for a subject, a context manager. The caller's block runs beside it."""
 
     def __init__(self, subject: Subject):
         self._scratch = tempfile.TemporaryDirectory()
@@ -68,7 +68,7 @@ class Job:
         self._scratch.cleanup()
 
     def rows(self) -> Iterator[Row]:
-        """The rows of `CASES`, each as soon as it is found."""
+        """Yield the rows of `CASES`, each as soon as the job has written it."""
         left = list(CASES)
         for found in self._lines():
             left.remove(found["name"])

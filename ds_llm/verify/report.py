@@ -1,4 +1,4 @@
-"""Rows of the table of proofs: how one comes about, how it is printed and written."""
+"""Rows of the table of proofs: makes them of checks, prints them, sums them up."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ WIDTH = 38  # of the names of proofs
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check found: `difference` of the two ways, of which up to `limit` is rounding, and what to say of it.
+    """The result of a check.
 
-    shown: a sample of tokens and labels (shifted) with its tokenizer, for the eye.
+    difference: between the two ways of computing; up to `limit` it is rounding. detail: what the row says. shown:
+    tokens and labels (shifted) of a sample and their tokenizer, for printing.
     """
 
     detail: str = ""
@@ -31,7 +32,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Row:
-    """A proof: `status` is one of holds, refused, broken; `detail` says by what or why."""
+    """A proof. status: holds, refused or broken. detail: by how much, or why."""
 
     name: str
     status: str
@@ -45,7 +46,7 @@ class Row:
 
 
 def prove(name: str, check: Callable[[], Finding]) -> Row:
-    """The row of a check. `UserError`: refused; any other exception: broken."""
+    """Run a check and return its row. A `UserError` means refused, any other exception broken."""
     start = time.monotonic()
 
     def row(status: str, detail: str, difference: float | None = None, shown: tuple | None = None) -> Row:

@@ -68,12 +68,12 @@ def difference(expected: Tensor, found: Tensor) -> float:
 
 
 def number(value: float) -> float:
-    """A difference that can be compared: infinity for NaN."""
+    """The difference as a number that can be compared: NaN becomes infinity."""
     return math.inf if math.isnan(value) else value
 
 
 def gradient_difference(expected: dict[str, Tensor], found: dict[str, Tensor]) -> tuple[str, float]:
-    """The parameter whose gradients differ most, and by how much of its largest one."""
+    """The parameter whose gradients differ most, and the difference relative to its largest gradient."""
     # a bias that does not change a softmax has a gradient of rounding alone
     largest = max(float(value.abs().max()) for value in expected.values())
     worst = ("", 0.0)

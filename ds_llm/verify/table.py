@@ -32,7 +32,7 @@ def rows(subject: Subject) -> Iterator[Row]:
 
 
 def as_json(subject: Subject, found: list[Row]) -> dict:
-    """The table and what it was found on."""
+    """The table as JSON, with the model, its attention kernel and the version of transformers."""
     return {
         "model": subject.name,
         "model_type": subject.config.model_type,
