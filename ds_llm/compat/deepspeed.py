@@ -1,7 +1,7 @@
-"""DeepSpeed 0.19.8: names outside its documented interface, and fields of its parameters, engines and optimizers.
+"""Names of DeepSpeed 0.19.8 that its documentation does not promise, and fields of its parameters and engines.
 
-`NAMES`: each such name, the module it lies in and what it is for. The fields of its optimizers are read in
-`ds_llm.compat.deepspeed_optimizers` alone. Importing this module does not import DeepSpeed.
+`NAMES` lists each such name with its module and its purpose. `ds_llm.compat.deepspeed_optimizers` reads the fields of
+its optimizers. Importing this module does not import DeepSpeed.
 """
 
 from __future__ import annotations
@@ -70,27 +70,27 @@ SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # wh
 
 
 def is_partitioned(parameter: torch.nn.Parameter) -> bool:
-    """Whether ZeRO-3 has taken the parameter: its data is here only while it is gathered."""
+    """Whether ZeRO-3 has partitioned the parameter. Its values are on this rank only while it is gathered."""
     return hasattr(parameter, "ds_id")
 
 
 def own_part(parameter: torch.nn.Parameter) -> torch.Tensor:
-    """What this rank holds of a parameter: its part under ZeRO-3, else all of it."""
+    """This rank's values of a parameter: its partition under ZeRO-3, else the whole parameter."""
     return getattr(parameter, "ds_tensor", parameter)
 
 
 def unpartitioned_shape(parameter: torch.nn.Parameter) -> torch.Size:
-    """The shape of a parameter before ZeRO-3 has partitioned it."""
+    """The parameter's full shape, also where ZeRO-3 has partitioned it."""
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def unpartitioned_numel(parameter: torch.nn.Parameter) -> int:
-    """How many numbers a parameter has before ZeRO-3 has partitioned it."""
+    """The parameter's full number of elements, also where ZeRO-3 has partitioned it."""
     return getattr(parameter, "ds_numel", parameter.numel())
 
 
 def share_experts(weight: torch.nn.Parameter, group: str) -> None:
-    """Have ZeRO reduce and partition a weight of shared experts among the ranks of a group alone."""
+    """Mark an expert weight, so that ZeRO reduces and partitions it only among the ranks of one group."""
     weight.allreduce, weight.group_name = False, group
     weight.ds_zero_placement_family, weight.ds_zero_partition_group_name = "autoep_expert", group
 
@@ -104,29 +104,29 @@ def is_shared_expert(parameter: torch.nn.Parameter) -> bool:
 
 
 def leave_states_to_us(engine, read_file) -> None:
-    """Have an engine read checkpoint files by `read_file`, and leave states on NVMe to `ds_llm.engine.resharding`.
+    """Make an engine read checkpoint files with `read_file`, and leave states on NVMe to `ds_llm.engine.resharding`.
 
-    DeepSpeed 0.19 starts with none when it loads states that lie on NVMe.
+    DeepSpeed 0.19 loses optimizer states on NVMe when it loads a checkpoint.
     """
     engine.checkpoint_engine.load = read_file
     engine.zero_nvme_offload_optimizer = lambda: False
 
 
 def loss_scale(optimizer) -> float:
-    """What an optimizer multiplies losses by at present; 1 for one that does not."""
+    """The factor by which an optimizer multiplies the loss now. It is 1 for an optimizer without loss scaling."""
     return float(getattr(optimizer, "cur_scale", getattr(optimizer, "loss_scale", 1.0)))
 
 
 def loss_scaler(optimizer):
-    """The object whose fields `SCALER` hold the state of the search for a loss scale, None where there is none."""
+    """The object that adapts the loss scale, or None. `SCALER` names the fields that hold its state."""
     return getattr(optimizer, "loss_scaler", None) or getattr(optimizer, "loss_scale_config", None)
 
 
 def use_gloo_alone() -> None:
-    """Keep DeepSpeed from compiling its communication through shared memory, before its process group is made.
+    """Keep DeepSpeed from compiling its shared-memory communication. Call it before the process group is made.
 
-    It serves `inference_all_reduce` alone, which training never calls, and adds over all processes of the job, also
-    where a group of them is asked for.
+    Only `inference_all_reduce` uses that extension, and training never calls it. The extension also adds over all
+    processes of the job where the caller asks for a smaller group.
     """
     import deepspeed
 

@@ -1,14 +1,14 @@
-"""Answers to prompts as tokens, desirable or not, stored memory-mapped: what preferences are learned from.
+"""Answers to prompts as tokens, each marked as desirable or not. DPO and KTO train on them.
 
-Made once per data, tokenizer and options, in a folder of the cache:
+They are built once per data, tokenizer and options, in a folder of the cache, and read memory-mapped:
 
 | file | content |
 | --- | --- |
-| ids.bin | int32 tokens of the sequences one after the other, each a prompt with an answer |
-| trained.bin | one byte per token: 1 when it belongs to the answer |
+| ids.bin | int32 tokens of all sequences, one after the other; a sequence is a prompt with its answer |
+| trained.bin | one byte per token: 1 if it belongs to the answer |
 | bounds.npy | int64 [sequences + 1]: sequence i is `ids[bounds[i]:bounds[i + 1]]` |
 | desirable.npy | bool [sequences] |
-| report.json | counts, and the sha256 of ids, trained and bounds |
+| report.json | counts, and one sha256 over ids, trained and bounds |
 | rejects.jsonl | the rows that cannot be used: `{"file", "line", "reason", "detail"}` |
 """
 
@@ -46,7 +46,7 @@ MOST_WORKERS = 16  # each takes about 0.5 GB of memory
 
 
 class Answer(NamedTuple):
-    """A prompt with an answer, and whether that is desirable."""
+    """A prompt with one answer. desirable: whether the model shall learn to give it."""
 
     encoded: Encoded
     desirable: bool
@@ -58,7 +58,7 @@ Encoder = Callable[[dict, object], Sequence[Answer]]
 
 @dataclass
 class Report:
-    """What became of the rows. `dropped`: reason -> [count, the first few places FILE:LINE]."""
+    """Counts of the rows. `dropped`: reason -> [count, the first places as FILE:LINE]."""
 
     rows: int = 0
     used: int = 0  # rows of which no answer was dropped
@@ -77,7 +77,7 @@ class Report:
             entry[1].append(place)
 
     def describe(self, what: str) -> str:
-        """The counts in one line; what: the samples, as "5 pairs"."""
+        """The counts in one line. It begins with `what`, such as "5 pairs"."""
         lost = sum(count for count, _ in self.dropped.values())
         return (
             f"{what} of {self.rows:,} rows; {self.tokens:,} tokens, {self.answer_tokens:,} of them in answers, longest "
@@ -86,7 +86,7 @@ class Report:
         )
 
     def reasons(self) -> str:
-        """Why rows were dropped, the most frequent reason first, with the first places."""
+        """Why rows were dropped: the reasons by falling count, each with its first places."""
         if not self.rows:
             return "the input holds no rows"
         parts = []
@@ -96,8 +96,11 @@ class Report:
 
 
 class Answers:
-    """Stored answers: `sequence(i)`, `padded(sequences)`; `lengths` int64 [sequences] in tokens, `desirable` bool
-    [sequences], `report`, and `fingerprint`, the sha256 of what log-probabilities depend on."""
+    """Answers that `prepare` has stored.
+
+    `lengths` int64 [sequences] are in tokens, `desirable` is bool [sequences]. `fingerprint` is the sha256 of ids,
+    trained and bounds: equal fingerprints have equal log-probabilities under one model.
+    """
 
     def __init__(self, folder: Path, pad: int):
         self.folder, self.pad = folder, pad
@@ -109,7 +112,7 @@ class Answers:
         self.lengths = np.diff(self._bounds)
 
     def describe(self) -> str:
-        """What became of the rows, in one line."""
+        """The counts of the rows in one line."""
         report = self.report
         total = report.desirable + report.undesirable
         return report.describe(f"{total:,} answers ({report.desirable:,} desirable, {report.undesirable:,} not)")
@@ -119,7 +122,7 @@ class Answers:
         return with_labels(*self.tokens(i))
 
     def tokens(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        """Input ids int32 [n] and whether each belongs to the answer, bool [n]."""
+        """Input ids int32 [n], and for each whether it belongs to the answer, bool [n]."""
         part = slice(self._bounds[i], self._bounds[i + 1])
         return self._ids[part], self._trained[part]
 
@@ -139,7 +142,7 @@ class Answers:
 
 
 def with_labels(ids: np.ndarray, trained: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Ids [n] as int64, and labels int64 [n]: the next id where that is trained, else -100."""
+    """Input ids int64 [n] and labels int64 [n]. A label is the next id if that is trained, else -100."""
     ids = ids.astype(np.int64)
     labels = np.full(len(ids), IGNORE_INDEX, np.int64)
     labels[:-1] = np.where(trained[1:], ids[1:], IGNORE_INDEX)
@@ -161,11 +164,14 @@ def prepare(
     cache: str | os.PathLike,
     name: str,
 ) -> Path:
-    """The folder of the answers in files, folders, globs or data sets of the hub, made once and kept under `cache`.
+    """Encode the rows of files, folders, globs or hub data sets, and return the folder of the answers.
 
-    encode: of a row, in processes of its own; kind names the folder and what it does. max_length: tokens of the longest
-    sequence. A longer one is cut at its end if that leaves a token of the answer (truncate "right"); its row is dropped
-    otherwise, or always with "drop". Call it before the process group opens: one process builds, the others wait.
+    The folder is kept under `cache`, and the same data, tokenizer and options find it again. Call this before the
+    process group opens: one process builds, the others wait.
+
+    encode: turns a row into its answers, in worker processes. kind: names the format that `encode` gives, and the
+    folder. max_length: most tokens of a sequence. With truncate "right" a longer sequence loses its end, if a token of
+    the answer remains. Otherwise its row is dropped, and with "drop" every such row is.
     """
     from ds_llm.data.tokens import tokenizer_hash
 
@@ -186,7 +192,7 @@ def prepare(
 
 
 def announce(answers: Answers, kind: str, name: str, sources: Sequence[str | os.PathLike]) -> None:
-    """Say in a line what there is; raises `UserError` where there is nothing of the `kind`."""
+    """Print the counts of the stored answers in a line. Raises `UserError` if no row could be used."""
     report = answers.report
     console.print(f"{name}: {answers.describe()}")
     if report.dropped:
@@ -240,7 +246,7 @@ def _build(out: Path, sources: list[Source], arguments: tuple, title: str) -> No
 
 
 def _encoder(encode: Encoder, tokenizer, max_length: int, truncate: str) -> Callable:
-    """The worker's function: batch -> per row a Reject, or (its sequences, whether one was cut)."""
+    """The function of a worker: for each row of a batch a `Reject`, or its sequences and whether one was cut."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
 
     def encode_batch(batch: Batch) -> list:
@@ -258,7 +264,7 @@ def _encoder(encode: Encoder, tokenizer, max_length: int, truncate: str) -> Call
 
 
 def _encode_row(answers: Sequence[Answer], max_length: int, truncate: str):
-    """[(ids int32 [n], trained bool [n], desirable)] and whether one was cut; raises `RowError`."""
+    """The row's sequences [(ids int32 [n], trained bool [n], desirable)], and whether one was cut. Raises `RowError`."""
     sequences, cut = [], False
     for answer in answers:
         ids, trained = np.array(answer.encoded.input_ids, np.int32), np.array(answer.encoded.trained, bool)

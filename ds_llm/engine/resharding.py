@@ -165,9 +165,10 @@ class States:
                 torch.save(self.average.state(), folder / f"ema_rank{self._rank:05d}.pt")
 
     def lie_as_in(self, folder: Path) -> bool:
-        """Whether every rank's layout is that of the checkpoint, so that DeepSpeed can load it. Collective.
+        """Whether DeepSpeed can load the checkpoint: every rank has the layout with which it was written. Collective.
 
-        True for a checkpoint of an earlier version, which has no layout. False for states that are kept on NVMe.
+        A checkpoint without a recorded layout, of an earlier version, counts as equal. States on NVMe count as
+        different.
         """
         path, mine = folder / f"parts_rank{self._rank:05d}.json", self.description()
         alike = json.loads(path.read_text()) == mine and not mine["swapped"] if path.exists() else None

@@ -63,11 +63,11 @@ def pass_bytes(
     make: Callable[[object], nn.Module], config, objective: Callable, batch: dict[str, tuple], dtype: torch.dtype,
     *, checkpointing: bool, keep_gradients: bool
 ) -> int:  # fmt: skip
-    """Most bytes that a micro-batch's forward and backward pass need beside the weights.
+    """Peak bytes of a micro-batch's forward and backward pass, without the weights.
 
-    make: builds the module of a transformers configuration; config: that configuration. objective: gives the loss
-    module of a model. batch: shape and dtype of its arguments. keep_gradients: gradients stay until the end of the
-    pass, else each goes as soon as it is complete, as under ZeRO 2 and 3.
+    make: builds the module of a transformers configuration. config: that configuration. objective: wraps a model in its
+    loss module. batch: shape and dtype of each argument of the loss. keep_gradients: gradients stay until the end of
+    the pass. Otherwise each is freed as soon as it is complete, as under ZeRO 2 and 3.
     """
     layers = config.get_text_config().num_hidden_layers
 

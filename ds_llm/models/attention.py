@@ -51,7 +51,7 @@ def document_attention(
 
 
 def _window(length: int, sliding_window: int | None, device: torch.device) -> Tensor | None:
-    """Which keys [S, S] a query sees, None where it is all up to itself."""
+    """Mask [S, S] of the keys that each query attends to, or None if plain causal attention gives the same."""
     if sliding_window is None or length <= sliding_window:
         return None
     distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)
@@ -76,7 +76,10 @@ def _scores(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """With scores [heads, S, S] of a document at a time, for what torch's function does not have."""
+    """Attention with all scores [heads, S, S] of one document in memory.
+
+    It serves the soft cap and the sinks, which torch's `scaled_dot_product_attention` lacks.
+    """
     heads, length = q.shape[1:3]
     k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
     scores = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scaling is None else scaling)

@@ -86,12 +86,14 @@ def loss_and_logits(
     logits_to_keep: int | Tensor,
     aux_loss: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """What the `forward` of a causal language model returns, from the last hidden states [B, S, H].
+    """Loss and logits of a causal language model from its last hidden states [B, S, H].
 
-    The loss is None without `labels` [B, S] (not shifted, `IGNORE_INDEX` where there is nothing to learn): their summed
-    cross-entropy divided by `num_items_in_batch`, or by how many are valid, and in training `aux_loss` added. The
-    logits, None in training with labels, are of the last `logits_to_keep` positions (0: all) or of those of an index
-    tensor.
+    labels [B, S]: not shifted, `IGNORE_INDEX` where nothing is learned. The loss is the summed cross-entropy divided by
+    `num_items_in_batch`, or by the number of valid labels if that is None. In training `aux_loss` is added to it.
+    Without labels the loss is None.
+
+    The logits are those of the last `logits_to_keep` positions (0: all), or of the positions in an index tensor. In
+    training with labels they are None.
     """
     loss = logits = None
     if labels is not None:

@@ -95,7 +95,11 @@ class SelectMoeConfig(PreTrainedConfig):
         return next((v for key in BALANCE_KEYS if (v := getattr(self.text_config, key, None)) is not None), None)
 
     def set_load_balancing_weight(self, weight: float) -> None:
-        """For backbones made from now on, and those that read it in every forward pass."""
+        """Set the weight in the configuration.
+
+        It takes effect in backbones that are built afterwards, and in those that read the configuration in each forward
+        pass.
+        """
         for key in BALANCE_KEYS:
             if getattr(self.text_config, key, None) is not None:
                 setattr(self.text_config, key, weight)

@@ -49,15 +49,18 @@ def prune_model(
     include: Sequence[str] = (),
     device: torch.device | str = "cpu",
 ) -> dict[str, Pruned]:
-    """Prune a model on the CPU in place, block by block on `device`; what was done by parameter name, in order.
+    """Prune a model on the CPU in place and return what was done, by parameter name. One block at a time is on
+    `device`.
 
-    method: magnitude, wanda or sparsegpt. tokens [N, L] int64: calibration sequences, for the last two. damping: of
-    SparseGPT, relative to the mean diagonal of the Hessian. include: "head" and "embeddings", dense otherwise;
-    embeddings go by magnitude whatever the method, as a look-up has no inputs to weigh.
+    method: magnitude, wanda or sparsegpt. tokens [N, L] int64: the calibration sequences, which wanda and sparsegpt
+    need. damping: SparseGPT's, as a share of the mean diagonal of the Hessian. include: may hold "head" and
+    "embeddings", which otherwise stay dense. Embeddings are always pruned by magnitude, because a look-up table has no
+    inputs.
 
-    As in the papers, all weights of a block are pruned on the inputs that the pruned blocks before it give, and on
-    each other's dense outputs. Blocks compute in float32 whatever the model's type; new weights are rounded to that
-    before the next block sees them. Raises `UserError` for a model or a pattern that does not go together.
+    The inputs of a block come from the blocks before it after they were pruned. Inside a block, all statistics come
+    from one pass of the dense block, as in the papers. Blocks compute in float32. New weights are rounded to the
+    model's dtype before the next block sees them. Raises `UserError` for a model that cannot be pruned, and for a
+    pattern that its weights do not fit.
     """
     if (method in CALIBRATED) != (tokens is not None):
         raise ValueError(f"method {method}: calibration tokens are for {' and '.join(CALIBRATED)}")
@@ -109,7 +112,7 @@ def prune_model(
 
 @dataclass(frozen=True)
 class _Work:
-    """How weights are pruned; `dtypes`, by name, are the types that the results are rounded to."""
+    """The settings of one pruning. `dtypes`: by parameter name, the dtype that the new weights are rounded to."""
 
     method: str
     pattern: Pattern
@@ -117,7 +120,7 @@ class _Work:
     dtypes: Mapping[str, torch.dtype]
 
     def prune(self, targets: Sequence[Target], inputs: Inputs | None) -> dict[str, Pruned]:
-        """Prune weights that are in float32, in place, in groups that share their inputs' sums, which are used up."""
+        """Prune float32 weights in place. Weights with the same inputs share one sum, which is freed after use."""
         groups: dict[str, list[Target]] = {}
         for target in targets:
             leader = inputs.leader.get(target.name, target.name) if inputs else target.name
@@ -144,7 +147,7 @@ class _Work:
         return {target.name: done[target.name] for target in targets}
 
     def _summary(self, sums: Tensor, name: str):
-        """Statistics of a matrix's inputs for the method: sums of squares for Wanda, a `Curvature` for SparseGPT."""
+        """What the method needs to know of a matrix's inputs: sums of squares for Wanda, a `Curvature` for SparseGPT."""
         if self.method == "sparsegpt":
             return curvature(sums, self.damping, name)
         if not torch.isfinite(sums).all():
@@ -152,7 +155,7 @@ class _Work:
         return sums
 
     def _matrix(self, weight: Tensor, summary) -> tuple[Tensor, Tensor]:
-        """The pruned matrix and its mask; by magnitude without statistics of its inputs."""
+        """The pruned matrix and its mask. Without statistics of its inputs the matrix is pruned by magnitude."""
         if summary is None:
             return weight.clone(), select(magnitude_scores(weight), self.pattern)
         if self.method == "wanda":
@@ -161,7 +164,7 @@ class _Work:
 
 
 def _matrices(weight: Tensor) -> Tensor:
-    """[G, R, C] of a matrix (G = 1) or a stack of experts."""
+    """View a matrix or a stack of experts as [G, R, C]; a matrix has G = 1."""
     return weight.view(-1, *weight.shape[-2:])
 
 

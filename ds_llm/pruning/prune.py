@@ -35,13 +35,14 @@ REPORT = "pruning.json"
 
 @dataclass(frozen=True)
 class Options:
-    """Options of `prune`; None takes the method's or the model's default.
+    """Options of `prune`. None means the default of the method or of the model.
 
-    method: magnitude, wanda, sparsegpt, or mask for the masks of another model. density: share of weights kept.
-    pattern: N:M instead. scope: row or layer, what weights are compared within. data: calibration files, `field` the
-    field of a row with the text. sequences, length, seed: how many windows of how many tokens are drawn, and which.
-    damping: of SparseGPT. include: head, embeddings. masks: for the method mask, a mask file or a pruned model. dtype:
-    of the written weights; auto is that of the model's file. Options that the method has no use for must be None.
+    method: magnitude, wanda, sparsegpt, or mask to use given masks. density: share of weights that are kept. pattern:
+    an N:M pattern instead of a density. scope: weights compete within a row or within a layer. data: calibration files,
+    and `field` names the field with the text. sequences, length, seed: number of calibration windows, their tokens, and
+    the seed that draws them. damping: SparseGPT's. include: head, embeddings. masks: a mask file or a pruned model, for
+    the method mask. dtype: of the written weights; auto keeps that of the file. An option that the method does not use
+    must be None.
     """
 
     method: str

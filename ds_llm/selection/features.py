@@ -81,7 +81,7 @@ class Features:
         return values.mul_(GRID).round_().mul_(1 / GRID)
 
     def all(self) -> Tensor:
-        """All rows; for few of them."""
+        """All rows in one tensor. Use it only if they fit the memory."""
         return torch.cat([block for _, block in self.parts(range(self.blocks))])
 
     def parts(self, numbers: range) -> Iterator[tuple[slice, Tensor]]:

@@ -93,7 +93,7 @@ def prunable(model: nn.Module, include: Iterable[str] = ()) -> list[Target]:
 
 
 def ends(model: nn.Module, include: Iterable[str]) -> list[Target]:
-    """The output head and the embeddings as targets, where `include` names them."""
+    """The output head and the embeddings as targets, if `include` names them. Tied weights are one target, the head."""
     include, found = set(include), []
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()

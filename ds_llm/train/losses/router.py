@@ -100,12 +100,16 @@ class RouterLoss(nn.Module):
         own_losses: bool = False,
         **batch,
     ) -> MicroStep | Tensor:
-        """The losses of a training batch and sums of what the mode's `Job.metrics` names.
+        """The loss of a micro-batch with its metric sums, or statistics of the micro-batch.
 
-        In evaluation, of a batch with corrupted_ids, [4] summed over its pairs: loss (the contrastive one where this is
-        none over pairs), g of samples, g of copies, how many samples score above theirs; of another, what `inner`
-        gives. powers: only the sums of g and g^2 [L, 2]. own_losses: of `documents` [B, S] the mean
-        cross-entropies per label with all gates open [N]; in evaluation also their mean scores, together [2, N].
+        In training it returns a `MicroStep`, whose sums belong to the mode's `Job.metrics`. With `powers` it returns
+        the sums of g and g^2 over the tokens [L, 2], g being the gate scores. With `own_losses` it returns, for each of
+        the N documents that `documents` [B, S] numbers, the mean cross-entropy per label with all gates open [N].
+
+        In evaluation there are three cases. A batch with `corrupted_ids` gives sums over its pairs [4]: the loss (the
+        contrastive one if the loss is not over pairs), g of the samples, g of the copies, and the number of samples
+        that score above their copies. With `own_losses` the documents' mean scores come first [2, N]. Any other batch
+        gives what `inner` gives.
         """
         if own_losses:
             losses = self._losses(documents, batch)

@@ -85,7 +85,7 @@ def check(config: Config) -> Data:
 
 
 def figures(config: Config) -> Figures:
-    """Names of what evaluations and steps record beside what they do in every mode."""
+    """Names of the figures that this mode adds to the records of evaluations and steps."""
     return Figures(("loss", *METRICS), METRICS)
 
 

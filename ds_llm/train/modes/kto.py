@@ -128,7 +128,7 @@ def _check_balance(options: KtoConfig, answers: LabelledAnswers) -> None:
 
 
 def figures(config: Config) -> Figures:
-    """Names of what evaluations and steps record beside what they do in every mode."""
+    """Names of the figures that this mode adds to the records of evaluations and steps."""
     return Figures(("loss", *METRICS), METRICS)
 
 
@@ -176,10 +176,11 @@ def build(config: Config, data: Data) -> Job:
 
 @dataclass(frozen=True)
 class Whole:
-    """Figures of all answers of the global batch that the loss needs.
+    """Figures over all answers of the global batch that the loss needs.
 
-    kl: the reference point in nats. The two factors turn a sum over desirable or undesirable answers, divided by the
-    number of all answers, into the mean of that kind. NaN where there are no answers of a kind.
+    kl: the reference point z_0 of the paper, in nats. The trainer divides summed losses by the number of all answers.
+    Multiplied by `per_desirable`, such a quotient becomes the mean over desirable answers; `per_undesirable` does the
+    same for the others. NaN if the batch has no answer of that kind.
     """
 
     kl: float
@@ -188,7 +189,7 @@ class Whole:
 
     @classmethod
     def of(cls, answers: float, desirable: float, mismatched_sum: float) -> Whole:
-        """mismatched_sum: of log pi - log ref over the mismatched answers, as many as `answers`."""
+        """From counts. mismatched_sum: the sum of log pi - log ref over the mismatched answers, one for each answer."""
         kl = max(mismatched_sum / answers, 0.0)  # NaN stays NaN
         undesirable = answers - desirable
         return cls(

@@ -136,7 +136,7 @@ def val_names(config: Config) -> list[str]:
 
 
 def figures(config: Config) -> Figures:
-    """Names of what evaluations record beside what they do in every mode."""
+    """Names of the figures that this mode adds to the records of evaluations and steps."""
     return Figures(val_names(config), ())
 
 

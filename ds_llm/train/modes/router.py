@@ -101,7 +101,7 @@ def _check_model(config: Config) -> None:
 
 
 def figures(config: Config) -> Figures:
-    """Names of what evaluations and steps record beside losses and perplexity."""
+    """Names of the figures that this mode adds to the records of evaluations and steps."""
     over = quality_loss.find(config.router.quality_loss).over
     compared = {"pairs": ["quality_loss"], "losses": ["pair_loss", "quality_loss", "loss_correlation"]}
     steps = [*METRICS, *(PAIR_METRICS if over == "pairs" else ())]
