@@ -45,6 +45,7 @@ def make_models(tokenizer) -> dict:
 def adapted(chats: Path, name: str, *overrides: str):
     """The model of that name with untrained adapters, made as a run makes it."""
     from ds_llm.config import run as config
+    from ds_llm.models.deferred import settle
     from ds_llm.pretrained import lora as adapters
     from ds_llm.pretrained.loading import load_tokenizer
     from ds_llm.train.start_model import start_model
@@ -52,7 +53,7 @@ def adapted(chats: Path, name: str, *overrides: str):
     settings = ["mode=sft", f"model.path={chats / name}", "train.dtype=fp32", "lora.enabled=true", "lora.r=4"]
     settings = config.load(None, [*settings, *overrides])
     adapters.check(settings)
-    return start_model(settings, load_tokenizer(chats / name))
+    return settle(start_model(settings, load_tokenizer(chats / name)))
 
 
 def randomise(model) -> dict:

@@ -6,6 +6,8 @@ its optimizers. Importing this module does not import DeepSpeed.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from ds_llm.compat.names import lookup
@@ -52,6 +54,12 @@ FIELDS = (
     "ds_tensor",
     "ds_zero_placement_family",
     "ds_zero_partition_group_name",
+    "ds_zero_partition_process_group",
+    "ds_zero_partition_rank",
+    "ds_zero_partition_world_size",
+    "_convert_to_deepspeed_param",
+    "_enable_mem_efficient_linear",
+    "zero_param_process_group",
     "cur_scale",
     "checkpoint_engine",
     "zero_nvme_offload_optimizer",
@@ -98,6 +106,46 @@ def share_experts(weight: torch.nn.Parameter, group: str) -> None:
 def is_shared_expert(parameter: torch.nn.Parameter) -> bool:
     """Whether `share_experts` was called for the parameter."""
     return not getattr(parameter, "allreduce", True)
+
+
+class Partitioner:
+    """Gives this rank its part of parameters as ZeRO-3 does, from values of that part alone. Collective.
+
+    settings: DeepSpeed's JSON. Its own `zero.Init` takes whole parameters, which every rank would have to hold.
+    """
+
+    def __init__(self, settings: dict):
+        import deepspeed
+
+        self._init = deepspeed.zero.Init(config_dict_or_path=settings)
+        if self._init.mem_efficient_linear:  # as DeepSpeed does where it partitions a model itself
+            self._init._enable_mem_efficient_linear()
+
+    def partition(
+        self, parameter: torch.nn.Parameter, fill: Callable[[int, int, torch.Tensor], None], device: torch.device
+    ) -> None:
+        """Partition a parameter in place whose values are not set yet. device: where it is gathered later.
+
+        fill: writes the elements start to end of the flattened parameter into a tensor.
+        """
+        from deepspeed.utils import groups
+
+        if is_shared_expert(parameter):
+            parameter.ds_zero_partition_process_group = groups._get_expert_data_parallel_group(parameter.group_name)
+        self._init._convert_to_deepspeed_param(parameter)
+        ranks, rank, numel = (
+            parameter.ds_zero_partition_world_size,
+            parameter.ds_zero_partition_rank,
+            parameter.numel(),
+        )
+        part = -(-numel // ranks)
+        start, end = min(part * rank, numel), min(part * (rank + 1), numel)
+        if self._init.zero_param_process_group is not None:  # hpZeRO: a larger part lies on this machine too
+            start, end = 0, numel
+        with torch.no_grad():
+            fill(start, end, parameter.data.view(-1)[start:end])
+        parameter.partition()
+        parameter.data = torch.empty(0, dtype=parameter.dtype, device=device)
 
 
 # -- engines and optimizers --

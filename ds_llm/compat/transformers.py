@@ -27,6 +27,8 @@ NAMES = {
     "OutputRecorder": ("transformers.utils.output_capturing", "says which layers give which output"),
     "Conv1D": ("transformers.pytorch_utils", "GPT-2's linear layers, which pruning and Muon treat as such"),
     "find_adapter_config_file": ("transformers.utils.peft_utils", "finds an adapter's configuration on the hub"),
+    "cached_file": ("transformers.utils.hub", "finds a file of a model on the hub or in its cache"),
+    "get_checkpoint_shard_files": ("transformers.utils.hub", "finds the weight files that an index names"),
     # attention
     "ALL_ATTENTION_FUNCTIONS": ("transformers.modeling_utils", "attention kernel of a name"),
     "AttentionMaskInterface": ("transformers.masking_utils", "says which mask our attention kernels get"),

@@ -264,7 +264,7 @@ def _encoder(encode: Encoder, tokenizer, max_length: int, truncate: str) -> Call
 
 
 def _encode_row(answers: Sequence[Answer], max_length: int, truncate: str):
-    """The row's sequences [(ids int32 [n], trained bool [n], desirable)], and whether one was cut. Raises `RowError`."""
+    """The row's sequences [(ids int32 [n], trained bool [n], desirable)], and whether one was cut; raises RowError."""
     sequences, cut = [], False
     for answer in answers:
         ids, trained = np.array(answer.encoded.input_ids, np.int32), np.array(answer.encoded.trained, bool)

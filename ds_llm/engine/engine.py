@@ -33,6 +33,7 @@ from ds_llm.engine import resharding as reshard
 from ds_llm.engine.ema import MovingAverage
 from ds_llm.engine.moe_blocks import keep_blocks_whole
 from ds_llm.engine.processes import all_reduce, device
+from ds_llm.engine.weights import place
 from ds_llm.errors import UserError, first_line
 from ds_llm.models.documents import Documents
 from ds_llm.models.parameters import decay_groups, exact_buffers, leave_out, restore_buffers
@@ -82,6 +83,7 @@ class Engine:
         if self._frozen:
             leave_out(module, self._frozen)
             self._frozen = self._frozen | {name for name, _ in module.named_buffers()}
+        place(module, self.settings)
         groups = decay_groups(module, config.optim.weight_decay)
         try:
             self._engine, self._optimizer, _, _ = deepspeed.initialize(

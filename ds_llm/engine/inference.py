@@ -14,6 +14,7 @@ from ds_llm.config.deepspeed import build as build_deepspeed_config
 from ds_llm.config.run import Config
 from ds_llm.engine.moe_blocks import keep_blocks_whole
 from ds_llm.engine.processes import device
+from ds_llm.engine.weights import place
 from ds_llm.models.parameters import exact_buffers, restore_buffers
 
 
@@ -27,6 +28,7 @@ def inference(module: nn.Module, config: Config) -> Iterator[Callable]:
     module.requires_grad_(False).eval()
     settings = build_deepspeed_config(config, dist.get_world_size())
     if settings["zero_optimization"]["stage"] < 3:
+        place(module, settings)
         module.to(device())
         run, release = module, lambda: None
     else:
@@ -34,8 +36,9 @@ def inference(module: nn.Module, config: Config) -> Iterator[Callable]:
         exact = exact_buffers(module)
         zero = {k: v for k, v in settings["zero_optimization"].items() if k != "offload_optimizer"}
         names = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "bf16", "fp16", "steps_per_print")
-        chosen = {name: settings[name] for name in names if name in settings}
-        run, *_ = deepspeed.initialize(model=module, config=chosen | {"zero_optimization": zero})
+        chosen = {name: settings[name] for name in names if name in settings} | {"zero_optimization": zero}
+        place(module, chosen)
+        run, *_ = deepspeed.initialize(model=module, config=chosen)
         restore_buffers(module, exact, device())
         run.eval()
         release = run.destroy

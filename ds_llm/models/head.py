@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from typing import NamedTuple
 
@@ -16,10 +17,13 @@ from ds_llm.compat.torch import FakeTensor
 from ds_llm.errors import UserError
 from ds_llm.kernels.token_stats import TokenStats, linear_cross_entropy, linear_token_stats
 from ds_llm.models.backbone import backbone
+from ds_llm.models.cut import small_configs, small_model
+from ds_llm.models.deferred import Deferred
 from ds_llm.models.documents import Documents
 from ds_llm.models.isolation import run_backbone
 
 IGNORE_INDEX = -100
+MOST_PROBED = 50_000_000  # parameters of a model whose logits are compared with its head's
 CHUNK_TOKENS = 1024  # logits of so many tokens exist at a time where a head is not a plain linear layer
 
 
@@ -112,8 +116,8 @@ def attach_loss_head(model: nn.Module) -> nn.Module:
     """Let any transformers causal language model compute its loss in its output embedding; returns the model.
 
     The head's class becomes `LMHead`; parameters and state-dict keys stay as they are. A final soft cap (Gemma) or a
-    factor on the logits (Granite, Cohere) is carried over. Where the weights are there to try it, the model's own
-    logits of a few tokens are compared with the head's. Raises `UserError` where the head is not linear or the
+    factor on the logits (Granite, Cohere) is carried over. A few logits, of the model or of a small one of
+    its configuration, are compared with the head's. Raises `UserError` where the head is not linear or the
     comparison fails.
     """
     head = model.get_output_embeddings()
@@ -129,7 +133,7 @@ def attach_loss_head(model: nn.Module) -> nn.Module:
         )
     head.__class__ = LMHead
     head.logit_scale, head.softcap = logit_transform(model)
-    _check_head(model, head)
+    _check_head(model)
     return model
 
 
@@ -152,20 +156,34 @@ def logit_transform(model: nn.Module) -> tuple[float, float | None]:
     return scale, softcap
 
 
-@torch.no_grad()
-def _check_head(model: nn.Module, head: LMHead) -> None:
-    if any(p.device.type == "meta" or is_partitioned(p) or isinstance(p, FakeTensor) for p in model.parameters()):
+def _check_head(model: nn.Module) -> None:
+    """Compare logits of the model, or of a small one of its configuration where it is large or not read yet."""
+    weights = list(model.parameters())
+    if any(p.device.type == "meta" or is_partitioned(p) or isinstance(p, FakeTensor) for p in weights):
         return  # no weights here to try it with
-    training = model.training
+    if not any(isinstance(p, Deferred) for p in weights) and sum(p.numel() for p in weights) <= MOST_PROBED:
+        _compare(model)
+        return
+    with torch.random.fork_rng(devices=[]):
+        for config in small_configs(model.config):
+            with contextlib.suppress(RuntimeError):  # some sizes do not fit together
+                _compare(small_model(config, "eager", torch.device("cpu")))
+                return
+
+
+@torch.no_grad()
+def _compare(model: nn.Module) -> None:
+    """Raise `UserError` where a model's logits are not what its head and `logit_transform` give."""
+    training, head, (scale, softcap) = model.training, model.get_output_embeddings(), logit_transform(model)
     model.eval()
     try:
         ids = torch.arange(4, device=head.weight.device)[None] % head.weight.shape[0]
         expected = model(input_ids=ids, use_cache=False).logits.float()
-        found = head(backbone(model)(input_ids=ids, use_cache=False).last_hidden_state).float() * head.logit_scale
+        found = head(backbone(model)(input_ids=ids, use_cache=False).last_hidden_state).float() * scale
     finally:
         model.train(training)
-    if head.softcap is not None:
-        found = torch.tanh(found / head.softcap) * head.softcap
+    if softcap is not None:
+        found = torch.tanh(found / softcap) * softcap
     tolerance = 1e-3 if head.weight.dtype == torch.float32 else 5e-2
     if found.shape != expected.shape or (found - expected).abs().max() > tolerance * expected.abs().max().clamp_min(1):
         raise UserError(

@@ -22,8 +22,9 @@ def decay_groups(module: nn.Module, weight_decay: float) -> list[dict]:
     """
     trained = [p for p in module.parameters() if p.requires_grad]
     # the kept values of a pruned matrix are a vector
-    matrices = [p for p in trained if len(getattr(p, "dense_shape", p.shape)) >= 2]
-    vectors = [p for p in trained if len(getattr(p, "dense_shape", p.shape)) < 2]
+    dimensions = {id(p): len(getattr(p, "dense_shape", unpartitioned_shape(p))) for p in trained}
+    matrices = [p for p in trained if dimensions[id(p)] >= 2]
+    vectors = [p for p in trained if dimensions[id(p)] < 2]
     groups = []
     for weights, decay in ((matrices, weight_decay), (vectors, 0.0)):
         shared = [p for p in weights if not is_shared_expert(p)]

@@ -9,6 +9,7 @@ from tokenizers import AddedToken
 from torch import nn
 
 from ds_llm.errors import ConfigError, UserError
+from ds_llm.models.deferred import settle
 from ds_llm.progress import console
 
 
@@ -47,6 +48,8 @@ def add_rows(model: nn.Module, tokenizer, new: Sequence[int]) -> None:
     (Hewitt, "Initializing New Word Embeddings for Pretrained Language Models", 2021). Rows that pad the embedding are
     used before it grows. Raises `UserError` for a model whose embedding cannot grow.
     """
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    settle(model, only=[p for module in ends for p in module.parameters()])
     grow(model, tokenizer)
     old = torch.ones(len(tokenizer), dtype=torch.bool)
     old[list(new)] = False

@@ -7,8 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from ds_llm.distributed.collectives import gather
+from ds_llm.models.deferred import read
 from ds_llm.pretrained.source import locate
 
 EDGE_BYTES = 1 << 20  # read at both ends of a weight file to recognise it
@@ -17,19 +20,30 @@ HASH_BYTES = 64 << 20
 
 
 def model_fingerprint(model: nn.Module) -> str:
-    """sha256 (hex) of all whole weights and buffers of a model: their names, types, shapes and bytes."""
-    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    """sha256 (hex) of all whole weights and buffers of a model: their names, types, shapes and bytes.
+
+    Within a process group the ranks hash a share each. It is collective there: all ranks must hold the same weights.
+    """
+    state = sorted((name, tensor.detach()) for name, tensor in model.state_dict().items())
+    joined = dist.is_initialized()
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
 
     def digest(item: tuple[str, Tensor]) -> bytes:
         name, tensor = item
         found = hashlib.sha256(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        flat = tensor.contiguous().view(-1).view(torch.uint8)
-        for piece in flat.split(HASH_BYTES):
-            found.update(piece.cpu().numpy())
+        count = max(HASH_BYTES // tensor.element_size(), 1)
+        for start in range(0, tensor.numel(), count):
+            end = min(start + count, tensor.numel())
+            piece = torch.empty(end - start, dtype=tensor.dtype)
+            read(tensor, start, end, piece)
+            found.update(piece.view(torch.uint8).numpy())
         return found.digest()
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # hashing releases the interpreter's lock
-        return hashlib.sha256(b"".join(pool.map(digest, sorted(state.items())))).hexdigest()
+        own = list(pool.map(digest, state[rank::ranks]))
+    shares = gather(own) if joined else [own]
+    digests = [shares[number % ranks][number // ranks] for number in range(len(state))]
+    return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
 def identity(path: str) -> str:

@@ -6,13 +6,13 @@ mistake of a user is a `UserError`.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import os
 import pickle
 import re
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -37,9 +37,11 @@ from ds_llm.data.tokenizer import load_tokenizer as read_tokenizer
 from ds_llm.distributed.environment import rank
 from ds_llm.errors import UserError
 from ds_llm.models.boost import QwenBoostConfig, sub_config
+from ds_llm.models.deferred import settle_mapped
 from ds_llm.pretrained import partial
 from ds_llm.pretrained.added_tokens import grow
 from ds_llm.pretrained.source import PARTIAL_FILE, Source, check_index, detect_model_type, did_you_mean, locate, nearest
+from ds_llm.pretrained.weight_files import mapped
 from ds_llm.sparsity import compact_checkpoint
 
 TORCH_DTYPES = dict(zip(DTYPES, (torch.float32, torch.bfloat16, torch.float16), strict=True))
@@ -183,12 +185,14 @@ def load_model(
     compute_dtype: str | None = None,
     merge: bool = True,
     quantize: str = "none",
+    deferred: bool = False,
 ) -> torch.nn.Module:
     """A causal language model with its weights, on the CPU, in evaluation mode.
 
     dtype: fp32, bf16, fp16, or auto for the dtype it was saved in. attention: see `attention_kernel`. compute_dtype:
     the dtype of the forward pass, if another. quantize: "nf4" holds all linear layers but the output head in 4 bits, on
-    this process's GPU where there is one (needs bitsandbytes).
+    this process's GPU where there is one (needs bitsandbytes). deferred: weights in safetensors files are not read yet
+    (`ds_llm.models.deferred`); those that are neither cast nor joined are views of the mapped files.
 
     The trained part of a model is loaded onto its base. A peft adapter is merged into its base; with merge=False the
     result is a peft model instead. A folder that looks like a boosted model but is none is loaded as a standard model,
@@ -201,7 +205,7 @@ def load_model(
             raise UserError(f"{source.name}: is an adapter; merge it first (launch/export.py) to quantise the result")
         return _load_adapter(source, dtype, attention, compute_dtype, merge)
     config = load_model_config(path)
-    options = (dtype, attention, compute_dtype, quantize)
+    options = (dtype, attention, compute_dtype, quantize, deferred)
     try:
         return _load(source, config, *options)
     except UserError as error:
@@ -211,7 +215,7 @@ def load_model(
         return _load(source, _standard_config(source), *options)
 
 
-def _load(source: Source, config, dtype: str, attention: str, compute_dtype: str | None, quantize: str):
+def _load(source: Source, config, dtype: str, attention: str, compute_dtype: str | None, quantize: str, deferred: bool):
     if dtype == "auto":
         stored = {value: name for name, value in TORCH_DTYPES.items()}
         dtype = stored.get(config.dtype or config.get_text_config().dtype, "fp32")
@@ -237,6 +241,9 @@ def _load(source: Source, config, dtype: str, attention: str, compute_dtype: str
         if hasattr(transformers, "GgufConfig"):  # releases that have it may keep weights packed, untrainable
             extra["quantization_config"] = transformers.GgufConfig(dequantize=True)
     check_index(Path(source.name))
+    if deferred and quantize == "none" and not source.gguf and "state_dict" not in extra:
+        tensors = mapped(source.name)
+        extra |= {} if tensors is None else {"state_dict": tensors}
     try:
         with _bars():
             loader, place = AutoModelForCausalLM, source.name
@@ -258,8 +265,11 @@ def _load(source: Source, config, dtype: str, attention: str, compute_dtype: str
     except SafetensorError as error:
         raise UserError(f"{source.name}: a weight file is damaged or incomplete ({_reason(error)})") from None
     _check_weights(source.name, found)
-    if "state_dict" in extra and (Path(source.name) / "generation_config.json").is_file():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(source.name)
+    settle_mapped(model)
+    if "state_dict" in extra:  # what it sets itself where it is given a place
+        model.name_or_path = model.config.name_or_path = source.name
+        with contextlib.suppress(OSError):  # it has no such file
+            model.generation_config = transformers.GenerationConfig.from_pretrained(source.name)
     if quantize == "nf4":
         for module in model.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -273,7 +283,7 @@ def _load(source: Source, config, dtype: str, attention: str, compute_dtype: str
     return model
 
 
-@contextmanager
+@contextlib.contextmanager
 def _bars():
     """Show the library's loading bar on a terminal only, and on one rank."""
     shown = is_progress_bar_enabled()

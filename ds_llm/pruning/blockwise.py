@@ -147,7 +147,7 @@ class _Work:
         return {target.name: done[target.name] for target in targets}
 
     def _summary(self, sums: Tensor, name: str):
-        """What the method needs to know of a matrix's inputs: sums of squares for Wanda, a `Curvature` for SparseGPT."""
+        """What the method knows of a matrix's inputs: sums of squares for Wanda, a `Curvature` for SparseGPT."""
         if self.method == "sparsegpt":
             return curvature(sums, self.damping, name)
         if not torch.isfinite(sums).all():

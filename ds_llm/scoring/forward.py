@@ -92,7 +92,9 @@ class Scorer:
             raise UserError(f"tensor_parallel {tensor_parallel}: {why}")
         share_cores()
         self.tokenizer = load_tokenizer(model_path)
-        model = load_model(model_path, dtype)
+        if zero3:
+            _join()
+        model = load_model(model_path, dtype, deferred=zero3)
         match_tokenizer(model, self.tokenizer)
         self.metrics = create(metrics, model.config)
         self.per_token = per_token
@@ -182,7 +184,6 @@ class Scorer:
         dtype = next(run.parameters()).dtype
         config.train.dtype = next(name for name, value in TORCH_DTYPES.items() if value == dtype)
         startup.check_dtype(config.train.dtype, f"dtype {config.train.dtype}")
-        _join()
         if offload:
             offloaded = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
             config.deepspeed = {"zero_optimization": {"stage": 3, "offload_param": offloaded}}

@@ -212,7 +212,7 @@ def _other_model(config: Config, path: str, tokenizer, objective: Callable) -> I
     from ds_llm.models.head import attach_loss_head
     from ds_llm.pretrained.loading import load_model, match_tokenizer
 
-    reference = load_model(path, config.train.dtype, config.model.attention)
+    reference = load_model(path, config.train.dtype, config.model.attention, deferred=True)
     match_tokenizer(reference, tokenizer)
     if config.train.kernels:
         accelerate(reference)

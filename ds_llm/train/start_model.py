@@ -19,7 +19,8 @@ def start_model(config: Config, tokenizer, dtype: str | None = None) -> nn.Modul
     """The model at `model.path`, ready for training: kernels, loss head, adapters, recomputation as configured.
 
     Parts that `model.freeze` names get no adapters. dtype: of the loaded weights; None: fp32, or with adapters
-    `train.dtype`, because frozen weights need no fp32 copy.
+    `train.dtype`, because frozen weights need no fp32 copy. Weights in safetensors files are not read yet: see
+    `ds_llm.models.deferred` and `ds_llm.engine.weights`.
     """
     lora = config.lora
     model = load_model(
@@ -28,6 +29,7 @@ def start_model(config: Config, tokenizer, dtype: str | None = None) -> nn.Modul
         attention=config.model.attention,
         compute_dtype=config.train.dtype,
         quantize=lora.quantize if lora.enabled else "none",
+        deferred=True,
     )
     if config.model.add_tokens:
         before = load_tokenizer(config.data.tokenizer or config.model.path).get_vocab()
