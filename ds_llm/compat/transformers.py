@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from functools import partial
 
 from ds_llm.compat.names import lookup
@@ -113,6 +115,26 @@ def without_renaming(function):
     while getattr(function, "__code__", None) and function.__code__.co_filename.endswith("/utils/deprecation.py"):
         function = function.__wrapped__
     return function
+
+
+@contextlib.contextmanager
+def watch_first_weights(watch: Callable[[Callable, object, Callable[[], None]], None]) -> Iterator[None]:
+    """While the block runs, models that are built set the first weights of each module through `watch`.
+
+    watch: (function that sets the weights of a module, the module, a call of it as the model makes it) -> None.
+    """
+    from transformers import PreTrainedModel
+
+    original = PreTrainedModel._initialize_weights
+
+    def watched(self, module, *args, **kwargs):
+        watch(self._init_weights, module, lambda: original(self, module, *args, **kwargs))
+
+    PreTrainedModel._initialize_weights = watched
+    try:
+        yield
+    finally:
+        PreTrainedModel._initialize_weights = original
 
 
 def has_usual_gate(experts) -> bool:

@@ -14,6 +14,7 @@ from ds_llm.data.order import MixtureOrder
 from ds_llm.data.tokens import TokenData
 from ds_llm.errors import ConfigError, UserError
 from ds_llm.models import accelerate
+from ds_llm.models.first_weights import build_deferred
 from ds_llm.pretrained import lora as adapters
 from ds_llm.pretrained.architecture import architecture, build_model
 from ds_llm.pretrained.lengths import lengths
@@ -146,7 +147,8 @@ def build(config: Config, data: Data) -> Job:
 
     torch.manual_seed(config.train.seed)
     if config.model.path is None:
-        model = build_model(config, architecture(config, data.tokenizer))
+        found = architecture(config, data.tokenizer)
+        model = build_deferred(lambda: build_model(config, found)) if config.zero == 3 else build_model(config, found)
         if config.train.kernels and config.model.config is not None:
             console.print(str(accelerate(model)))
         attach_loss_head(model)
