@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -189,16 +189,20 @@ class Engine:
 
     # -- weights and states -------------------------------------------------------------------------------------------
 
-    def gather(self, model: nn.Module, trained_only: bool = False) -> dict[str, torch.Tensor] | None:
-        """Whole weights of `model` on the CPU, on rank 0 (None elsewhere), one parameter at a time under ZeRO-3.
+    def gather(
+        self, model: nn.Module, keeper: Callable[[str], int | None] = lambda name: 0, trained_only: bool = False
+    ) -> dict[str, torch.Tensor]:
+        """Whole weights and buffers of `model` on the CPU, those that this rank keeps. Collective.
 
-        trained_only: without frozen weights and buffers.
+        Under ZeRO-3 one parameter at a time is gathered. keeper: of a name the rank that keeps it, None where no rank
+        does; it must say the same on all ranks. trained_only: without frozen weights and buffers.
         """
-        state = dict(self._division.whole_weights(model, _gathered, trained_only))
-        if self.rank == 0 and not trained_only:
+        state = dict(self._division.whole_weights(model, _gathered, keeper, trained_only))
+        if not trained_only:
             persistent = model.state_dict().keys()
-            state.update({n: b.detach().cpu() for n, b in model.named_buffers() if n in persistent})
-        return state if self.rank == 0 else None
+            buffers = {n: b for n, b in model.named_buffers() if n in persistent and keeper(n) == self.rank}
+            state |= {name: buffer.detach().cpu() for name, buffer in buffers.items()}
+        return state
 
     def save(self, folder: Path) -> None:
         """Write the optimizer, master weights and average of all ranks into `folder`. Collective.

@@ -134,20 +134,23 @@ def _not_shareable(module: nn.Module) -> UserError:
     )
 
 
-def whole_weights(model: nn.Module, gathered: Callable) -> Iterator[tuple[str, Tensor | None]]:
-    """Names and weights of all experts as in the replaced modules, on the CPU of rank 0 (None elsewhere). Collective.
+def whole_weights(
+    model: nn.Module, gathered: Callable, keeper: Callable[[str], int | None]
+) -> Iterator[tuple[str, Tensor]]:
+    """Names and weights of all experts as in the replaced modules, those that this rank keeps, on the CPU. Collective.
 
-    gathered: context manager that gathers a parameter of ZeRO-3.
+    gathered: context manager that gathers a parameter of ZeRO-3. keeper: of a name the rank that keeps the weight, None
+    where no rank does.
     """
     for name, module in model.named_modules():
-        if not isinstance(module, ExpertShare):
+        if not isinstance(module, ExpertShare) or (keeping := keeper(f"{name}.gate_up_proj")) is None:
             continue
-        found = {}
+        found, mine = {}, keeping == dist.get_rank()
         for leaf, weight in module.experts.named_parameters():
             with gathered(weight):
                 parts = [torch.empty_like(weight) for _ in range(module.ep_size)]
                 dist.all_gather(parts, weight.detach().contiguous(), group=module.ep_group)
-                found[leaf] = torch.cat(parts).cpu() if dist.get_rank() == 0 else None
-        first = dist.get_rank() == 0
-        yield f"{name}.gate_up_proj", torch.cat([found["w1"], found["w3"]], 1) if first else None
-        yield f"{name}.down_proj", found["w2"]
+                found[leaf] = torch.cat(parts).cpu() if mine else None
+        if mine:
+            yield f"{name}.gate_up_proj", torch.cat([found["w1"], found["w3"]], 1)
+            yield f"{name}.down_proj", found["w2"]

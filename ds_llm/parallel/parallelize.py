@@ -78,20 +78,24 @@ class Division:
         return norm
 
     def whole_weights(
-        self, model: nn.Module, gathered: Callable, trained_only: bool = False
-    ) -> Iterator[tuple[str, Tensor | None]]:
-        """Names and whole weights of `model`, one at a time, on the CPU of rank 0 (None elsewhere). Collective.
+        self, model: nn.Module, gathered: Callable, keeper: Callable[[str], int | None], trained_only: bool = False
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Names and whole weights of `model` that this rank keeps, one at a time, on the CPU. Collective.
 
-        gathered: context manager that gathers a parameter of ZeRO-3.
+        gathered: context manager that gathers a parameter of ZeRO-3. keeper: of a name the rank that keeps the weight,
+        None where no rank does.
         """
         for name, parameter in model.named_parameters():
             if is_shared_expert(parameter) or (trained_only and not parameter.requires_grad):
                 continue
+            if (keeping := keeper(name)) is None:
+                continue
             with gathered(parameter):
                 split = tensor.split_dimension(parameter) is not None
                 whole = tensor.whole(parameter) if split else parameter.detach()
-                yield name, whole.to("cpu", copy=True) if self.layout.rank == 0 else None
-        yield from experts.whole_weights(model, gathered)
+                if keeping == self.layout.rank:
+                    yield name, whole.to("cpu", copy=True)
+        yield from experts.whole_weights(model, gathered, keeper)
 
 
 def check(config: Config) -> None:

@@ -235,7 +235,7 @@ def _load(source: Source, config, dtype: str, attention: str, compute_dtype: str
     if compact_checkpoint.is_compact(source.name):
         if quantize != "none":
             raise UserError(f"{source.name}: is a sparse model; write it dense first (launch/export.py) to quantise it")
-        extra["state_dict"] = compact_checkpoint.load_dense(source.name, TORCH_DTYPES[dtype])
+        extra["state_dict"] = compact_checkpoint.load_dense(source.name, TORCH_DTYPES[dtype], deferred)
     if source.gguf:
         extra = {"gguf_file": source.gguf}
         if hasattr(transformers, "GgufConfig"):  # releases that have it may keep weights packed, untrainable
@@ -258,6 +258,10 @@ def _load(source: Source, config, dtype: str, attention: str, compute_dtype: str
                 trust_remote_code=False,
                 **extra,
             )
+        if "state_dict" in extra:  # what it sets itself where it is given a place
+            model.name_or_path = model.config.name_or_path = source.name
+            with contextlib.suppress(OSError):  # there is no such file
+                model.generation_config = transformers.GenerationConfig.from_pretrained(source.name)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise UserError(f"{source.name}: the weights cannot be loaded ({_reason(error)})") from None
     except pickle.UnpicklingError as error:
@@ -266,10 +270,6 @@ def _load(source: Source, config, dtype: str, attention: str, compute_dtype: str
         raise UserError(f"{source.name}: a weight file is damaged or incomplete ({_reason(error)})") from None
     _check_weights(source.name, found)
     settle_mapped(model)
-    if "state_dict" in extra:  # what it sets itself where it is given a place
-        model.name_or_path = model.config.name_or_path = source.name
-        with contextlib.suppress(OSError):  # it has no such file
-            model.generation_config = transformers.GenerationConfig.from_pretrained(source.name)
     if quantize == "nf4":
         for module in model.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):

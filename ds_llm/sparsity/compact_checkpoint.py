@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ds_llm.errors import UserError, first_line
 from ds_llm.kernels.sparse_update import PackedMask, expand
+from ds_llm.models.deferred import of_file
 from ds_llm.sparsity import masks as mask_files
 from ds_llm.sparsity.linear import merged
 from ds_llm.sparsity.masks import from_bits
@@ -91,10 +92,13 @@ def stored_masks(folder: str | os.PathLike) -> dict[str, PackedMask] | None:
 
 
 @torch.no_grad()
-def load_dense(folder: str | os.PathLike, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+def load_dense(
+    folder: str | os.PathLike, dtype: torch.dtype | None = None, deferred: bool = False
+) -> dict[str, Tensor]:
     """All tensors of a compact folder by name; pruned ones are dense with exact zeros.
 
-    dtype: floating tensors are cast to it; None: as saved. Raises `UserError` for a damaged file.
+    dtype: floating tensors are cast to it; None: as saved. deferred: nothing is read yet (`ds_llm.models.deferred`).
+    Raises `UserError` for a damaged file.
     """
     with _opened(folder) as (file, shapes):
         state = {}
@@ -102,7 +106,7 @@ def load_dense(folder: str | os.PathLike, dtype: torch.dtype | None = None) -> d
             name, _, part = key.rpartition(".")
             if name in shapes and part == "bits":
                 continue
-            tensor = file.get_tensor(key)
+            tensor = of_file(file.get_slice(key)[...]) if deferred else file.get_tensor(key)
             if dtype is not None and tensor.is_floating_point():
                 tensor = tensor.to(dtype)
             if name in shapes and part == "values":

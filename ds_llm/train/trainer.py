@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from ds_llm.checkpoint.resume import measures_alike
 from ds_llm.config.run import Config
 from ds_llm.config.text_metrics import LABELS
 from ds_llm.data.order import SampleOrder, hash64, micro_batch
+from ds_llm.distributed.collectives import gather
 from ds_llm.distributed.environment import rank
 from ds_llm.distributed.interrupt import EXIT_CODE, Interrupt
 from ds_llm.engine import processes
@@ -301,10 +303,11 @@ class Trainer:
 
     def _write(self, folder: Path) -> None:
         self.engine.save(folder)
+        model = self.job.model
+        writers = gather(checkpoint.shared_folder_of(self.output).ranks)[0]  # others keep no exported model
         with self.engine.averaged_weights():
-            weights = self.engine.gather(self.job.model, trained_only=saving.needs_trained_only(self.job.model))
-        if self.rank == 0:
-            saving.save(self.job.model, weights, self.job.tokenizer, folder / "model")
+            collect = partial(self.engine.gather, model)
+            saving.save_sharded(model, collect, self.job.tokenizer, folder / "model", writers)
 
     def _restore(self, path: Path, saved: dict) -> None:
         self.engine.load(path)

@@ -105,16 +105,17 @@ MODELS = [
 ]
 
 
+@pytest.mark.parametrize("deferred", [False, True])
 @pytest.mark.parametrize(
     "harm, says", MODELS, ids=[f"{number}-{harm.__name__}" for number, (harm, _) in enumerate(MODELS)]
 )
-def test_models_run_nothing_and_read_nothing_outside(chats, tmp_path, harm, says):
+def test_models_run_nothing_and_read_nothing_outside(chats, tmp_path, harm, says, deferred):
     folder, mark = tmp_path / "model", tmp_path / "mark"
     shutil.copytree(chats / "llama", folder)
     harm(folder, mark)
     with pytest.raises(UserError, match=says) as raised:
         loading.load_tokenizer(folder)
-        loading.load_model(folder)
+        loading.load_model(folder, deferred=deferred)
     one_line(raised.value)
     assert not mark.exists()
 

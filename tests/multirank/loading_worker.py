@@ -3,6 +3,7 @@
 Usage: loading_worker.py RESULTS.json SCRATCH_FOLDER
 """
 
+import hashlib
 import json
 import shutil
 import sys
@@ -16,6 +17,7 @@ from ds_llm import cli
 cli.quiet()
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
 from tokenizers import Tokenizer, models  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast  # noqa: E402
 
@@ -26,6 +28,7 @@ from ds_llm.engine import processes  # noqa: E402
 from ds_llm.models import deferred, first_weights  # noqa: E402
 from ds_llm.models.decoder import DecoderConfig  # noqa: E402
 from ds_llm.models.head import attach_loss_head, lm_loss  # noqa: E402
+from ds_llm.pretrained import parts  # noqa: E402
 from ds_llm.pretrained.added_tokens import add_tokens  # noqa: E402
 from ds_llm.pretrained.fingerprint import model_fingerprint  # noqa: E402
 from ds_llm.pretrained.loading import load_model  # noqa: E402
@@ -166,6 +169,40 @@ def compare(case, scratch: Path) -> dict:
     }
 
 
+def saved(kind: str, scratch: Path) -> dict:
+    """Files that the ranks write together, right after loading, against those of the model loaded whole."""
+    source, together, alone = (scratch / f"{kind}-{what}" for what in ("bfloat16", "together", "alone"))
+    config = configuration.load(None, ["zero=3", "train.dtype=bf16", f"model.path={source}", "mode=sft"])
+    made = starts.start_model(config, starts.load_tokenizer(source))
+    engine, most = engines.Engine(LanguageModeling(made), config), 0
+
+    def collect(*args, **kwargs):
+        nonlocal most
+        weights = engine.gather(made, *args, **kwargs)
+        most = max(most, sum(w.numel() for w in weights.values()))
+        return weights
+
+    parts.write(made, collect, together, range(dist.get_world_size()), smallest=4000)
+    engine.destroy()
+    held = [None] * dist.get_world_size()
+    dist.all_gather_object(held, most)
+    if dist.get_rank():
+        return {}
+    whole = load_model(source, "bf16")
+    whole.save_pretrained(alone)
+    found, expected = (
+        {k: v for f in sorted(p.glob("*.safetensors")) for k, v in load_file(f).items()} for p in (together, alone)
+    )
+    again = load_model(together, "bf16")  # by transformers, with the index
+    return {
+        "same": found.keys() == expected.keys() and all(torch.equal(found[n], expected[n]) for n in expected),
+        "loads": all(torch.equal(value, again.state_dict()[name]) for name, value in whole.state_dict().items()),
+        "configuration": all((together / f.name).read_text() == f.read_text() for f in alone.glob("*config.json")),
+        "files": {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(together.iterdir())},
+        "held": max(held) / sum(p.numel() for p in whole.parameters()),
+    }  # fmt: skip
+
+
 def frozen(scratch: Path) -> dict:
     """A reference model under ZeRO-3: its log-likelihoods and its fingerprint, against the model loaded whole."""
     path, config = scratch / "qwen3_moe-bfloat16", configuration.load(None, ["zero=3", "train.dtype=bf16"])
@@ -196,6 +233,7 @@ def main(results: Path, scratch: Path) -> None:
             outcome = {"error": traceback.format_exc()[-2500:]}
         found[name_of(case)] = outcome
     found["frozen"] = frozen(scratch)
+    found["saved"] = {kind: saved(kind, scratch) for kind in ("llama", "qwen3", "qwen3_moe", "glm4_moe", "gpt2")}
     if rank == 0:
         results.write_text(json.dumps(found))
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ds_llm.errors import UserError
 from ds_llm.models.decoder import DecoderConfig, DecoderForCausalLM
+from ds_llm.models.deferred import settle
 from ds_llm.pretrained.loading import (
     attention_kernel,
     ensure_padding,
@@ -273,7 +275,9 @@ def test_configurations_that_cannot_be_used(tmp_path, text, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-def test_weights_that_do_not_fit_are_refused(run, capsys):
+@pytest.mark.parametrize("deferred", [False, True])
+def test_weights_that_do_not_fit_are_refused(run, capsys, deferred):
+    load = partial(load_model, deferred=deferred)
     folder, final, _ = run
     file = folder / "model" / "model.safetensors"
     good = load_file(file)
@@ -283,20 +287,41 @@ def test_weights_that_do_not_fit_are_refused(run, capsys):
 
     save({name: value for name, value in good.items() if name != "model.layers.1.mlp.gate.weight"})
     with pytest.raises(UserError, match=r"lacks 1 of the model's tensors, first model\.layers\.1\.mlp\.gate\.weight"):
-        load_model(folder)
+        load(folder)
     save(good | {"model.norm.weight": torch.ones(7)})
     with pytest.raises(UserError, match=r"another shape for 1 of the model's tensors, first model\.norm\.weight"):
-        load_model(folder)
+        load(folder)
     save(good | {"model.extra": torch.ones(7)})
-    assert torch.equal(logits(load_model(folder)), final)
+    assert torch.equal(logits(load(folder)), final)
     assert "1 tensors of the weight file belong to no part of the model, first model.extra" in capsys.readouterr().err
     save(good)
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(UserError, match="damaged or incomplete"):
-        load_model(folder)
+        load(folder)
     file.unlink()
     with pytest.raises(UserError, match="weights cannot be loaded"):
-        load_model(folder)
+        load(folder)
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+def test_files_of_a_model_in_parts_that_are_missing_or_misfit_are_refused(chats, tmp_path, deferred):
+    whole, folder = load_model(chats / "qwen3_moe"), tmp_path / "model"
+    whole.save_pretrained(folder, max_shard_size="40KB")
+    files = sorted(folder.glob("*.safetensors"))
+    assert len(files) > 3
+    expert = "model.layers.1.mlp.experts.2.up_proj.weight"
+    place = folder / json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"][expert]
+    good = load_file(place)
+    save_file(good | {expert: torch.ones(3, 5)}, place, metadata={"format": "pt"})
+    with pytest.raises(UserError, match="model") as raised:
+        load_model(folder, deferred=deferred)
+    assert "\n" not in str(raised.value)
+    save_file(good, place, metadata={"format": "pt"})
+    found = load_model(folder, deferred=deferred)
+    assert all(torch.equal(a, b) for a, b in zip(settle(found).parameters(), whole.parameters(), strict=True))
+    files[1].unlink()
+    with pytest.raises(UserError, match=r"model-00002-of-|weights cannot be loaded"):
+        load_model(folder, deferred=deferred)
 
 
 def test_padding_tokens(tmp_path, capsys):

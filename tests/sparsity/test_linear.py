@@ -12,6 +12,7 @@ from ds_llm.errors import UserError
 from ds_llm.kernels.sparse_update import PackedMask, expand, expand_into
 from ds_llm.models import accelerate
 from ds_llm.models.decoder import DecoderConfig, DecoderForCausalLM
+from ds_llm.models.deferred import Deferred, settle
 from ds_llm.models.head import attach_loss_head, lm_loss
 from ds_llm.pretrained.loading import load_model
 from ds_llm.sparsity import compact_checkpoint, linear
@@ -214,6 +215,11 @@ def test_compact_folder_comes_back_bitwise_and_is_small(dtype, tmp_path):
     assert back.generation_config.to_dict() == model.generation_config.to_dict()
     again = sparsify(load_model(tmp_path / "compact"), compact_checkpoint.load_masks(tmp_path / "compact"))
     assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), model.state_dict().values(), strict=True))
+    lazy = load_model(tmp_path / "compact", "fp32", deferred=True)
+    sparsify(lazy, compact_checkpoint.load_masks(tmp_path / "compact"))
+    assert all(isinstance(tensor.values, Deferred) for tensor in sparse_tensors(lazy))  # no kept value is read yet
+    settle(lazy)
+    assert all(torch.equal(a, b.to(a.dtype)) for a, b in zip(lazy.parameters(), again.parameters(), strict=True))
     table = json.loads((tmp_path / "compact" / "sparsity.json").read_text())
     assert {row["name"]: row["kept"] for row in table} == {n: m.nnz for n, m in masks.items()}
     assert all(row["nonzero"] == int(expected[row["name"]].count_nonzero()) for row in table)
