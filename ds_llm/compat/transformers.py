@@ -137,6 +137,18 @@ def watch_first_weights(watch: Callable[[Callable, object, Callable[[], None]], 
         PreTrainedModel._initialize_weights = original
 
 
+def save_on_this_rank(model, folder, weights: dict, largest: int) -> None:
+    """`save_pretrained` of some of a model's weights, on whatever rank it is called; by itself only rank 0 writes.
+
+    largest: bytes of a file.
+    """
+    model.should_save_on_this_rank = lambda _: True  # releases before 5.24 do not ask
+    try:
+        model.save_pretrained(folder, state_dict=weights, max_shard_size=largest)
+    finally:
+        del model.should_save_on_this_rank
+
+
 def has_usual_gate(experts) -> bool:
     """Whether a module of experts activates the gate projection and multiplies it with the up projection."""
     return getattr(getattr(type(experts), "_apply_gate", None), "__name__", "") == "_default_apply_gate"

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ds_llm.compat.deepspeed import unpartitioned_numel
+from ds_llm.compat.transformers import save_on_this_rank
 from ds_llm.distributed.collectives import gather
 from ds_llm.pretrained.weight_files import INDEX, WEIGHTS
 
@@ -70,7 +71,7 @@ def write(
         if weights:
             number = first + writers.index(dist.get_rank())
             place = folder / f".part-{number:05d}"
-            model.save_pretrained(place, state_dict=weights, max_shard_size=LARGEST)
+            save_on_this_rank(model, place, weights, LARGEST)
             del weights
             mine += [(number, path.name, _content(path)) for path in sorted(place.glob("*.safetensors"))]
     _join(folder, mine, writers[0], sum(unpartitioned_numel(p) for p in model.parameters()))

@@ -31,7 +31,7 @@ from ds_llm.models.head import attach_loss_head, lm_loss  # noqa: E402
 from ds_llm.pretrained import parts  # noqa: E402
 from ds_llm.pretrained.added_tokens import add_tokens  # noqa: E402
 from ds_llm.pretrained.fingerprint import model_fingerprint  # noqa: E402
-from ds_llm.pretrained.loading import load_model  # noqa: E402
+from ds_llm.pretrained.loading import load_model, match_tokenizer  # noqa: E402
 from ds_llm.train import start_model as starts  # noqa: E402
 from ds_llm.train.modes.pretrain import LanguageModeling  # noqa: E402
 
@@ -189,6 +189,7 @@ def saved(kind: str, scratch: Path) -> dict:
     if dist.get_rank():
         return {}
     whole = load_model(source, "bf16")
+    match_tokenizer(whole, starts.load_tokenizer(source))
     whole.save_pretrained(alone)
     found, expected = (
         {k: v for f in sorted(p.glob("*.safetensors")) for k, v in load_file(f).items()} for p in (together, alone)
