@@ -31,7 +31,7 @@ GROUPS = Path("/sys/fs/cgroup")
 SLACK = 1_000_000_000
 SIZES = {  # layers, hidden size, inner size
     "1b": (18, 2048, 8192),
-    "tiny": (4, 256, 1024),
+    "small": (12, 768, 3072),
 }
 VOCABULARY, TOKENS = 32_000, 4
 
@@ -201,7 +201,8 @@ def contest(folder: Path, way: str, ranks: int, limited: bool, sizes: dict[str, 
             "MASTER_PORT": port,
         }
         env = os.environ | {name: str(value) for name, value in numbers.items()} | {"MASTER_ADDR": "127.0.0.1"}
-        jobs.append(subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True))
+        errors = subprocess.DEVNULL if way == "whole" and limited else None  # of ranks whose neighbour is ended
+        jobs.append(subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=errors, text=True))
     while any(job.poll() is None for job in jobs) and not any(job.poll() for job in jobs):
         time.sleep(0.1)
     if first := {job.poll() for job in jobs if job.poll()}:
@@ -226,7 +227,9 @@ def row(way: str, ranks: int, limited: bool, sizes: dict[str, int], found: list[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default="1b", help="the model: 1.2 billion parameters, or 20 million")
+    parser.add_argument(
+        "--size", choices=SIZES, default="1b", help="the model: 1.2 billion parameters, or 0.13 billion"
+    )
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4], help="numbers of processes")
     parser.add_argument("--json", type=Path, help="also write the results as JSON")
     for name in ("--rank-of", "--way", "--sizes"):
