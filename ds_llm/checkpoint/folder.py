@@ -55,16 +55,9 @@ def save(output: Path, step: int, state: dict, write: Callable[[Path], None], ne
 def _save(output: Path, step: int, state: dict, write: Callable[[Path], None], needed_bytes: int) -> Path:
     target = folder(output, step)
     partial = target.with_name(f".{target.name}.partial")
-    world, shared, lack = dist.get_world_size(), shared_folder.of(output), None
-    sizes = gather(needed_bytes)
-    needed, free = sum(sizes[rank] for rank in shared.ranks), _free_bytes(output)
-    if needed > free:
-        where = "" if shared.by_all else f" on {shared.hosts[shared.ranks[0]]}"
-        lack = (
-            f"{target}: not saved: it needs about {_size(needed)}, the disk{where} has {_size(free)}; "
-            f"{_newest(output)}. Free some space and continue with resume=auto"
-        )
-    check_all(lack)
+    world, shared = dist.get_world_size(), shared_folder.of(output)
+    lack = _lack(output, shared, needed_bytes)
+    check_all(lack and f"{target}: not saved: {lack}; {_newest(output)}. Free some space and continue with resume=auto")
     try:
         if shared.is_first:
             shutil.rmtree(partial, ignore_errors=True)
@@ -94,6 +87,27 @@ def _save(output: Path, step: int, state: dict, write: Callable[[Path], None], n
             any_rank=True,
         ) from error
     return target
+
+
+def check_space(output: Path, needed_bytes: int) -> None:
+    """Raise `UserError` on every rank where the disk cannot hold one more checkpoint. Collective.
+
+    needed_bytes: bytes of it that this rank will write.
+    """
+    lack = _lack(output, shared_folder.of(output), needed_bytes)
+    check_all(
+        lack and f"output: {output}: not enough space for a checkpoint: {lack}; free some space or name another folder"
+    )
+
+
+def _lack(output: Path, shared: shared_folder.SharedFolder, needed_bytes: int) -> str | None:
+    """What the disk lacks for a checkpoint of the ranks that share the folder, in words. Collective."""
+    sizes = gather(needed_bytes)
+    needed, free = sum(sizes[rank] for rank in shared.ranks), _free_bytes(output)
+    if needed <= free:
+        return None
+    where = "" if shared.by_all else f" on {shared.hosts[shared.ranks[0]]}"
+    return f"it needs about {_size(needed)}, the disk{where} has {_size(free)}"
 
 
 def newest_whole(output: Path) -> Path | None:

@@ -81,6 +81,9 @@ class Trainer:
         """
         if not resume:
             stability.check_weights(self.job.model, self.output, 0, self.config.model.path)
+        saves = self.config.checkpoint
+        if saves.last or saves.best or saves.every_epoch or saves.every_steps:
+            checkpoint.check_space(self.output, self.engine.state_bytes())
         if self.job.prepare is not None and not self.job.prepare(self.engine, self._asked_to_stop):
             reason = self.interrupt.reason or "another process was asked to stop"
             console.print(f"stopped by {reason} before the first step; the same command continues")

@@ -21,6 +21,9 @@ from safetensors.torch import load_file  # noqa: E402
 from tokenizers import Tokenizer, models  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast  # noqa: E402
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
+from architectures import ARCHITECTURES, tiny  # noqa: E402
+
 from ds_llm.config import run as configuration  # noqa: E402
 from ds_llm.engine import engine as engines  # noqa: E402
 from ds_llm.engine import inference as inferences  # noqa: E402
@@ -204,6 +207,31 @@ def saved(kind: str, scratch: Path) -> dict:
     }  # fmt: skip
 
 
+def written(name: str, scratch: Path) -> str | None:
+    """What is wrong with an architecture's files that the ranks write together; None where they are as they should."""
+    torch.manual_seed(0)
+    model, rank = tiny(name), dist.get_rank()
+    together, alone = scratch / f"{name}-together", scratch / f"{name}-alone"
+
+    def collect(keeper):
+        unique = dict(model.named_parameters()) | {n: b for n, b in model.named_buffers() if n in model.state_dict()}
+        return {n: value.detach().clone() for n, value in unique.items() if keeper(n) == rank}
+
+    parts.write(model, collect, together, range(dist.get_world_size()), smallest=20_000)
+    if rank:
+        return None
+    model.save_pretrained(alone)
+    found, expected = (
+        {key: value for file in sorted(folder.glob("*.safetensors")) for key, value in load_file(file).items()}
+        for folder in (together, alone)
+    )
+    shutil.rmtree(alone)
+    shutil.rmtree(together)
+    if found.keys() != expected.keys():
+        return f"other names: {sorted(found.keys() ^ expected.keys())[:3]}"
+    return next((f"another {key}" for key in found if not torch.equal(found[key], expected[key])), None)
+
+
 def frozen(scratch: Path) -> dict:
     """A reference model under ZeRO-3: its log-likelihoods and its fingerprint, against the model loaded whole."""
     path, config = scratch / "qwen3_moe-bfloat16", configuration.load(None, ["zero=3", "train.dtype=bf16"])
@@ -235,6 +263,8 @@ def main(results: Path, scratch: Path) -> None:
         found[name_of(case)] = outcome
     found["frozen"] = frozen(scratch)
     found["saved"] = {kind: saved(kind, scratch) for kind in ("llama", "qwen3", "qwen3_moe", "glm4_moe", "gpt2")}
+    if dist.get_world_size() == 2:
+        found["written"] = {name: written(name, scratch) for name in ARCHITECTURES}
     if rank == 0:
         results.write_text(json.dumps(found))
 

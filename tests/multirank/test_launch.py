@@ -121,16 +121,30 @@ def test_a_disk_that_fills_up_while_saving(tiny, tmp_path, capsys):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
-def test_a_disk_too_small_is_noticed_before_writing(tiny, tmp_path):
+def test_a_disk_too_small_is_noticed_before_the_first_step(tiny, tmp_path):
     small = tmp_path / "small"
     small.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(small)], capture_output=True).returncode:
         pytest.skip("this machine does not allow mounting")
     try:
-        with pytest.raises(UserError, match=r"not saved: it needs about .* the disk has"):
-            trainer.train(config.load(None, [*tiny, "train.max_steps=2", f"output={small / 'run'}"]))
+        arguments = [*tiny, "train.max_steps=2", f"output={small / 'run'}"]
+        with pytest.raises(UserError, match=r"run: not enough space for a checkpoint: it needs about .* the disk has"):
+            trainer.train(config.load(None, arguments))
+        assert not (small / "run" / "metrics.jsonl").exists()
+        never = [f"checkpoint.{name}=false" for name in ("last", "best", "every_epoch")]
+        assert trainer.train(config.load(None, [*arguments, *never, "checkpoint.every_steps=0"])) == 0
     finally:
         subprocess.run(["umount", str(small)], check=True)
+
+
+def test_a_disk_that_others_fill_is_noticed_before_writing(tiny, tmp_path, monkeypatch):
+    free = iter([10**12, 1000])
+    monkeypatch.setattr(checkpoint, "_free_bytes", lambda output: next(free))
+    with pytest.raises(
+        UserError, match=r"step-00000002: not saved: it needs .* the disk has 1.0 kB; there is no"
+    ):
+        trainer.train(config.load(None, [*tiny, "train.max_steps=2", f"output={tmp_path / 'run'}"]))
+    assert not checkpoint.steps(tmp_path / "run")
 
 
 def test_print_config_is_a_configuration(tiny, tmp_path):

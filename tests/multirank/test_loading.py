@@ -61,3 +61,8 @@ def test_models_that_ranks_write_together_are_those_that_transformers_writes(fou
 def test_what_is_written_does_not_depend_on_the_number_of_ranks(found):
     for kind, case in found(2)["saved"].items():
         assert case["files"] == found(3)["saved"][kind]["files"], kind
+
+
+def test_every_architecture_is_written_as_transformers_writes_it(found):
+    wrong = {name: problem for name, problem in found(2)["written"].items() if problem}
+    assert len(found(2)["written"]) > 80 and not wrong, wrong
