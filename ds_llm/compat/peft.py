@@ -5,6 +5,8 @@ All else that we use of peft is its public interface: `LoraConfig`, `get_peft_mo
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import nn
 
 
@@ -26,3 +28,12 @@ def learns_prompts(model: nn.Module) -> bool:
 def name_base(model: nn.Module, name: str | None) -> None:
     """Set the name of the base model that is saved with the adapters of a peft model."""
     model.peft_config["default"].base_model_name_or_path = name
+
+
+def adapted_layers(model: nn.Module) -> Iterator[tuple[nn.Module, bool]]:
+    """The layers of a peft model that hold adapters, each with whether an adapter changes the layer's bias too."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for module in list(model.modules()):
+        if isinstance(module, BaseTunerLayer):
+            yield module, any(getattr(module, "lora_bias", {}).values())

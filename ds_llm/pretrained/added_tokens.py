@@ -30,8 +30,18 @@ def add_tokens(tokenizer, tokens: Sequence[str]) -> None:
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in new], special_tokens=True)
 
 
+def ends(model: nn.Module) -> list[nn.Parameter]:
+    """The weights of the input and the output embedding; tied ones are the same."""
+    modules = (model.get_input_embeddings(), model.get_output_embeddings())
+    return [p for module in modules if module is not None for p in module.parameters(recurse=False)]
+
+
 def grow(model: nn.Module, tokenizer) -> None:
-    """Give both embeddings a row for each token, in place. Raises `UserError` where the model cannot grow."""
+    """Give both embeddings a row for each token, in place; deferred ones are settled.
+
+    Raises `UserError` where the model cannot grow.
+    """
+    settle(model, only=ends(model))
     if len(tokenizer) <= model.get_input_embeddings().num_embeddings:
         return
     try:
@@ -48,13 +58,8 @@ def add_rows(model: nn.Module, tokenizer, new: Sequence[int]) -> None:
     (Hewitt, "Initializing New Word Embeddings for Pretrained Language Models", 2021). Rows that pad the embedding are
     used before it grows. Raises `UserError` for a model whose embedding cannot grow.
     """
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    settle(model, only=[p for module in ends for p in module.parameters()])
     grow(model, tokenizer)
     old = torch.ones(len(tokenizer), dtype=torch.bool)
     old[list(new)] = False
-    rows = {}  # tied embeddings are one parameter
-    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
-        rows |= {id(p): p for p in module.parameters(recurse=False)}
-    for parameter in rows.values():
+    for parameter in {id(p): p for p in ends(model)}.values():  # tied embeddings are one parameter
         parameter[list(new)] = parameter[: len(tokenizer)][old].float().mean(0).to(parameter.dtype)

@@ -37,9 +37,10 @@ from ds_llm.data.tokenizer import load_tokenizer as read_tokenizer
 from ds_llm.distributed.environment import rank
 from ds_llm.errors import UserError
 from ds_llm.models.boost import QwenBoostConfig, sub_config
-from ds_llm.models.deferred import settle_mapped
+from ds_llm.models.deferred import settle, settle_mapped
 from ds_llm.pretrained import partial
-from ds_llm.pretrained.added_tokens import grow
+from ds_llm.pretrained.added_tokens import ends, grow
+from ds_llm.pretrained.merging import merge_when_read
 from ds_llm.pretrained.source import PARTIAL_FILE, Source, check_index, detect_model_type, did_you_mean, locate, nearest
 from ds_llm.pretrained.weight_files import mapped
 from ds_llm.sparsity import compact_checkpoint
@@ -203,7 +204,7 @@ def load_model(
     if source.adapter:
         if quantize != "none":
             raise UserError(f"{source.name}: is an adapter; merge it first (launch/export.py) to quantise the result")
-        return _load_adapter(source, dtype, attention, compute_dtype, merge)
+        return _load_adapter(source, dtype, attention, compute_dtype, merge, deferred)
     config = load_model_config(path)
     options = (dtype, attention, compute_dtype, quantize, deferred)
     try:
@@ -324,10 +325,10 @@ def _check_weights(name: str, found: dict) -> None:
 
 
 def _load_adapter(
-    source: Source, dtype: str, attention: str, compute_dtype: str | None, merge: bool
+    source: Source, dtype: str, attention: str, compute_dtype: str | None, merge: bool, deferred: bool
 ) -> torch.nn.Module:
     if Path(source.adapter).name == PARTIAL_FILE:
-        base = load_model(source.base(), dtype, attention, compute_dtype)
+        base = load_model(source.base(), dtype, attention, compute_dtype, deferred=deferred)
         return partial.load(base, Path(source.name), source.base())
     need("peft", what=f"{source.name}: loading an adapter")
     from peft import PeftConfig, PeftModel
@@ -336,11 +337,15 @@ def _load_adapter(
     settings = PeftConfig.from_pretrained(source.name)
     if settings.is_prompt_learning:
         raise UserError(f"{source.name}: a {settings.peft_type.value} adapter has no weights to merge; use LoRA")
-    base = load_model(name, dtype, attention, compute_dtype)
+    deferred = deferred and not getattr(settings, "use_dora", False)  # whose adapters begin as norms of the weights
+    base = load_model(name, dtype, attention, compute_dtype, deferred=deferred)
+    settle(base, only=ends(base))  # an adapter of an embedding has the embedding in its file
     if settings.modules_to_save:  # a run that added tokens saves the embeddings with its adapters
         grow(base, load_tokenizer(source.name))
     try:
         model = PeftModel.from_pretrained(base, source.name)
+        if merge and deferred:
+            merge_when_read(model)
         return model.merge_and_unload() if merge else model
     except pickle.UnpicklingError as error:
         raise _no_weights(source, error) from None

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ds_llm.errors import UserError
+from ds_llm.models.deferred import in_place_of, replace
 from ds_llm.pretrained.fingerprint import identity
 from ds_llm.pretrained.source import PARTIAL_FILE, base_name
 from ds_llm.pretrained.trained import trained_names
@@ -60,9 +61,10 @@ def load(model: nn.Module, folder: Path, base: str) -> nn.Module:
         weights = load_file(folder / WEIGHTS_FILE)
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"{folder / WEIGHTS_FILE}: cannot be read ({error})") from None
-    parameters = dict(model.named_parameters())
+    parameters, values = dict(model.named_parameters()), {}
     for name, value in weights.items():
         if name not in parameters or parameters[name].shape != value.shape:
             raise UserError(f"{folder}: does not fit its base model {base}: it has no {name} {list(value.shape)}")
-        parameters[name].copy_(value)
+        values[id(parameters[name])] = value.to(parameters[name].dtype)
+    replace(model, lambda old: in_place_of(old, values[id(old)]) if id(old) in values else old)
     return model

@@ -140,9 +140,7 @@ def test_a_disk_too_small_is_noticed_before_the_first_step(tiny, tmp_path):
 def test_a_disk_that_others_fill_is_noticed_before_writing(tiny, tmp_path, monkeypatch):
     free = iter([10**12, 1000])
     monkeypatch.setattr(checkpoint, "_free_bytes", lambda output: next(free))
-    with pytest.raises(
-        UserError, match=r"step-00000002: not saved: it needs .* the disk has 1.0 kB; there is no"
-    ):
+    with pytest.raises(UserError, match=r"step-00000002: not saved: it needs .* the disk has 1.0 kB; there is no"):
         trainer.train(config.load(None, [*tiny, "train.max_steps=2", f"output={tmp_path / 'run'}"]))
     assert not checkpoint.steps(tmp_path / "run")
 

@@ -14,7 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ds_llm.errors import UserError
 from ds_llm.models.decoder import DecoderConfig, DecoderForCausalLM
-from ds_llm.models.deferred import settle
+from ds_llm.models.deferred import Deferred, settle
+from ds_llm.pretrained import partial as trained_part
 from ds_llm.pretrained.loading import (
     attention_kernel,
     ensure_padding,
@@ -127,6 +128,50 @@ def test_adapter_is_merged_into_its_base(run, kind):
     assert (logits(merged) - final).abs().max() > 1e-3
     assert load_tokenizer(folder / "adapter").pad_token == "w2"
     assert load_model_config(folder / "adapter").model_type == "ds_llm_decoder"
+
+
+ADAPTERS = {
+    "lora": {"target_modules": ["q_proj", "down_proj"]},
+    "rslora with dora": {"target_modules": ["q_proj", "o_proj"], "use_rslora": True, "use_dora": True},
+    "embeddings": {"target_modules": ["embed_tokens", "v_proj"]},
+    "experts": {"target_modules": ["q_proj"], "target_parameters": ["experts.down_proj"]},
+    "whole head": {"target_modules": ["k_proj"], "modules_to_save": ["lm_head"]},
+}
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_adapters_are_merged_when_the_weights_are_read(run, kind, dtype):
+    from peft import LoraConfig, get_peft_model
+
+    folder = run[0]
+    base = load_model(folder)
+    settings = LoraConfig(r=4, task_type="CAUSAL_LM", init_lora_weights=False, **ADAPTERS[kind])
+    adapted = get_peft_model(base, settings)
+    adapted.peft_config["default"].base_model_name_or_path = str(folder)
+    adapted.save_pretrained(folder / "adapter")
+    expected = load_model(folder / "adapter", dtype)
+    found = load_model(folder / "adapter", dtype, deferred=True)
+    assert any(isinstance(p, Deferred) for p in found.parameters()) == ("dora" not in kind)
+    assert [n for n, _ in found.named_parameters()] == [n for n, _ in expected.named_parameters()]
+    settle(found)
+    assert all(torch.equal(a, b) for a, b in zip(found.parameters(), expected.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_trained_part_of_a_model_lies_on_a_base_that_is_not_read_yet(run, dtype):
+    folder = run[0]
+    model = load_model(folder)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("layers.1" in name)
+        parameter.data.mul_(2 if "layers.1" in name else 3)
+    trained_part.mark(model, str(folder))
+    trained_part.save(model, dict(model.named_parameters()), folder / "part")
+    found, expected = (load_model(folder / "part", dtype, deferred=lazy) for lazy in (True, False))
+    assert all(torch.equal(a, b) for a, b in zip(settle(found).parameters(), expected.parameters(), strict=True))
+    second = load_model(folder, dtype)
+    for (name, value), before in zip(expected.named_parameters(), second.parameters(), strict=True):
+        assert torch.equal(value, before * 2 if "layers.1" in name else before)
 
 
 def test_adapters_that_cannot_be_merged(run):
