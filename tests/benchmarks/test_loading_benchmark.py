@@ -18,6 +18,7 @@ def test_ranks_that_read_their_parts_hold_a_share_and_a_layer(model):
     allowed = sizes["weights"] / 2 + sizes["layer"] + SPARE
     parts, whole = (contest(folder, way, 2, False, sizes) for way in ("parts", "whole"))
     assert [rank["loss"] for rank in parts] == [rank["loss"] for rank in whole]
-    assert max(rank["load_peak"] for rank in parts) < allowed < min(rank["load_peak"] for rank in whole)
+    # of whole models the first rank only reads its mapped files, and the other gets all weights from it
+    assert max(rank["load_peak"] for rank in parts) < allowed < max(rank["load_peak"] for rank in whole)
     assert row("parts", 2, True, sizes, None).endswith("killed | | | |")
     assert f"{sizes['weights'] / 2e9 + sizes['layer'] / 1e9 + 1:.2f} |" in row("parts", 2, False, sizes, parts)

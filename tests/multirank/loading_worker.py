@@ -253,7 +253,7 @@ def main(results: Path, scratch: Path) -> None:
         make_files(scratch)
     dist.barrier()
     found = {}
-    for case in CASES:
+    for case in CASES if dist.get_world_size() == 2 else CASES[::3]:
         if "parallel.expert=2" in case[2] and dist.get_world_size() % 2:
             continue
         try:

@@ -31,7 +31,7 @@ def test_every_bit_of_the_first_steps_is_that_of_whole_models(found, processes):
     cases = {name: case for name, case in found(processes).items() if "zero=" in name}
     wrong = {n: case for n, case in cases.items() if not (case.get("same_weights") and case.get("same_losses"))}
     assert not wrong, "\n".join(f"{name}: {case.get('error', case)}" for name, case in wrong.items())
-    assert len(cases) > 15
+    assert len(cases) > (15 if processes == 2 else 5)
 
 
 @pytest.mark.parametrize("processes", [2, 3])
