@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import inspect
 
+import torch
+
 from ds_llm.compat.names import lookup
 
 NAMES = {
@@ -14,7 +16,10 @@ NAMES = {
     "_unflatten_dense_tensors": ("torch._utils", "the views back"),
     "FakeTensor": ("torch._subclasses", "tells a model that is only planned from one with weights"),
     "FakeTensorMode": ("torch._subclasses.fake_tensor", "runs a model that is only planned"),
-    "TorchDispatchMode": ("torch.utils._python_dispatch", "sees every operation, for the memory planner"),
+    "TorchDispatchMode": (
+        "torch.utils._python_dispatch",
+        "sees every operation: of a planned pass, of first weights",
+    ),
     "tree_flatten": ("torch.utils._pytree", "tensors in nested arguments, for pruning block by block"),
     "tree_leaves": ("torch.utils._pytree", "tensors in nested results, for the memory planner"),
     "tree_map": ("torch.utils._pytree", "changes tensors in nested arguments"),
@@ -25,6 +30,24 @@ NAMES = {
     "JIT_EXTENSION_VERSIONER": ("torch.utils.cpp_extension", "which extensions this process takes as built"),
     "adamw": ("torch.optim.adamw", "AdamW's step as a function: the reference of our masked one"),
 }
+
+
+CAST = torch.ops.aten._to_copy.default  # the operation behind `Tensor.to`
+
+
+class ValuelessTensor(torch.Tensor):
+    """Base of tensors with shape, strides and dtype but no memory. `__torch_dispatch__` of a subclass sees operations.
+
+    outline: a tensor with that shape, strides and dtype.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, outline: torch.Tensor, *_):
+        return torch.Tensor._make_wrapper_subclass(
+            cls, outline.shape, strides=outline.stride(), dtype=outline.dtype, device="cpu"
+        )
 
 
 def variable_length_attention(query, key, value, bounds, longest: int, scale: float | None, window: int | None):
@@ -65,6 +88,12 @@ def replace_tensors(module, replacement) -> None:
         for name, old in tensors.items():
             if old is not None:
                 tensors[name] = replacement(old)
+
+
+def swap_parameter(module, name: str, parameter):
+    """Put a parameter in the place of one of a module itself, whatever its shape; returns the old one."""
+    old, module._parameters[name] = module._parameters[name], parameter
+    return old
 
 
 def remove_parameter(module, name: str) -> None:

@@ -140,13 +140,19 @@ def watch_first_weights(watch: Callable[[Callable, object, Callable[[], None]], 
 def save_on_this_rank(model, folder, weights: dict, largest: int) -> None:
     """`save_pretrained` of some of a model's weights, on whatever rank it is called; by itself only rank 0 writes.
 
-    largest: bytes of a file.
+    largest: bytes of a file. Its progress bar stays hidden.
     """
-    model.should_save_on_this_rank = lambda _: True  # releases before 5.24 do not ask
+    from transformers.utils import logging
+
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    model.should_save_on_this_rank = lambda _: True
     try:
         model.save_pretrained(folder, state_dict=weights, max_shard_size=largest)
     finally:
         del model.should_save_on_this_rank
+        if bars:
+            logging.enable_progress_bar()
 
 
 def has_usual_gate(experts) -> bool:

@@ -13,33 +13,27 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+
+from ds_llm.compat.torch import CAST, ValuelessTensor, replace_tensors, tree_leaves, tree_map
 
 aten = torch.ops.aten
 # what gives the runs of a flat part: (start, end) -> (tensor, its start, its end) in order
 Runs = Callable[[int, int], Iterator[tuple[Tensor, int, int]]]
-SAME = (aten.clone.default, aten._to_copy.default)
+SAME = (aten.clone.default, CAST)
 BLANK = {"empty_like", "zeros_like", "ones_like", "full_like", "new_empty", "new_zeros", "new_ones", "new_full"}
 
 
-class Deferred(torch.Tensor):
+class Deferred(ValuelessTensor):
     """A tensor on the CPU whose values are computed on request.
 
     Functions of it are deferred too. A function that needs the values at once, such as `item`, computes them. A
     function that would change them in place raises RuntimeError, because the change would be lost.
     """
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
-
-    @staticmethod
-    def __new__(cls, outline: Tensor, compute: Callable[[], Tensor], runs: Runs | None = None):
+    def __init__(self, outline: Tensor, compute: Callable[[], Tensor], runs: Runs | None = None):
         """outline: a tensor with the shape, strides and dtype. compute: gives all values. runs: of which parts of other
         tensors a part of the values consists, in order; None: `compute` reads no more than is used of its result."""
-        self = torch.Tensor._make_wrapper_subclass(
-            cls, outline.shape, strides=outline.stride(), dtype=outline.dtype, device="cpu"
-        )
         self.compute, self.runs = compute, runs
-        return self
 
     def __repr__(self) -> str:
         return f"Deferred({list(self.shape)}, {self.dtype})"
@@ -147,21 +141,22 @@ def settle(
     """
     chosen = None if only is None else {id(tensor) for tensor in only}
 
-    def values(tensor: Deferred) -> Tensor:
-        target = tensor.dtype if dtype is None or not tensor.is_floating_point() else dtype
-        if target == tensor.dtype:
-            found = whole(tensor)
-            return found.to(device) if found.is_contiguous() else found.to(device).contiguous()
-        out = torch.empty(tensor.shape, dtype=target, device=device)
-        read(tensor, 0, tensor.numel(), out.view(-1))
-        return out
-
     def settled(tensor: Tensor) -> Tensor:
         asked = isinstance(tensor, Deferred) and (chosen is None or id(tensor) in chosen)
-        return in_place_of(tensor, values(tensor)) if asked else tensor
+        return in_place_of(tensor, settled_values(tensor, device, dtype)) if asked else tensor
 
     replace(module, settled)
     return module
+
+
+def settled_values(tensor: Deferred, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Tensor:
+    """All values of a deferred tensor on a device; see `settle`."""
+    target = tensor.dtype if dtype is None or not tensor.is_floating_point() else dtype
+    if target == tensor.dtype:
+        return whole(tensor).to(device).contiguous()
+    out = torch.empty(tensor.shape, dtype=target, device=device)
+    read(tensor, 0, tensor.numel(), out.view(-1))
+    return out
 
 
 def replace(module: nn.Module, new: Callable[[Tensor], Tensor]) -> None:
@@ -170,13 +165,14 @@ def replace(module: nn.Module, new: Callable[[Tensor], Tensor]) -> None:
     new: gives the parameter or buffer that takes the place of one; it may give back the same.
     """
     done: dict[int, tuple[Tensor, Tensor]] = {}  # with the old one, so that no other gets its id
+
+    def once(old: Tensor) -> Tensor:
+        if id(old) not in done:
+            done[id(old)] = old, new(old)
+        return done[id(old)][1]
+
     for owner in module.modules():
-        for tensors in (owner._parameters, owner._buffers):
-            for name, old in tensors.items():
-                if old is not None:
-                    if id(old) not in done:
-                        done[id(old)] = old, new(old)
-                    tensors[name] = done[id(old)][1]
+        replace_tensors(owner, once)
 
 
 def in_place_of(old: Tensor, values: Tensor) -> Tensor:

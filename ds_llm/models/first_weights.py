@@ -12,9 +12,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from ds_llm.compat.torch import TorchDispatchMode, swap_parameter, tree_leaves
 from ds_llm.compat.transformers import watch_first_weights
 from ds_llm.models.deferred import BLANK, Deferred, in_place_of, replace
 
@@ -92,9 +91,8 @@ def build_deferred(build: Callable[[], nn.Module], least: int = LEAST_BYTES) -> 
         model = build()
     places = defaultdict(list)
     for owner in model.modules():
-        for name, parameter in owner._parameters.items():
-            if parameter is not None:
-                places[id(parameter)].append((owner, name))
+        for name, parameter in owner.named_parameters(recurse=False, remove_duplicate=False):
+            places[id(parameter)].append((owner, name))
     known = [(p, places[id(p)], drawing.calls.get(_storage(p).data_ptr(), ())) for p in model.parameters()]
     if drawing.used or any(None in calls for _, _, calls in known):
         torch.set_rng_state(state)
@@ -125,16 +123,14 @@ class _First:
             if any(id(owner) in modules for owner, _ in places)
         }
         real = {key: nn.Parameter(torch.empty_like(outline, device="cpu")) for key, (outline, _) in needed.items()}
-        before = [(owner, name, owner._parameters[name]) for _, places in needed.values() for owner, name in places]
+        places = [(owner, name, real[key]) for key, (_, places) in needed.items() for owner, name in places]
+        before = [(owner, name, swap_parameter(owner, name, parameter)) for owner, name, parameter in places]
         try:
-            for key, (_, places) in needed.items():
-                for owner, name in places:
-                    owner._parameters[name] = real[key]
             with torch.random.fork_rng(devices=[]):
                 for call in self.calls:
                     torch.set_rng_state(call.state)
                     call.initialize(call.module)
         finally:
             for owner, name, parameter in before:
-                owner._parameters[name] = parameter
+                swap_parameter(owner, name, parameter)
         return real[self.own].detach()

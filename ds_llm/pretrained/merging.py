@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_llm.compat.peft import adapted_layers
+from ds_llm.compat.torch import swap_parameter
 from ds_llm.models.deferred import Deferred, settle, whole
 
 
@@ -17,7 +18,7 @@ def merge_when_read(model: nn.Module) -> None:
     Layers that share their weight with others, or adapt more than a weight, are settled, and left for
     `merge_and_unload` to merge.
     """
-    places = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    places = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     for layer, biased in adapted_layers(model):
         base = layer.get_base_layer()
         weight = getattr(base, "weight", None)
@@ -39,11 +40,12 @@ class _Merged:
     @torch.no_grad()
     def __call__(self) -> Tensor:
         base = self.layer.get_base_layer()
-        held, merged = base._parameters["weight"], self.layer.merged_adapters
-        base._parameters["weight"] = nn.Parameter(whole(self.weight).clone(), requires_grad=False)
+        held = swap_parameter(base, "weight", nn.Parameter(whole(self.weight).clone(), requires_grad=False))
+        merged = self.layer.merged_adapters
         self.layer.merged_adapters = []
         try:
             self.layer.merge(adapter_names=self.adapters)
-            return base._parameters["weight"].detach()
+            return base.weight.detach()
         finally:
-            base._parameters["weight"], self.layer.merged_adapters = held, merged
+            swap_parameter(base, "weight", held)
+            self.layer.merged_adapters = merged

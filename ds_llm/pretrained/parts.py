@@ -19,6 +19,7 @@ from ds_llm.compat.deepspeed import unpartitioned_numel
 from ds_llm.compat.transformers import save_on_this_rank
 from ds_llm.distributed.collectives import gather
 from ds_llm.pretrained.weight_files import INDEX, WEIGHTS
+from ds_llm.progress import progress
 
 LARGEST = 5_000_000_000  # bytes of a file
 SMALLEST, MOST_FILES = 500_000_000, 64  # a model in smaller files, or in more, gains nothing
@@ -61,19 +62,21 @@ def write(
     """
     sizes = [(name, unpartitioned_numel(p) * p.element_size()) for name, p in model.named_parameters()]
     files, mine = files_of(sizes, smallest), []
-    for first in range(0, max(files.values()) + 1, len(writers)):
+    count, rank = max(files.values()) + 1, dist.get_rank()
+    with progress("writing the model", count, "files") as task:
+        for first in range(0, count, len(writers)):
+            turns = dict(enumerate(writers[: count - first], first))  # who keeps which file in this round
 
-        def keeper(name: str, first: int = first) -> int | None:
-            turn = files.get(together(name), 0) - first
-            return writers[turn] if 0 <= turn < len(writers) else None
+            def keeper(name: str, turns: dict[int, int] = turns) -> int | None:
+                return turns.get(files.get(together(name), 0))
 
-        weights = collect(keeper)
-        if weights:
-            number = first + writers.index(dist.get_rank())
-            place = folder / f".part-{number:05d}"
-            save_on_this_rank(model, place, weights, LARGEST)
+            weights = collect(keeper)
+            for number in [number for number, writer in turns.items() if writer == rank]:
+                place = folder / f".part-{number:05d}"
+                save_on_this_rank(model, place, weights, LARGEST)
+                mine += [(number, path.name, _content(path)) for path in sorted(place.glob("*.safetensors"))]
             del weights
-            mine += [(number, path.name, _content(path)) for path in sorted(place.glob("*.safetensors"))]
+            task.advance(len(turns))
     _join(folder, mine, writers[0], sum(unpartitioned_numel(p) for p in model.parameters()))
 
 
